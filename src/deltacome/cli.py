@@ -1,0 +1,310 @@
+"""The command line. Heavy imports are inside the commands, so that help comes at once."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from deltacome import __version__
+from deltacome.errors import DeltacomeError
+
+app = typer.Typer(
+    name="deltacome",
+    help="Full fine-tunes of language models as compressed deltas on one base.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+Base = Annotated[str, typer.Argument(metavar="BASE", help="Base checkpoint: a folder or a hub id.")]
+DeltaFolder = Annotated[Path, typer.Argument(metavar="DELTA", help="Folder of a compressed delta.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|none", help="Jinja chat template to use instead of the tokenizer's; 'none' for bare prompts."
+    ),
+]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command(epilog="Example: deltacome compress base/ math/ -o math-delta/ --ratio 16")
+def compress(
+    base: Base,
+    finetuned: Annotated[str, typer.Argument(metavar="FINETUNED", help="Fine-tuned checkpoint: a folder or a hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
+    ratio: Annotated[
+        float | None, typer.Option(help="Bytes of the fine-tuned weights in 16 bit over the artifact's. [default: 16]")
+    ] = None,
+    method: Annotated[str, typer.Option(help="delta-come, low-rank or bitdelta.")] = "delta-come",
+    precision: Annotated[
+        str | None, typer.Option(metavar="PLAN", help="delta-come: BITS:COUNT,... [default: 8:2,3:32,2:*]")
+    ] = None,
+    scale: Annotated[
+        str | None,
+        typer.Option(
+            help="delta-come: unbiased, least-squares or minmax; bitdelta: mean or refit. [default: the first]"
+        ),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="delta-come: entries that share a range; 0 for one a vector. [default: 0; minmax 128]"),
+    ] = None,
+    embeddings: Annotated[
+        Literal["compress", "exact"],
+        typer.Option(help="'exact' keeps embeddings and head as they are; the ratio is then about the rest."),
+    ] = "compress",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.jsonl", help="Examples to calibrate on (GPTQ). Without it no data is used."),
+    ] = None,
+    calibration_examples: Annotated[int, typer.Option(min=1, help="How many of its lines to use.")] = 128,
+    chat_template: Template = None,
+    as_json: Json = False,
+) -> None:
+    """Compress the delta between a base and a fine-tuned checkpoint. Started again after a kill, it goes on."""
+    from deltacome.compression import compress as run
+
+    _quiet()
+    report = run(
+        base,
+        finetuned,
+        output,
+        ratio=ratio,
+        method=method,
+        embeddings=embeddings,
+        calibration=calibration,
+        calibration_examples=calibration_examples,
+        chat_template=chat_template,
+        precision=precision,
+        scale=scale,
+        group_size=group_size,
+    )
+    if as_json:
+        print(json.dumps(report))
+    else:
+        print(
+            f"{output}: {report['artifact_bytes']:,} bytes for {report['finetuned_bytes']:,}, ratio "
+            f"1/{report['artifact_ratio']:.1f} (linear weights 1/{report['linear_ratio']:.1f}), "
+            f"{report['seconds']:.1f} s, peak memory {report['peak_bytes'] / 2**20:.0f} MiB"
+        )
+
+
+@app.command(epilog="Example: deltacome inspect math-delta/ --plot math-delta.png")
+def inspect(
+    delta: DeltaFolder,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Also draw the singular values and the bits by component.")
+    ] = None,
+    weights: Annotated[bool, typer.Option("--weights", help="A row a weight instead of a row a module.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a compressed delta holds: a table by module, and totals."""
+    from deltacome import summary
+    from deltacome.artifact import Artifact
+    from deltacome.files import disk_errors
+
+    artifact = Artifact(delta)
+    rows, totals = summary.table(artifact, weights), summary.totals(artifact)
+    if plot is not None:
+        with disk_errors(f"write {plot}"):
+            summary.plot(artifact, plot)
+    if as_json:
+        print(json.dumps({**totals, "modules": rows}))
+        return
+    _print_table(
+        ["module", "weights", "shape", "precision", "bytes", "ratio", "error"],
+        [
+            [
+                row["module"],
+                str(row["weights"]),
+                row["shape"],
+                row["precision"],
+                f"{row['bytes']:,}",
+                f"1/{row['ratio']:.1f}",
+                "" if row["error"] is None else f"{row['error']:.4f}",
+            ]
+            for row in rows
+        ],
+    )
+    settings = ", ".join(f"{key} {value}" for key, value in artifact.method.items() if key != "name")
+    print(f"{totals['finetuned']} on {totals['base']}, by {artifact.method['name']} ({settings})")
+    print(
+        f"{totals['artifact_bytes']:,} bytes for {totals['finetuned_bytes']:,}: artifact ratio "
+        f"1/{totals['artifact_ratio']:.2f}, linear ratio 1/{totals['linear_ratio']:.2f}"
+    )
+
+
+@app.command(epilog="Example: deltacome verify math-delta/ --base base/")
+def verify(
+    delta: DeltaFolder,
+    base: Annotated[str | None, typer.Option(help="Also check that this is the delta's base.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check every file of a compressed delta against its SHA-256, and its base."""
+    from deltacome.artifact import Artifact
+    from deltacome.merging import open_checked
+
+    if base is None:
+        artifact = Artifact(delta)
+        artifact.check_digests()
+    else:
+        _, artifact = open_checked(base, delta)
+    for name in artifact.entries:
+        artifact.terms(name)  # refuses NaN
+    report = {"artifact": str(delta), "files": len(artifact.files) + 1, "base_checked": base is not None}
+    print(json.dumps(report) if as_json else f"{delta} is whole" + (f", and {base} is its base" if base else ""))
+
+
+@app.command(epilog="Example: deltacome merge base/ math-delta/ -o math-again/")
+def merge(
+    base: Base,
+    delta: DeltaFolder,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Of the weights. [default: the fine-tuned checkpoint's; 16 bit rounds the delta]"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Rebuild the fine-tuned checkpoint from its base and a compressed delta."""
+    from deltacome.merging import DTYPES
+    from deltacome.merging import merge as run
+
+    report = run(base, delta, output, DTYPES[dtype] if dtype else None)
+    print(json.dumps(report) if as_json else f"{output}: {report['bytes']:,} bytes")
+
+
+@app.command(epilog='Example: deltacome generate base/ --delta math-delta/ --prompt "What is 3 + 4?"')
+def generate(
+    base: Base,
+    delta: Annotated[Path, typer.Option(help="Folder of a compressed delta.")],
+    prompt: Annotated[str, typer.Option(help="The user's message.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
+    chat_template: Template = None,
+    dtype: Annotated[Dtype, typer.Option(help="To compute in.")] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt, greedily, with the base and a compressed delta."""
+    from deltacome.data import Encoder
+    from deltacome.evaluation import answer
+    from deltacome.merging import DTYPES, load_merged
+
+    _quiet()
+    model, tokenizer = load_merged(base, delta, DTYPES[dtype])
+    ids = Encoder(tokenizer, chat_template).prompt(({"role": "user", "content": prompt},))
+    text = answer(model, tokenizer, [ids], max_new_tokens)[0]
+    print(json.dumps({"prompt": prompt, "answer": text}, ensure_ascii=False) if as_json else text)
+
+
+@app.command(epilog="Example: deltacome evaluate base/ --finetuned math/ --delta math=math-delta/ --data test.jsonl")
+def evaluate(
+    base: Base,
+    finetuned: Annotated[str, typer.Option(help="Fine-tuned checkpoint: a folder or a hub id.")],
+    delta: Annotated[list[str], typer.Option(metavar="NAME=DELTA", help="A compressed delta; may be repeated.")],
+    data: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="Held-out examples of the task.")],
+    offtask: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Text that the fine-tune is not about, for off-task KL.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first lines of --data.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,
+    chat_template: Template = None,
+    answer_pattern: Annotated[
+        str, typer.Option(help="Finds the answer in an output where lines of --data have `answer`.")
+    ] = r"####\s*(\S+)",
+    show: Annotated[int, typer.Option(min=0, help="Print so many prompts with every model's answer.")] = 0,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="JSON file for the figures and answers; a Markdown table goes beside it."),
+    ] = Path("evaluation.json"),
+    as_json: Json = False,
+) -> None:
+    """Compare base, fine-tuned model and compressed deltas: ratio, KL, NLL, accuracy, retention."""
+    from deltacome import evaluation
+    from deltacome.data import read_examples
+    from deltacome.files import disk_errors
+
+    _quiet()
+    deltas: dict[str, str | Path] = {}
+    for item in delta:
+        name, equals, folder = item.partition("=")
+        if not (name and equals and folder) or name in deltas or name in (evaluation.BASE, evaluation.FINETUNED):
+            raise DeltacomeError(f"--delta {item}: write NAME=DELTA, each name once and neither base nor fine-tuned")
+        deltas[name] = folder
+    if not output.absolute().parent.is_dir():
+        raise DeltacomeError(f"cannot write {output}: there is no folder {output.parent}")
+    rows = evaluation.evaluate(
+        base,
+        finetuned,
+        deltas,
+        data,
+        offtask=offtask,
+        limit=limit,
+        new_tokens=max_new_tokens,
+        chat_template=chat_template,
+        answer_pattern=answer_pattern,
+    )
+    with disk_errors(f"write {output}"):
+        evaluation.save_table(rows, output)
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False))
+        return
+    _print_table(list(evaluation.COLUMNS.values()), [evaluation.cells(row) for row in rows])
+    examples = [example for example in read_examples(data, limit) if example.messages]
+    for place, example in enumerate(examples[:show]):
+        print(f"\nprompt: {example.messages[-1]['content']}\nexpected: {example.completion!r}")
+        for row in rows:
+            print(f"{row['name']}: {row['outputs'][place]!r}")
+
+
+def _print_table(columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.print(table) if console.is_terminal else Console(width=160).print(table)
+
+
+def _quiet() -> None:
+    """Keep transformers' own bars and notes out of ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the command line; every foreseen error is one sentence and exit status 1."""
+    signal.signal(signal.SIGTERM, _interrupt)  # clean up as on Ctrl-C
+    try:
+        app()
+    except DeltacomeError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+    except MemoryError:
+        print("error: out of memory; close other programs or use a machine with more", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,341 @@
+"""The pipeline: pair the checkpoints, share out the bytes, compress every weight, write the artifact."""
+
+import hashlib
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from deltacome import __version__
+from deltacome.artifact import (
+    FORMAT_VERSION,
+    MODEL_CARD,
+    WEIGHTS,
+    Artifact,
+    Entry,
+    linear_ratio,
+    rebuild,
+    term_tensors,
+    write_manifest,
+)
+from deltacome.calibration import CalibrationStream
+from deltacome.card import model_card
+from deltacome.checkpoint import Checkpoint, Pair, is_embedding, pair
+from deltacome.data import Encoder, read_examples
+from deltacome.errors import DeltacomeError
+from deltacome.files import disk_errors, publish, raw, refuse_existing, sha256, shard_names, shards, write_safetensors
+from deltacome.journal import Journal, work_folder
+from deltacome.memory import peak_memory
+from deltacome.methods import DEFAULT_METHOD, Method, describe, make_method
+from deltacome.progress import bar, each
+from deltacome.terms import Dense, Term, add_terms, component_bits
+
+DEFAULT_RATIO = 16.0
+SHARD_BYTES = 5 * 10**9
+TYPICAL_TERMS = ((8, 2), (3, 32), (2, 100))  # for the length of an entry
+FIXED_METADATA = 1200  # bytes of the manifest and headers besides the weights' own
+RATIO_TOLERANCE = 0.01
+SUSPICIOUS_CHANGE = 0.5  # of the base's norm; a fine-tune changes a model by a few per cent
+SAMPLED_WEIGHTS = 8
+
+Warn = Callable[[str], None]
+
+
+def print_warning(message: str) -> None:
+    """Warn on standard error."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def compress(
+    base: str | Path,
+    finetuned: str | Path,
+    out: str | Path,
+    *,
+    ratio: float | None = None,
+    method: str = DEFAULT_METHOD,
+    embeddings: Literal["compress", "exact"] = "compress",
+    calibration: str | Path | None = None,
+    calibration_examples: int = 128,
+    chat_template: str | None = None,
+    warn: Warn = print_warning,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Compress the delta between two checkpoints into the folder `out`.
+
+    Args:
+        base, finetuned: checkpoint folders or hub ids.
+        ratio: bytes of the fine-tuned weights in 16 bit over those of the artifact, 16 by default. A method or
+            precision plan that fixes its own size must reach it, if it is given.
+        method: one of `deltacome.methods.METHODS`.
+        embeddings: `exact` keeps changed embeddings and the head as they are and leaves them out of the ratio's sum.
+        calibration: JSONL file of examples (see `deltacome.data.read_examples`); without it no data is used.
+        calibration_examples: how many of the file's first lines are used.
+        chat_template: Jinja file, or `none`, in place of the tokenizer's own template.
+        warn: called with each warning.
+        settings: the method's own; None keeps its default.
+
+    Returns:
+        Sizes in bytes, `artifact_ratio`, `linear_ratio`, `seconds`, and `peak_bytes` of memory above that at the call.
+
+    Raises:
+        DeltacomeError: on any bad input; nothing is left behind then. A killed run is resumed by the same call.
+    """
+    started, out = time.monotonic(), Path(out)
+    if out.exists():
+        shutil.rmtree(work_folder(out), ignore_errors=True)  # left by a kill after the last step
+    refuse_existing(out)
+    if ratio is not None and not ratio > 0:
+        raise DeltacomeError(f"a ratio of {ratio:g} means nothing; give a number above 1, such as 16")
+    chosen = make_method(method, **settings)
+    if chosen.needs_calibration and calibration is None:
+        raise DeltacomeError(f"method {method} needs data with these settings; add --calibration FILE.jsonl")
+    with peak_memory() as peak:
+        run = _Run(Checkpoint(base), Checkpoint(finetuned), chosen, embeddings == "exact", ratio, warn)
+        stream = None
+        if calibration is not None:
+            stream = _open_stream(run.finetuned, calibration, calibration_examples, chat_template)
+        run.warn_of_large_change()
+        recorded = {**describe(method, chosen), "calibration_examples": len(stream.ids) if stream else 0}
+        with disk_errors(f"write {out}"):
+            run.make(out, recorded, stream)
+    artifact = Artifact(out)
+    return {
+        "artifact": str(out),
+        "method": artifact.method,
+        "artifact_bytes": artifact.bytes,
+        "finetuned_bytes": artifact.finetuned_bytes,
+        "artifact_ratio": round(artifact.ratio, 3),
+        "linear_ratio": artifact.manifest["linear_ratio"],
+        "seconds": round(time.monotonic() - started, 2),
+        "peak_bytes": peak.bytes,
+    }
+
+
+class _Run:
+    """One compression: what it reads and how. `journal` holds what is finished."""
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        finetuned: Checkpoint,
+        method: Method,
+        exact_embeddings: bool,
+        ratio: float | None,
+        warn: Warn,
+    ) -> None:
+        self.base, self.finetuned, self.method, self.warn = base, finetuned, method, warn
+        self.pairs = {p.name: p for p in pair(base, finetuned)}
+        self.kept = {name for name in self.pairs if exact_embeddings and is_embedding(name)}
+        self.matrices = [p for p in self.pairs.values() if p.is_matrix and p.name not in self.kept]
+        self.asked_ratio = ratio
+        self.ratio = (ratio or DEFAULT_RATIO) if method.spends_a_budget else None
+        self.group_size = getattr(method, "group_size", None) or 0
+        self.bits_per_weight = 0.0
+
+    def warn_of_large_change(self) -> None:
+        """Look at a few matrices for a delta as large as the weights: the sign of a wrong base."""
+        changed = total = 0.0
+        for p in self.matrices[:: max(1, len(self.matrices) // SAMPLED_WEIGHTS)]:
+            delta, norm = self._delta(p)
+            changed, total = changed + float(delta.square().sum()), total + norm**2
+        change = (changed / total) ** 0.5 if total else 0.0
+        if change > SUSPICIOUS_CHANGE:
+            self.warn(
+                f"the delta is {change:.2f} times as large as the base's weights, where a fine-tune changes them by a "
+                f"few per cent; is {self.base.source} the right base?"
+            )
+
+    def make(self, out: Path, method: dict[str, Any], stream: CalibrationStream | None) -> None:
+        """Compress into the folder `out`, going on from what a killed run of the same job has left."""
+        job = {
+            "deltacome": __version__,
+            "checkpoints": [self.base.stamp(), self.finetuned.stamp()],
+            "method": method,
+            "ratio": self.asked_ratio,
+            "exact": sorted(self.kept),
+            "calibration": hashlib.sha256(raw(stream.ids)).hexdigest() if stream else None,
+        }
+        self.journal = Journal(out, job)
+        interrupted = False
+        try:
+            self._compress(stream)
+            self._write(out, method)
+        except KeyboardInterrupt:
+            interrupted = True
+            raise
+        finally:
+            self.journal.close(remove=not interrupted)
+
+    def _compress(self, stream: CalibrationStream | None) -> None:
+        """Compress every weight that the journal lacks."""
+        journal = self.journal
+        total = sum(self.finetuned.tensors[name].elements for name in self.pairs)
+        done = sum(entry.elements for entry in journal.entries.values())
+        if journal.entries:
+            self.warn(
+                f"going on with the interrupted run: {len(journal.entries)} of {len(self.pairs)} weights are done"
+            )
+        with bar("compressing", total) as self.advance:
+            self.advance(done)
+            matrices = {p.name for p in self.matrices}
+            for name in self.pairs.keys() - matrices - journal.entries.keys():
+                self._keep(self.pairs[name])
+            self._share_out()
+            if stream is not None:
+                wanted = matrices - journal.entries.keys()
+                stream.run(wanted.__contains__, self.finetuned.read_float, self._rebuilt, self._compress_layer)
+            for p in self.matrices:
+                if p.name not in journal.entries:
+                    self._compress_matrix(p, None)
+        if not any(entry.tensors() for entry in journal.entries.values()):
+            raise DeltacomeError(f"{self.finetuned.source} is the same model as {self.base.source}: no weight differs")
+
+    def _write(self, out: Path, method: dict[str, Any]) -> None:
+        """Put the artifact together in the journal's folder and give it its name."""
+        journal = self.journal
+        folder = journal.folder / "artifact"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        entries = [journal.entries[name] for name in sorted(journal.entries)]
+        specs = {name: spec for entry in entries for name, spec in entry.tensors().items()}
+        # Larger items first keeps every tensor aligned to its item size.
+        order = sorted(specs, key=lambda name: -specs[name][0].itemsize)
+        sizes = {name: specs[name][0].itemsize * torch.Size(specs[name][1]).numel() for name in order}
+        runs = shards(sizes, SHARD_BYTES)
+        files = {
+            file: write_safetensors(folder / file, {name: specs[name] for name in names}, journal.read)
+            for file, names in zip(shard_names(WEIGHTS, len(runs)), runs, strict=True)
+        }
+        weight_bytes = sum((folder / file).stat().st_size for file in files)
+        base_files = {}
+        for path in self.finetuned.sidecars():
+            digest = sha256(path)
+            if digest == self.base.sidecar_digest(path.name):
+                base_files[path.name] = digest
+            else:
+                shutil.copyfile(path, folder / path.name)
+                files[path.name] = digest
+        with bar("hashing the base", len(self.base.tensors)) as advance:
+            fingerprint = self.base.fingerprint(each(sorted(self.base.tensors), advance))
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "deltacome": __version__,
+            "method": method,
+            "base": {"name": self.base.name, "fingerprint": fingerprint},
+            "finetuned": {"name": self.finetuned.name},
+            "finetuned_bytes": 2 * self.finetuned.elements,
+            "linear_ratio": round(linear_ratio(entries), 3),
+            "files": files,
+            "base_files": base_files,
+            "weights": {entry.name: entry.fields() for entry in entries},
+        }
+        write_manifest(folder, manifest, weight_bytes)
+        artifact = Artifact(folder)
+        self._check_ratio(artifact)
+        (folder / MODEL_CARD).write_text(model_card(artifact), encoding="utf-8")
+        publish(folder, out)
+
+    def _share_out(self) -> None:
+        """Set the bits that each weight of a matrix may take, so that the whole artifact meets the ratio."""
+        if self.ratio is None:
+            return
+        shared = self.kept | {p.name for p in self.matrices}
+        overhead = FIXED_METADATA + sum(e.bytes for name, e in self.journal.entries.items() if name not in shared)
+        for p in self.matrices:
+            typical = Entry(p.name, p.shape, p.dtype, p.base_name, TYPICAL_TERMS, self.group_size, error=0.1234)
+            added_rows = (p.shape[0] - p.rows) * p.shape[1] * p.dtype.itemsize
+            overhead += typical.metadata_bytes + added_rows
+        allowed = 2 * self._counted_elements / self.ratio - overhead
+        self.bits_per_weight = 8 * allowed / sum(torch.Size(p.shape).numel() for p in self.matrices)
+        if not any(
+            component_bits(1, *p.shape) <= self.bits_per_weight * p.shape[0] * p.shape[1] for p in self.matrices
+        ):
+            least = overhead + min(component_bits(1, *p.shape) for p in self.matrices) / 8
+            raise DeltacomeError(
+                f"a ratio of {self.ratio:g} cannot be reached: what is stored exactly and the metadata take "
+                f"{overhead:,} bytes, and one component more; at most {2 * self._counted_elements / least:.0f} could be"
+            )
+
+    @property
+    def _counted_elements(self) -> int:
+        """Weights that the ratio is about."""
+        return sum(torch.Size(p.shape).numel() for p in self.pairs.values() if p.name not in self.kept)
+
+    def _check_ratio(self, artifact: Artifact) -> None:
+        """Refuse an artifact that misses a ratio that was asked for."""
+        counted = artifact.bytes - sum(artifact.entries[name].bytes for name in self.kept)
+        reached = 2 * self._counted_elements / counted
+        if self.asked_ratio is not None and reached < self.asked_ratio * (1 - RATIO_TOLERANCE):
+            raise DeltacomeError(
+                f"a ratio of {self.asked_ratio:g} cannot be reached with this method and plan: "
+                f"everything counted, they come to {reached:.2f}"
+            )
+
+    def _delta(self, p: Pair) -> tuple[Tensor, float]:
+        """The delta in float32, rows that the base lacks being zero, and the norm of the base's weight."""
+        assert p.base_name is not None
+        delta = self.finetuned.read_float(p.name)
+        theirs = self.base.read_float(p.base_name)
+        delta[: p.rows] -= theirs
+        delta[p.rows :] = 0
+        return delta, float(theirs.norm())
+
+    def _keep(self, p: Pair) -> None:
+        """Store a weight as it is, unless it is the base's."""
+        value = self.finetuned.read(p.name)
+        if value.dtype.is_floating_point:
+            self.finetuned.read_float(p.name)  # refuses NaN
+        same = False
+        if p.base_name is not None and p.rows == (p.shape[0] if p.shape else 0):
+            theirs = self.base.read(p.base_name)
+            same = torch.equal(value, theirs.to(value.dtype))
+        self._finish(p, [] if same else [Dense(value)])
+
+    def _compress_layer(self, second_moments: dict[str, Tensor]) -> None:
+        for name, second_moment in second_moments.items():
+            if name in self.pairs and name not in self.journal.entries and self.pairs[name].is_matrix:
+                self._compress_matrix(self.pairs[name], second_moment)
+
+    def _compress_matrix(self, p: Pair, second_moment: Tensor | None) -> None:
+        delta, _ = self._delta(p)
+        terms: list[Term] = []
+        error = None
+        norm = float(delta.norm())
+        if norm:
+            terms = self.method.compress(delta, self.bits_per_weight * delta.numel(), second_moment)
+            error = float(f"{float(add_terms(delta.neg_(), terms).norm()) / norm:.4g}")
+        if p.rows < p.shape[0]:
+            terms.append(Dense(self.finetuned.read(p.name)[p.rows :], p.rows))
+        self._finish(p, terms, error)
+
+    def _finish(self, p: Pair, terms: list[Term], error: float | None = None) -> None:
+        fields, tensors = term_tensors(terms)
+        entry = Entry(p.name, p.shape, p.dtype, p.base_name, error=error, **fields)
+        self.journal.add(entry, {f"{p.name}.{suffix}": tensor for suffix, tensor in tensors.items()})
+        self.advance(entry.elements)
+
+    def _rebuilt(self, name: str) -> Tensor:
+        """A weight as the artifact will give it, compressed on the spot if it is not yet."""
+        if name not in self.journal.entries:
+            self._compress_matrix(self.pairs[name], None)
+        entry = self.journal.entries[name]
+        return rebuild(entry, entry.terms(self.journal.read), self.base)
+
+
+def _open_stream(
+    finetuned: Checkpoint, calibration: str | Path, count: int, chat_template: str | None
+) -> CalibrationStream:
+    from transformers import AutoTokenizer
+
+    examples = read_examples(calibration, count)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(finetuned.folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise DeltacomeError(f"calibration needs the tokenizer of {finetuned.source}: {reason}") from error
+    return CalibrationStream(finetuned, examples, Encoder(tokenizer, chat_template))

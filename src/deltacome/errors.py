@@ -1,0 +1,5 @@
+"""The one exception that users see: a sentence that says what is wrong and what to do."""
+
+
+class DeltacomeError(Exception):
+    """Bad input or a failed check. The command line prints it as one line and exits with status 1."""

@@ -1,0 +1,134 @@
+"""Files: hashing, folders that appear only when complete, and safetensors written as a stream."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deltacome.errors import DeltacomeError
+
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """A tensor's bytes."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def disk_errors(action: str) -> Iterator[None]:
+    """Turn the operating system's errors, a full disk above all, into one sentence: "cannot `action`: why"."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DeltacomeError(f"cannot {action}: the disk is full; free some space and start again") from error
+        raise DeltacomeError(f"cannot {action}: {error.strerror or error}") from error
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise DeltacomeError where a folder or file of that name exists, or its parent folder does not."""
+    if out.exists() or out.is_symlink():
+        raise DeltacomeError(f"{out} exists already; remove it or choose another name")
+    if not out.absolute().parent.is_dir():
+        raise DeltacomeError(f"cannot write {out}: there is no folder {out.parent}; create it first")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that gets its name when the block ends well and is removed otherwise."""
+    refuse_existing(out)
+    temporary = out.absolute().with_name(f".{out.name}.{os.getpid()}.tmp")
+    with disk_errors(f"write {out}"):
+        temporary.mkdir()
+        try:
+            yield temporary
+            publish(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish(folder: Path, out: Path) -> None:
+    """Flush a finished folder to disk and give it its name, in one step."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    refuse_existing(out)
+    folder.rename(out)
+
+
+def write_safetensors(
+    path: Path, tensors: dict[str, tuple[torch.dtype, list[int]]], read: Callable[[str], Tensor]
+) -> str:
+    """Write a safetensors file tensor by tensor, so that no more than one is in memory; returns its SHA-256.
+
+    Args:
+        tensors: dtype and shape by name, in the order of the file.
+        read: gives the tensor of a name.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for chunk in (len(text).to_bytes(8, "little"), text):
+            file.write(chunk)
+            digest.update(chunk)
+        for name in tensors:
+            data = raw(read(name))
+            file.write(data)
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Split names into runs of at most `limit` bytes each; a tensor larger than that has a run of its own."""
+    runs: list[list[str]] = [[]]
+    total = 0
+    for name, size in sizes.items():
+        if runs[-1] and total + size > limit:
+            runs.append([])
+            total = 0
+        runs[-1].append(name)
+        total += size
+    return runs
+
+
+def shard_names(stem: str, count: int) -> list[str]:
+    """File names as the Hub has them: `stem.safetensors`, or `stem-00001-of-00003.safetensors` and so on."""
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]

@@ -1,0 +1,94 @@
+"""The work folder of a compression that is under way: each finished weight in a file of its own.
+
+A killed run leaves the folder behind, hidden beside its output; the same command started again goes on from it.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deltacome.artifact import Entry
+from deltacome.errors import DeltacomeError
+
+
+class Journal:
+    """Finished weights by name.
+
+    Args:
+        out: the output that is being made.
+        job: everything that the result depends on. A folder left by another job is emptied.
+
+    Raises:
+        DeltacomeError: if another process is making the same output.
+    """
+
+    def __init__(self, out: Path, job: dict[str, Any]) -> None:
+        self.folder = work_folder(out)
+        self.folder.mkdir(exist_ok=True)
+        self.lock = FileLock(self.folder / "lock", timeout=0)
+        try:
+            self.lock.acquire()
+        except Timeout as error:
+            raise DeltacomeError(f"another process is writing {out}; wait for it or choose another name") from error
+        self.files: dict[str, Path] = {}
+        self.entries: dict[str, Entry] = {}
+        description = self.folder / "job.json"
+        text = json.dumps(job, sort_keys=True)
+        if not description.is_file() or description.read_text() != text:
+            for path in self.folder.iterdir():
+                if path.name != "lock":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            _replace(description, text.encode())
+        for path in self.folder.glob("*.safetensors"):
+            self._load(path)
+
+    def _load(self, path: Path) -> None:
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata()
+        except SafetensorError:
+            path.unlink()  # torn by a power cut; the weight is done again
+            return
+        name = metadata["name"]
+        self.files[name], self.entries[name] = path, Entry.parse(name, json.loads(metadata["fields"]))
+
+    def add(self, entry: Entry, tensors: dict[str, Tensor]) -> None:
+        """Keep a finished weight; `tensors` by their names in the artifact."""
+        path = self.folder / f"{hashlib.sha256(entry.name.encode()).hexdigest()[:32]}.safetensors"
+        partial = path.with_suffix(".partial")
+        metadata = {"name": entry.name, "fields": json.dumps(entry.fields())}
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{error}") from error
+        partial.rename(path)
+        self.files[entry.name], self.entries[entry.name] = path, entry
+
+    def read(self, tensor: str) -> Tensor:
+        """A tensor of a finished weight, by its name in the artifact."""
+        with safe_open(self.files[tensor.rpartition(".")[0]], "pt") as file:
+            return file.get_tensor(tensor)
+
+    def close(self, remove: bool) -> None:
+        """Let go of the folder, for another run to go on from unless it is removed."""
+        if remove:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.lock.release()
+
+
+def work_folder(out: Path) -> Path:
+    """Where an output is made."""
+    return out.absolute().with_name(f".{out.name}.partial")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(content)
+    partial.replace(path)

@@ -1,0 +1,61 @@
+"""Compression methods by name. A method turns one matrix into terms; to add one, write a file and list it here."""
+
+from dataclasses import asdict, fields
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from deltacome.errors import DeltacomeError
+from deltacome.methods.bitdelta import BitDelta
+from deltacome.methods.delta_come import DeltaCome
+from deltacome.methods.low_rank import LowRank
+from deltacome.terms import Term
+
+DEFAULT_METHOD = "delta-come"
+
+
+class Method(Protocol):
+    """One method with its settings; a frozen dataclass whose fields are the settings."""
+
+    @property
+    def spends_a_budget(self) -> bool:
+        """Whether the size follows the budget; otherwise the method fixes it."""
+        ...
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the method cannot do without second moments."""
+        ...
+
+    def compress(self, delta: Tensor, budget_bits: float, second_moment: Tensor | None) -> list[Term]:
+        """Terms of one delta.
+
+        Args:
+            delta: float32, (m, n), at least one entry other than zero.
+            budget_bits: what the terms may take, all scales counted.
+            second_moment: E[x xT] of the layer's inputs, (n, n); None without calibration.
+        """
+        ...
+
+
+METHODS: dict[str, type] = {"delta-come": DeltaCome, "low-rank": LowRank, "bitdelta": BitDelta}
+
+
+def make_method(name: str, **settings: Any) -> Method:
+    """The method `name`; settings that are None keep the method's default.
+
+    Raises:
+        DeltacomeError: if there is no such method, or a setting is not one of its own.
+    """
+    if name not in METHODS:
+        raise DeltacomeError(f"there is no method {name!r}; choose from {', '.join(METHODS)}")
+    given = {key: value for key, value in settings.items() if value is not None}
+    known = {field.name for field in fields(METHODS[name])}
+    for key in given.keys() - known:
+        raise DeltacomeError(f"method {name} has no setting {key.replace('_', '-')}; leave it out")
+    return METHODS[name](**given)
+
+
+def describe(name: str, method: Method) -> dict[str, Any]:
+    """Name and settings of a method, as the artifact records them."""
+    return {"name": name, **asdict(method)}  # type: ignore[call-overload]

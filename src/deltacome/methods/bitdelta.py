@@ -1,0 +1,43 @@
+"""BitDelta (Liu et al., 2024): the sign of each entry of a delta, times one scale a matrix."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from deltacome.bits import pack
+from deltacome.errors import DeltacomeError
+from deltacome.terms import Sign, Term
+
+
+@dataclass(frozen=True)
+class BitDelta:
+    """`scale * sign(D)`, one bit a weight whatever the budget.
+
+    scale: `mean` is mean |D|, which minimises the error of the weights (BitDelta, equation 3). `refit` minimises the
+        error of the outputs, E |(D - scale S) x|^2, in closed form: tr(D H S^T) / tr(S H S^T), S = sign(D) and H the
+        second moment of the inputs. It takes the place of BitDelta's distillation and needs calibration.
+    """
+
+    scale: Literal["mean", "refit"] = "mean"
+
+    def __post_init__(self) -> None:
+        if self.scale not in ("mean", "refit"):
+            raise DeltacomeError(f"bitdelta has no scale {self.scale!r}; choose mean or refit")
+
+    @property
+    def spends_a_budget(self) -> bool:
+        return False
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.scale == "refit"
+
+    def compress(self, delta: Tensor, budget_bits: float, second_moment: Tensor | None = None) -> list[Term]:
+        positive = delta >= 0
+        scale = delta.abs().mean()
+        if self.scale == "refit" and second_moment is not None:
+            signs = positive.to(delta.dtype).mul_(2).sub_(1)
+            outputs = signs @ second_moment.to(delta.dtype)
+            scale = (outputs * delta).sum() / (outputs * signs).sum()
+        return [Sign((delta.shape[0], delta.shape[1]), pack(positive, 1), scale.reshape(1))]

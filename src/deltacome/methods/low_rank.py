@@ -1,0 +1,28 @@
+"""Truncated SVD with 16-bit vectors, the low-rank baseline of the paper."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from deltacome.methods.delta_come import DeltaCome
+from deltacome.terms import Term
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """As many leading components as the budget holds, in uniform 16-bit codes.
+
+    A 16-bit code with one scale a vector is finer than bfloat16 or float16 factors of the same size, and needs no
+    term of its own.
+    """
+
+    @property
+    def spends_a_budget(self) -> bool:
+        return True
+
+    @property
+    def needs_calibration(self) -> bool:
+        return False
+
+    def compress(self, delta: Tensor, budget_bits: float, second_moment: Tensor | None = None) -> list[Term]:
+        return DeltaCome(precision="16:*").compress(delta, budget_bits)

@@ -1,0 +1,40 @@
+"""The leading components of a delta."""
+
+import torch
+from torch import Tensor
+
+# Components below this share of the largest singular value are rounding noise of a float32 delta.
+NEGLIGIBLE = 1e-6
+ROWS_AT_ONCE = 4096
+
+
+def leading_components(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first `rank` components of a delta (m, n), fewer if the delta's rank is smaller.
+
+    Through the eigenvectors of the smaller Gram matrix in float64: two to three times as fast here as a float32
+    SVD, lighter in memory for tall matrices, and as accurate, since squaring the singular values costs half of
+    float64's digits and float32 has no more than the other half.
+
+    Returns:
+        u (rank, m), s (rank,), v (rank, n), float32; the rows of u and v are unit singular vectors, s descends.
+    """
+    m, n = delta.shape
+    if m < n:
+        v, s, u = leading_components(delta.T, rank)
+        return u, s, v
+    gram = torch.zeros(n, n, dtype=torch.float64, device=delta.device)
+    for rows in delta.split(ROWS_AT_ONCE):  # no float64 copy of the whole delta
+        rows = rows.double()
+        gram.addmm_(rows.T, rows)
+    values, vectors = torch.linalg.eigh(gram)
+    s = values.flip(0).clamp_min_(0).sqrt_()
+    keep = min(rank, int((s > NEGLIGIBLE * s[0]).sum()))
+    v = vectors.flip(1)[:, :keep]
+    u = torch.empty(keep, m, dtype=torch.float32, device=delta.device)
+    norms = torch.zeros(keep, dtype=torch.float64, device=delta.device)
+    for start in range(0, m, ROWS_AT_ONCE):
+        part = delta[start : start + ROWS_AT_ONCE].double() @ v
+        norms += part.square().sum(0)
+        u[:, start : start + part.shape[0]] = part.T
+    s = norms.sqrt_().float()
+    return u.div_(s[:, None]), s, v.T.float()

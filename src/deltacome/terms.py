@@ -1,0 +1,153 @@
+"""The terms that a compressed weight is a sum of. Methods return them; everything else consumes them.
+
+A weight W of shape (m, n) is rebuilt as `W_base + sum of terms`, a `Dense` term replacing rows instead of adding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltacome.bits import pack, unpack, words_per_row
+
+SCALE_BITS = 16  # a component's scale is one bfloat16
+GROUP_BITS = 24  # a group's scale is one float16, its zero point one byte
+
+
+def groups_per_row(length: int, group_size: int) -> int:
+    """How many groups of `group_size` entries a vector of `length` entries has, the last one perhaps shorter."""
+    return -(-length // group_size)
+
+
+def component_bits(bits: int, m: int, n: int, group_size: int = 0) -> int:
+    """Bits on disk of one component of an (m, n) matrix: both packed singular vectors and all scales."""
+    words = words_per_row(m, bits) + words_per_row(n, bits)
+    groups = groups_per_row(m, group_size) + groups_per_row(n, group_size) if group_size else 0
+    return 32 * words + SCALE_BITS + GROUP_BITS * groups
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Scales and zero points per group of consecutive entries of a singular vector, as in the paper's reference.
+
+    An entry is `scale[k, j // size] * (code - zero[k, j // size])`.
+    u_scale, v_scale: float16, (rank, groups of m) and (rank, groups of n). u_zero, v_zero: uint8, the same shapes.
+    """
+
+    size: int
+    u_scale: Tensor
+    u_zero: Tensor
+    v_scale: Tensor
+    v_zero: Tensor
+
+
+@dataclass(frozen=True)
+class Factored:
+    """`sum_k scale[k] * outer(u[k], v[k])`: components of one bit-width, codes packed by `bits.pack`.
+
+    Without groups an entry of u or v is `code - (2**bits - 1) / 2`, and `scale` carries the singular value and
+    the steps of both vectors. With groups the entries are scaled per group and `scale` is the singular value.
+
+    u: int32, (rank, words of m). v: int32, (rank, words of n). scale: bfloat16, (rank,). shape: (m, n).
+    """
+
+    bits: int
+    shape: tuple[int, int]
+    u: Tensor
+    v: Tensor
+    scale: Tensor
+    groups: Groups | None = None
+
+    @classmethod
+    def from_codes(
+        cls, bits: int, u_codes: Tensor, v_codes: Tensor, scale: Tensor, groups: Groups | None = None
+    ) -> "Factored":
+        """Pack integer codes (rank, m) and (rank, n); `scale` (rank,) is rounded to bfloat16."""
+        shape = (u_codes.shape[1], v_codes.shape[1])
+        return cls(bits, shape, pack(u_codes, bits), pack(v_codes, bits), scale.to(torch.bfloat16), groups)
+
+    @property
+    def rank(self) -> int:
+        return self.u.shape[0]
+
+    def vectors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Dequantised u (rank, m) and v (rank, n), without `scale`."""
+        m, n = self.shape
+        u, v = (unpack(words, self.bits, length).to(dtype) for words, length in ((self.u, m), (self.v, n)))
+        if self.groups is None:
+            middle = (2**self.bits - 1) / 2
+            return u.sub_(middle), v.sub_(middle)
+        size = self.groups.size
+        return (
+            _grouped(u, self.groups.u_scale, self.groups.u_zero, size),
+            _grouped(v, self.groups.v_scale, self.groups.v_zero, size),
+        )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The term as a matrix (m, n)."""
+        u, v = self.vectors(dtype)
+        return (u * self.scale.to(dtype)[:, None]).T @ v
+
+
+@dataclass(frozen=True)
+class Sign:
+    """`scale * (+1 or -1)` per weight (BitDelta).
+
+    words: int32, (m, words of n), a set bit is +1. scale: float32, (1,).
+    """
+
+    shape: tuple[int, int]
+    words: Tensor
+    scale: Tensor
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The term as a matrix (m, n)."""
+        return unpack(self.words, 1, self.shape[1]).to(dtype).mul_(2).sub_(1).mul_(self.scale.to(dtype))
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Exact values that replace the weight's rows from `start` on, in the fine-tuned checkpoint's own dtype."""
+
+    value: Tensor
+    start: int = 0
+
+
+Term = Factored | Sign | Dense
+
+
+def term_bytes(term: Term) -> int:
+    """Bytes of a term's tensors, in memory and on disk alike."""
+    tensors: list[Tensor]
+    match term:
+        case Factored(u=u, v=v, scale=scale, groups=groups):
+            tensors = [u, v, scale]
+            if groups is not None:
+                tensors += [groups.u_scale, groups.u_zero, groups.v_scale, groups.v_zero]
+        case Sign(words=words, scale=scale):
+            tensors = [words, scale]
+        case Dense(value=value):
+            tensors = [value]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def add_terms(weight: Tensor, terms: list[Term]) -> Tensor:
+    """Add the terms to `weight`, a float tensor in the fine-tuned weight's shape, in place; returns it."""
+    for term in terms:
+        if isinstance(term, Dense):
+            if weight.ndim == 0:
+                weight.copy_(term.value)
+            else:
+                weight[term.start : term.start + term.value.shape[0]] = term.value.to(weight.dtype)
+        elif isinstance(term, Factored):
+            u, v = term.vectors(weight.dtype)
+            weight.addmm_((u * term.scale.to(weight.dtype)[:, None]).T, v)
+        else:
+            weight += term.dequantize(weight.dtype)
+    return weight
+
+
+def _grouped(codes: Tensor, scale: Tensor, zero: Tensor, size: int) -> Tensor:
+    length = codes.shape[1]
+    scale, zero = (x.to(codes.dtype).repeat_interleave(size, dim=1)[:, :length] for x in (scale, zero))
+    return codes.sub_(zero).mul_(scale)

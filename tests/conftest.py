@@ -1,0 +1,118 @@
+"""Small random models, saved as real checkpoints."""
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+Save = Callable[..., Path]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer without merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<|im_start|>", "<|im_end|>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", chat_template=TEMPLATE
+    )
+
+
+def make_model(seed: int = 0, **options: object) -> LlamaForCausalLM:
+    """A random Llama whose sizes are no multiples of anything."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **{
+            "vocab_size": 259,
+            "hidden_size": 60,
+            "intermediate_size": 109,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "head_dim": 20,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.1,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            **options,
+        }
+    )
+    return LlamaForCausalLM(config)
+
+
+def fine_tune(model: LlamaForCausalLM, seed: int = 1, size: float = 0.05) -> None:
+    """Change every parameter a little, matrices by deltas whose singular values decay as those of real ones do."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            change = torch.randn_like(parameter)
+            if parameter.ndim == 2:
+                u, s, v = torch.linalg.svd(change, full_matrices=False)
+                change = (u * s * torch.arange(1, len(s) + 1) ** -0.7) @ v
+            parameter += size * change * parameter.norm() / change.norm()
+
+
+@pytest.fixture(scope="session")
+def save(tmp_path_factory: pytest.TempPathFactory) -> Save:
+    """Saves a model with the tokenizer in a new folder."""
+
+    def do(
+        model: LlamaForCausalLM, name: str = "model", dtype: torch.dtype = torch.bfloat16, **options: object
+    ) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        copy.deepcopy(model).to(dtype).save_pretrained(folder, **options)
+        make_tokenizer().save_pretrained(folder)
+        return folder
+
+    return do
+
+
+@pytest.fixture(scope="session")
+def base(save: Save) -> Path:
+    return save(make_model(tie_word_embeddings=True), "base")
+
+
+@pytest.fixture(scope="session")
+def finetuned(save: Save) -> Path:
+    model = make_model(tie_word_embeddings=True)
+    fine_tune(model)
+    return save(model, "finetuned")
+
+
+@pytest.fixture(scope="session")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file with a line of each kind."""
+    path = tmp_path_factory.mktemp("data") / "examples.jsonl"
+    lines = [
+        {"prompt": "What is 2 + 3?", "completion": "2 + 3 = 5\n#### 5", "answer": "5"},
+        {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there"}]},
+        {"text": "Some plain text, a little longer than the others are."},
+        *({"prompt": f"Say {i}", "completion": str(i)} for i in range(9)),
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path

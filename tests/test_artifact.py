@@ -1,0 +1,169 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from format_reader import Reader
+
+from deltacome import Artifact, DeltacomeError, compress
+from deltacome.artifact import MANIFEST, MODEL_CARD, rebuild, write_manifest
+from deltacome.checkpoint import Checkpoint
+
+SETTINGS = {
+    "delta-come": {"ratio": 4},
+    "every bit-width": {"precision": "8:2,7:2,6:2,5:2,4:2,3:2,2:2,1:3"},
+    "groups": {"scale": "minmax", "ratio": 4},
+    "small groups": {"scale": "minmax", "group_size": 10, "ratio": 4},
+    "low-rank": {"method": "low-rank", "ratio": 4},
+    "bitdelta": {"method": "bitdelta"},
+    "exact embeddings": {"embeddings": "exact", "ratio": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def artifact(base: Path, finetuned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("artifacts") / "delta"
+    compress(base, finetuned, out, ratio=4)
+    return out
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_reader_written_from_the_specification_agrees(name: str, base: Path, finetuned: Path, tmp_path: Path) -> None:
+    compress(base, finetuned, tmp_path / "delta", **SETTINGS[name])
+    artifact, checkpoint = Artifact(tmp_path / "delta"), Checkpoint(base)
+    reader = Reader(tmp_path / "delta", base)
+    assert reader.manifest["weights"].keys() == artifact.entries.keys() == Checkpoint(finetuned).tensors.keys()
+    for weight, entry in artifact.entries.items():
+        ours = rebuild(entry, artifact.terms(weight), checkpoint).double().numpy()
+        np.testing.assert_allclose(ours, reader.weight(weight), rtol=1e-5, atol=1e-6)
+    size = sum(path.stat().st_size for path in (tmp_path / "delta").glob("delta*"))
+    assert artifact.bytes == size  # the weights and the manifest, by their names
+    assert artifact.manifest["ratio"] == pytest.approx(artifact.finetuned_bytes / size, abs=1e-3)
+
+
+def test_exact_parts_are_exact(artifact: Path, base: Path, finetuned: Path) -> None:
+    opened, base_checkpoint, checkpoint = Artifact(artifact), Checkpoint(base), Checkpoint(finetuned)
+    norms = [name for name in opened.entries if "norm" in name]
+    assert len(norms) == 5
+    for name in norms:
+        found = rebuild(opened.entries[name], opened.terms(name), base_checkpoint)
+        assert found.dtype == torch.bfloat16 and torch.equal(found, checkpoint.read(name))
+
+
+def test_any_changed_byte_is_found(artifact: Path, tmp_path: Path) -> None:
+    """Every byte of the manifest, and a byte in every 97 of the weights."""
+    folder = tmp_path / "copy"
+    shutil.copytree(artifact, folder)
+    names = [path.name for path in folder.iterdir() if path.name != MODEL_CARD]
+    assert "deltacome.json" in names and "delta.safetensors" in names
+    for name in names:
+        content = (folder / name).read_bytes()
+        step = 7 if name == MANIFEST else 97
+        for place in [*range(100), *range(100, len(content), step), len(content) - 1]:
+            changed = bytearray(content)
+            changed[place] ^= 1 << place % 8
+            (folder / name).write_bytes(changed)
+            with pytest.raises(DeltacomeError):
+                Artifact(folder).check_digests()
+        for shorter in (content[:-1], content[: len(content) // 2], content[:5], b"", content + b"\0"):
+            (folder / name).write_bytes(shorter)
+            with pytest.raises(DeltacomeError):
+                Artifact(folder).check_digests()
+        (folder / name).unlink()
+        with pytest.raises(DeltacomeError):
+            Artifact(folder).check_digests()
+        (folder / name).write_bytes(content)
+    Artifact(folder).check_digests()
+
+
+def test_truncated_weights_do_not_open(artifact: Path, tmp_path: Path) -> None:
+    shutil.copytree(artifact, tmp_path / "copy")
+    path = tmp_path / "copy" / "delta.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DeltacomeError, match="truncated or damaged"):
+        Artifact(tmp_path / "copy")
+
+
+def edit_entry(**fields: object) -> Callable[[dict], None]:
+    def edit(manifest: dict) -> None:
+        manifest["weights"]["model.layers.0.mlp.up_proj.weight"].update(fields)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        edit_entry(shape=[109, 61]),
+        edit_entry(shape=[109, -60]),
+        edit_entry(shape="huge"),
+        edit_entry(dtype="F17"),
+        edit_entry(factored=[[9, 1]]),
+        edit_entry(factored=[[2, 100]]),
+        edit_entry(factored=[[2, 0]]),
+        edit_entry(factored=[[2]]),
+        edit_entry(group_size=-3),
+        edit_entry(group_size=128),
+        edit_entry(sign=True),
+        edit_entry(sign="yes"),
+        edit_entry(dense=0),
+        edit_entry(dense=109),
+        edit_entry(base=5),
+        lambda manifest: manifest.pop("weights"),
+        lambda manifest: manifest.pop("base"),
+        lambda manifest: manifest["weights"].pop("model.layers.0.mlp.up_proj.weight"),
+        lambda manifest: manifest["weights"].update(extra={"shape": [2], "dtype": "F32", "dense": 0}),
+        lambda manifest: manifest["files"].update({"../evil": "0" * 64}),
+        lambda manifest: manifest["files"].update({"/etc/passwd": "0" * 64}),
+        lambda manifest: manifest["base_files"].update({"..": "0" * 64}),
+        lambda manifest: manifest["files"].update({"delta-2.safetensors": "0" * 64}),
+        lambda manifest: manifest.update(files=[]),
+    ],
+)
+def test_a_manifest_that_lies_does_not_open_even_with_a_right_digest(
+    edit: Callable[[dict], None], artifact: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(artifact, tmp_path / "copy")
+    manifest = json.loads((artifact / MANIFEST).read_bytes())
+    del manifest["sha256"], manifest["ratio"]
+    edit(manifest)
+    write_manifest(tmp_path / "copy", manifest, 1)
+    with pytest.raises(DeltacomeError, match="broken artifact"):
+        Artifact(tmp_path / "copy")
+
+
+def test_other_format_versions_are_refused(artifact: Path, tmp_path: Path) -> None:
+    shutil.copytree(artifact, tmp_path / "copy")
+    text = (artifact / MANIFEST).read_text().replace('"format_version":1', '"format_version":2')
+    (tmp_path / "copy" / MANIFEST).write_text(text)
+    with pytest.raises(DeltacomeError, match="format version 2, and this deltacome reads version 1"):
+        Artifact(tmp_path / "copy")
+
+
+def test_nan_in_a_scale_is_refused(artifact: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(artifact, tmp_path / "copy")
+    tensors = load_file(artifact / "delta.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight.scales"][1] = float("nan")
+    save_file(tensors, tmp_path / "copy" / "delta.safetensors")
+    with pytest.raises(DeltacomeError, match="holds NaN or infinity"):
+        Artifact(tmp_path / "copy").terms("model.layers.0.mlp.up_proj.weight")
+
+
+def test_no_artifact(tmp_path: Path, base: Path) -> None:
+    with pytest.raises(DeltacomeError, match="there is no folder"):
+        Artifact(tmp_path / "nothing")
+    with pytest.raises(DeltacomeError, match="is no compressed delta"):
+        Artifact(base)
+
+
+def test_the_model_card_names_the_base_and_may_be_edited(artifact: Path, tmp_path: Path) -> None:
+    shutil.copytree(artifact, tmp_path / "copy")
+    card = tmp_path / "copy" / MODEL_CARD
+    assert 'base_model: "base' in card.read_text()
+    card.write_text("mine")
+    Artifact(tmp_path / "copy").check_digests()

@@ -1,0 +1,187 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Save, fine_tune, make_model, make_tokenizer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from deltacome import Artifact, DeltacomeError, compress, merge
+from deltacome import calibration as module
+from deltacome.calibration import CalibrationStream
+from deltacome.checkpoint import Checkpoint
+from deltacome.data import Encoder, Example, read_examples
+
+
+def plain_moments(folder: Path, rows: list[list[int]]) -> dict[str, Tensor]:
+    """Second moments by hooks on the whole model, one unpadded example at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    sums: dict[str, Tensor] = {}
+    count = sum(map(len, rows))
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+
+            def add(_: nn.Module, arguments: tuple[Tensor], name: str = name) -> None:
+                x = arguments[0][0].double()
+                sums[f"{name}.weight"] = sums.get(f"{name}.weight", 0) + x.T @ x / count
+
+            layer.register_forward_pre_hook(add)
+    with torch.inference_mode():
+        for row in rows:
+            model(input_ids=torch.tensor([row]))
+    return sums
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tokens", [1, 100, 10**6])
+def test_streamed_moments_are_those_of_the_whole_model(
+    tied: bool, tokens: int, save: Save, examples: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TOKENS_AT_ONCE", tokens)
+    checkpoint = Checkpoint(save(make_model(tie_word_embeddings=tied)))
+    encoder = Encoder(make_tokenizer())
+    data = read_examples(examples)
+    found: dict[str, Tensor] = {}
+    stream = CalibrationStream(checkpoint, data, encoder)
+    stream.run(lambda _: True, checkpoint.read_float, checkpoint.read_float, found.update)
+    expected = plain_moments(checkpoint.folder, [encoder.example(example)[0] for example in data])
+    if tied:
+        del expected["lm_head.weight"]
+    assert found.keys() == expected.keys()
+    for name, moment in expected.items():
+        torch.testing.assert_close(found[name], moment.float(), rtol=1e-4, atol=1e-4 * float(moment.abs().max()))
+
+
+def test_inputs_come_through_compressed_layers(save: Save, examples: Path) -> None:
+    """With other weights behind `read_compressed`, the second layer's moments are those of a model mixed of both."""
+    first, second = make_model(0), make_model(1)
+    checkpoint, other = Checkpoint(save(first)), Checkpoint(save(second))
+    second.model.layers[1] = first.model.layers[1]
+    encoder, data = Encoder(make_tokenizer()), read_examples(examples)
+    found: dict[str, Tensor] = {}
+    CalibrationStream(checkpoint, data, encoder).run(
+        lambda _: True, checkpoint.read_float, other.read_float, found.update
+    )
+    expected = plain_moments(save(second), [encoder.example(example)[0] for example in data])
+    name = "model.layers.1.mlp.up_proj.weight"
+    torch.testing.assert_close(found[name], expected[name].float(), rtol=1e-3, atol=1e-4 * float(expected[name].max()))
+
+
+def test_layers_that_are_done_are_only_passed(save: Save, examples: Path) -> None:
+    checkpoint = Checkpoint(save(make_model()))
+    found: dict[str, Tensor] = {}
+    stream = CalibrationStream(checkpoint, read_examples(examples), Encoder(make_tokenizer()))
+    read: list[str] = []
+
+    def reading(name: str) -> Tensor:
+        read.append(name)
+        return checkpoint.read_float(name)
+
+    stream.run(lambda name: "layers.1" in name, reading, checkpoint.read_float, found.update)
+    assert read and all("layers.1" in name for name in read)
+    assert not any("layers.0" in name for name in found)
+
+
+@pytest.mark.parametrize("scale", ["unbiased", "minmax"])
+def test_calibration_lowers_the_output_error(scale: str, save: Save, tmp_path: Path) -> None:
+    """On the outputs of the first layer's linears, over the calibration data's own kind of text."""
+    model = make_model(intermediate_size=200, hidden_size=120)
+    base = save(model)
+    fine_tune(model)
+    finetuned = save(model)
+    data = tmp_path / "data.jsonl"
+    texts = ["".join(chr(97 + (i * i + j * 7 + i * j) % 26) for j in range(90)) for i in range(60)]
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    rows = [make_tokenizer()(text).input_ids for text in texts]
+    moments = plain_moments(finetuned, rows)
+    errors = {}
+    for name, options in {"nearest": {}, "gptq": {"calibration": data}}.items():
+        compress(base, finetuned, tmp_path / name, precision="4:2,2:18", scale=scale, **options)
+        merge(base, tmp_path / name, tmp_path / f"{name}-merged", torch.float32)
+        ours, theirs = Checkpoint(tmp_path / f"{name}-merged"), Checkpoint(finetuned)
+        errors[name] = [
+            float(torch.trace(d @ moment.float() @ d.T))
+            for weight, moment in moments.items()
+            if "layers.0" in weight
+            for d in [ours.read(weight) - theirs.read_float(weight)]
+        ]
+    better = sum(g < n for g, n in zip(errors["gptq"], errors["nearest"], strict=True))
+    assert better >= 6 and sum(errors["gptq"]) < 0.8 * sum(errors["nearest"])
+    assert Artifact(tmp_path / "gptq").method["calibration_examples"] == 60
+
+
+def test_bitdelta_refit(base: Path, finetuned: Path, examples: Path, tmp_path: Path) -> None:
+    scales = []
+    for scale, calibration in (("mean", None), ("refit", examples)):
+        compress(base, finetuned, tmp_path / scale, method="bitdelta", scale=scale, calibration=calibration)
+        artifact = Artifact(tmp_path / scale)
+        scales.append([float(artifact.terms(n)[0].scale) for n, e in artifact.entries.items() if e.sign])  # type: ignore
+    assert len(scales[0]) == 15 and sum(a != b for a, b in zip(*scales, strict=True)) == 14  # all but the embedding
+
+
+def test_weights_that_have_no_place_in_the_model_are_said(save: Save, examples: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = save(make_model())
+    tensors = load_file(folder / "model.safetensors")
+    save_file({f"odd.{name}": tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    with pytest.raises(DeltacomeError, match="compress it without --calibration"):
+        CalibrationStream(Checkpoint(folder), read_examples(examples), Encoder(make_tokenizer()))
+
+
+def test_an_unknown_architecture_is_said(save: Save, examples: Path) -> None:
+    folder = save(make_model())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "nothing-known"}))
+    with pytest.raises(DeltacomeError, match="transformers cannot build"):
+        CalibrationStream(Checkpoint(folder), read_examples(examples), Encoder(make_tokenizer()))
+
+
+def test_reading_examples(examples: Path, tmp_path: Path) -> None:
+    prompt, messages, text = read_examples(examples)[:3]
+    assert prompt == Example(({"role": "user", "content": "What is 2 + 3?"},), "2 + 3 = 5\n#### 5", "5")
+    assert messages.completion == "Hi there" and len(messages.messages) == 1
+    assert text.messages == () and len(read_examples(examples, 2)) == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"prompt": "x"}', "[]", "{", '{"text": ""}', '{"messages": []}', '{"prompt": 1, "completion": "x"}', "null",
+     '{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}',
+     '{"messages": [{"role": "user"}, {"role": "assistant", "content": "y"}]}'],
+)  # fmt: skip
+def test_bad_lines_are_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "good"}\n\n' + line + "\n")
+    with pytest.raises(DeltacomeError, match=r"data\.jsonl, line 3: "):
+        read_examples(path)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    with pytest.raises(DeltacomeError, match="there is no file"):
+        read_examples(path)
+    path.write_text("\n\n")
+    with pytest.raises(DeltacomeError, match="holds no examples"):
+        read_examples(path)
+    path.write_bytes(b'{"text": "\xff"}\n')
+    with pytest.raises(DeltacomeError, match="not UTF-8"):
+        read_examples(path)
+
+
+def test_templates(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    example = Example(({"role": "user", "content": "hi"},), "yo")
+
+    def text(encoder: Encoder) -> tuple[str, str]:
+        ids, start = encoder.example(example)
+        return tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:])
+
+    assert text(Encoder(tokenizer)) == ("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "yo<|im_end|>")
+    assert text(Encoder(tokenizer, "none")) == ("hi", "yo<|im_end|>")
+    (tmp_path / "t.jinja").write_text("Q: {{ messages[0]['content'] }} A: ")
+    assert text(Encoder(tokenizer, str(tmp_path / "t.jinja"))) == ("Q: hi A: ", "yo<|im_end|>")
+    with pytest.raises(DeltacomeError, match="give a Jinja template"):
+        Encoder(tokenizer, str(tmp_path / "missing.jinja"))
+    assert Encoder(tokenizer).example(Example((), "some text"))[1] == 1

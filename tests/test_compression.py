@@ -1,0 +1,349 @@
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Save, fine_tune, make_model, make_tokenizer
+from safetensors.torch import load_file, save_file
+
+from deltacome import Artifact, DeltacomeError, compress, merge
+from deltacome.checkpoint import Checkpoint
+from deltacome.journal import work_folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def change_tensor(folder: Path, name: str, value: torch.Tensor | None) -> None:
+    """Replace a tensor of a saved checkpoint, or take it out."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop(name, None)
+    if value is not None:
+        tensors[name] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("ratio", [3.3, 4, 6])
+def test_the_ratio_is_met_by_everything_on_disk(ratio: float, base: Path, finetuned: Path, tmp_path: Path) -> None:
+    report = compress(base, finetuned, tmp_path / "delta", ratio=ratio)
+    size = sum((tmp_path / "delta" / name).stat().st_size for name in ("deltacome.json", "delta.safetensors"))
+    assert report["artifact_bytes"] == size and report["finetuned_bytes"] == 2 * Checkpoint(finetuned).elements
+    # A component of these small matrices is some per cent of them; what the budget leaves over is less than one.
+    assert ratio <= report["finetuned_bytes"] / size <= 1.25 * ratio
+
+
+def test_exact_embeddings_are_left_out_of_the_ratio(save: Save, tmp_path: Path) -> None:
+    options = {"vocab_size": 5000, "intermediate_size": 500}
+    model = make_model(**options)
+    base = save(model)
+    fine_tune(model)
+    finetuned = save(model)
+    compress(base, finetuned, tmp_path / "delta", ratio=4, embeddings="exact")
+    artifact, checkpoint = Artifact(tmp_path / "delta"), Checkpoint(finetuned)
+    embeddings = [entry for name, entry in artifact.entries.items() if "embed" in name or "lm_head" in name]
+    assert len(embeddings) == 2
+    for entry in embeddings:
+        assert torch.equal(artifact.terms(entry.name)[0].value, checkpoint.read(entry.name))  # type: ignore[union-attr]
+    rest = 2 * sum(e.elements for e in artifact.entries.values() if e not in embeddings)
+    assert 4 <= rest / (artifact.bytes - sum(e.bytes for e in embeddings)) < 4.6
+    assert 4 < artifact.manifest["linear_ratio"] < 5.2
+
+
+def test_results_are_the_same_every_time(base: Path, finetuned: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        compress(base, finetuned, tmp_path / name, ratio=4)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_a_killed_run_leaves_nothing_that_opens_and_is_resumed(
+    save: Save, base: Path, finetuned: Path, tmp_path: Path
+) -> None:
+    """Real processes, killed without warning at different moments, until one gets through."""
+    model = make_model(num_hidden_layers=30)
+    base = save(model)
+    fine_tune(model)
+    finetuned = save(model)
+    compress(base, finetuned, tmp_path / "whole", ratio=4)
+    out = tmp_path / "delta"
+    command = [
+        sys.executable,
+        "-m",
+        "deltacome.cli",
+        "compress",
+        str(base),
+        str(finetuned),
+        "-o",
+        str(out),
+        "--ratio",
+        "4",
+    ]
+    done: list[int] = []
+    for weights in (3, 40, 150):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while len(list(work_folder(out).glob("*.safetensors"))) < weights and time.monotonic() < deadline:
+            assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not out.exists()
+        with pytest.raises(DeltacomeError):
+            Artifact(out)
+        with pytest.raises(DeltacomeError):
+            Artifact(work_folder(out))
+        done.append(len(list(work_folder(out).glob("*.safetensors"))))
+    assert done == sorted(done) and done[0] >= 3
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"going on with the interrupted run: {done[-1]} of" in result.stderr
+    assert files(out) == files(tmp_path / "whole")
+    assert not work_folder(out).exists()
+
+
+def test_work_of_another_job_is_not_used(base: Path, finetuned: Path, tmp_path: Path) -> None:
+    work = work_folder(tmp_path / "delta")
+    work.mkdir()
+    (work / "job.json").write_text('{"another": "job"}')
+    save_file({}, work / "0.safetensors", {"name": "model.norm.weight", "fields": '{"shape":[1],"dtype":"F32"}'})
+    compress(base, finetuned, tmp_path / "delta", ratio=4)
+    compress(base, finetuned, tmp_path / "clean", ratio=4)
+    assert files(tmp_path / "delta") == files(tmp_path / "clean")
+
+
+def test_two_processes_on_one_output(base: Path, finetuned: Path, tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    work_folder(tmp_path / "delta").mkdir()
+    with (
+        FileLock(work_folder(tmp_path / "delta") / "lock"),
+        pytest.raises(DeltacomeError, match="another process is writing"),
+    ):
+        compress(base, finetuned, tmp_path / "delta")
+
+
+@pytest.mark.parametrize("grown", [1, 7])
+def test_grown_vocabulary(grown: int, save: Save, tmp_path: Path) -> None:
+    """Shared rows are a delta, new rows are exact, in the input embedding and in an untied head."""
+    model = make_model()
+    base = save(model)
+    model.resize_token_embeddings(259 + grown, mean_resizing=False)
+    fine_tune(model)
+    finetuned = save(model)
+    compress(base, finetuned, tmp_path / "delta", ratio=3)
+    merge(base, tmp_path / "delta", tmp_path / "merged")
+    ours, theirs = Checkpoint(tmp_path / "merged"), Checkpoint(finetuned)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        found, expected = ours.read(name), theirs.read(name)
+        assert torch.equal(found[259:], expected[259:]) and not torch.equal(found, expected)
+        assert (found[:259].float() - expected[:259].float()).norm() < 0.05 * expected.float().norm()
+    assert ours.config["vocab_size"] == 259 + grown
+
+
+@pytest.mark.parametrize(("base_tied", "finetuned_tied"), [(True, False), (False, True)])
+def test_embeddings_tied_in_one_only(base_tied: bool, finetuned_tied: bool, save: Save, tmp_path: Path) -> None:
+    base = save(make_model(tie_word_embeddings=base_tied))
+    model = make_model(tie_word_embeddings=finetuned_tied)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    fine_tune(model)
+    finetuned = save(model)
+    compress(base, finetuned, tmp_path / "delta", ratio=3)
+    merge(base, tmp_path / "delta", tmp_path / "merged")
+    ours, theirs = Checkpoint(tmp_path / "merged"), Checkpoint(finetuned)
+    assert ours.tensors.keys() == theirs.tensors.keys() and ours.config == theirs.config
+    for name in theirs.tensors:
+        assert (ours.read(name).float() - theirs.read(name).float()).norm() < 0.05 * theirs.read(name).float().norm()
+
+
+def test_unchanged_weights_cost_nothing(base: Path, save: Save, tmp_path: Path) -> None:
+    model = make_model(tie_word_embeddings=True)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight += 0.01 * torch.randn(109, 60)
+    compress(base, save(model), tmp_path / "delta", ratio=3)
+    artifact = Artifact(tmp_path / "delta")
+    changed = [name for name, entry in artifact.entries.items() if entry.tensors()]
+    assert changed == ["model.layers.0.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize(("base_dtype", "dtype"), [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)])
+def test_mixed_dtypes(base_dtype: torch.dtype, dtype: torch.dtype, save: Save, tmp_path: Path) -> None:
+    base = save(make_model(), dtype=base_dtype)
+    model = make_model()
+    fine_tune(model)
+    finetuned = save(model, dtype=dtype)
+    compress(base, finetuned, tmp_path / "delta", ratio=3)
+    merge(base, tmp_path / "delta", tmp_path / "merged")
+    assert {info.dtype for info in Checkpoint(tmp_path / "merged").tensors.values()} == {dtype}
+
+
+def test_sharded_and_bin_checkpoints_give_the_same(base: Path, finetuned: Path, save: Save, tmp_path: Path) -> None:
+    model = make_model(tie_word_embeddings=True)
+    fine_tune(model)
+    sharded = save(model, max_shard_size="50KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    binary = tmp_path / "binary"
+    shutil.copytree(finetuned, binary)
+    torch.save(load_file(binary / "model.safetensors"), binary / "pytorch_model.bin")
+    (binary / "model.safetensors").unlink()
+    results = []
+    for number, folder in enumerate((finetuned, sharded, binary)):
+        compress(base, folder, tmp_path / str(number), ratio=4)
+        results.append((tmp_path / str(number) / "delta.safetensors").read_bytes())
+    assert results[0] == results[1] == results[2]
+
+
+def test_a_pickle_that_runs_code_is_refused(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    shutil.copy(base / "config.json", folder)
+
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return (os.mkdir, (str(tmp_path / "owned"),))
+
+    torch.save({"x": Evil()}, folder / "pytorch_model.bin")
+    with pytest.raises(DeltacomeError, match="cannot be loaded as plain weights"):
+        Checkpoint(folder)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_sidecars_travel_only_where_they_differ(base: Path, finetuned: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "finetuned"
+    shutil.copytree(finetuned, changed)
+    (changed / "chat_template.jinja").write_text("{{ messages }}")
+    compress(base, changed, tmp_path / "delta", ratio=4)
+    artifact = Artifact(tmp_path / "delta")
+    assert (tmp_path / "delta" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert "tokenizer.json" in artifact.base_files and not (tmp_path / "delta" / "tokenizer.json").exists()
+    merge(base, tmp_path / "delta", tmp_path / "merged")
+    assert {p.name for p in (tmp_path / "merged").iterdir()} == {p.name for p in changed.iterdir()}
+    assert (tmp_path / "merged" / "tokenizer.json").read_bytes() == (changed / "tokenizer.json").read_bytes()
+
+
+class TestBadInput:
+    """One sentence, and nothing left behind."""
+
+    @pytest.fixture(autouse=True)
+    def clean(self, tmp_path: Path) -> None:
+        yield
+        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+    @pytest.fixture
+    def copy(self, finetuned: Path, tmp_path: Path) -> Path:
+        shutil.copytree(finetuned, tmp_path / "copy")
+        return tmp_path / "copy"
+
+    def refused(self, message: str, base: Path, finetuned: Path, tmp_path: Path, **options: object) -> None:
+        with pytest.raises(DeltacomeError, match=message):
+            compress(base, finetuned, tmp_path / "out", **options)
+
+    def test_missing_or_empty_folders(self, base: Path, copy: Path, tmp_path: Path) -> None:
+        self.refused("there is no folder", tmp_path / "nothing", copy, tmp_path)
+        (tmp_path / "empty").mkdir()
+        self.refused("has no config.json", base, tmp_path / "empty", tmp_path)
+        self.refused("is a file", base, copy / "config.json", tmp_path)
+        (copy / "model.safetensors").unlink()
+        self.refused("has no weights", base, copy, tmp_path)
+
+    def test_broken_files(self, base: Path, copy: Path, tmp_path: Path) -> None:
+        content = (copy / "model.safetensors").read_bytes()
+        (copy / "model.safetensors").write_bytes(content[:-10])
+        self.refused("damaged", base, copy, tmp_path)
+        (copy / "config.json").write_text("{")
+        self.refused("not valid JSON", base, copy, tmp_path)
+
+    def test_another_architecture(self, base: Path, copy: Path, tmp_path: Path) -> None:
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
+        self.refused("is a qwen2 model and .* a llama model", base, copy, tmp_path)
+
+    def test_other_shapes(self, save: Save, finetuned: Path, tmp_path: Path) -> None:
+        self.refused("is this the right base", save(make_model(hidden_size=30)), finetuned, tmp_path)
+        self.refused("cannot be the base", save(make_model(num_hidden_layers=3)), finetuned, tmp_path)
+
+    def test_the_same_model(self, base: Path, tmp_path: Path) -> None:
+        self.refused("is the same model", base, base, tmp_path)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+    def test_nan_and_infinity(self, value: float, name: str, base: Path, copy: Path, tmp_path: Path) -> None:
+        tensor = Checkpoint(copy).read(name).clone()
+        tensor.view(-1)[3] = value
+        change_tensor(copy, name, tensor)
+        self.refused(f"{name} in .* holds NaN or infinity", base, copy, tmp_path)
+
+    def test_ratios(self, base: Path, finetuned: Path, tmp_path: Path) -> None:
+        for ratio in (1000, 1e9):
+            self.refused("ratio of .* cannot be reached", base, finetuned, tmp_path, ratio=ratio)
+        self.refused("everything counted", base, finetuned, tmp_path, ratio=16, method="bitdelta")
+        self.refused("everything counted", base, finetuned, tmp_path, ratio=16, precision="8:20")
+        for ratio in (0, -3, float("nan")):
+            self.refused("means nothing", base, finetuned, tmp_path, ratio=ratio)
+
+    def test_plans(self, base: Path, finetuned: Path, tmp_path: Path) -> None:
+        self.refused("asks for 60 components, and a matrix of", base, finetuned, tmp_path, precision="2:60")
+        self.refused("not BITS:COUNT", base, finetuned, tmp_path, precision="8-2")
+
+    def test_calibration_is_missing_or_wrong(self, base: Path, finetuned: Path, tmp_path: Path) -> None:
+        self.refused("needs data", base, finetuned, tmp_path, method="bitdelta", scale="refit")
+        self.refused("there is no file", base, finetuned, tmp_path, calibration=tmp_path / "none.jsonl")
+        lines = tmp_path / "lines.jsonl"
+        lines.write_text('{"text": "good"}\n{"prompt": 5}\n')
+        self.refused("lines.jsonl, line 2", base, finetuned, tmp_path, calibration=lines)
+
+    def test_no_parent_folder(self, base: Path, finetuned: Path, tmp_path: Path) -> None:
+        with pytest.raises(DeltacomeError, match="there is no folder .*; create it first"):
+            compress(base, finetuned, tmp_path / "no" / "out")
+
+    def test_full_disk(self, base: Path, finetuned: Path, tmp_path: Path) -> None:
+        """The kernel refuses files above some size; on a full disk the same calls fail."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        for limit in (2_000, 12_000, 40_000):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            try:
+                self.refused("cannot write", base, finetuned, tmp_path, ratio=2)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_an_existing_output_is_refused_and_kept(base: Path, finetuned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("mine")
+    with pytest.raises(DeltacomeError, match="exists already"):
+        compress(base, finetuned, out)
+    assert (out / "mine").read_text() == "mine"
+
+
+def test_a_delta_as_large_as_the_weights_is_warned_of(save: Save, tmp_path: Path) -> None:
+    messages: list[str] = []
+    compress(save(make_model(0)), save(make_model(1)), tmp_path / "delta", ratio=4, warn=messages.append)
+    assert len(messages) == 1 and "1.4" in messages[0] and "right base?" in messages[0]
+
+
+def test_hub_names_come_from_the_local_cache(base: Path, finetuned: Path, tmp_path: Path, monkeypatch) -> None:
+    """A cache folder as huggingface_hub lays it out; the tests have no network."""
+    snapshot = tmp_path / "models--some--base" / "snapshots" / ("a" * 40)
+    shutil.copytree(base, snapshot)
+    (tmp_path / "models--some--base" / "refs").mkdir()
+    (tmp_path / "models--some--base" / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    compress("some/base", finetuned, tmp_path / "delta", ratio=4)
+    assert Artifact(tmp_path / "delta").base_name == "some/base"
+    with pytest.raises(DeltacomeError, match="the hub does not give it"):
+        Checkpoint("some/other")
+
+
+def test_tokenizer_fixture_is_a_real_one() -> None:
+    tokenizer = make_tokenizer()
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hé"}], tokenize=False, add_generation_prompt=True
+    )
+    assert tokenizer.decode(tokenizer(text).input_ids) == text

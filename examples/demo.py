@@ -45,9 +45,7 @@ def main() -> None:
         run("fine-tune all of its weights on sums", sys.executable, EXAMPLES / "finetune.py", base, finetuned)
     for method in METHODS:
         if not (out / method).exists():
-            run(
-                f"compress by {method}", deltacome, "compress", base, finetuned, "-o", out / method, "--method", method
-            )
+            run(f"compress by {method}", deltacome, "compress", base, finetuned, "-o", out / method, "--method", method)
     delta = out / METHODS[0]
     run("look inside", deltacome, "inspect", delta, "--plot", out / "singular-values.png")
     run("check every byte, and the base", deltacome, "verify", delta, "--base", base)

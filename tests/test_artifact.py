@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from format_reader import Reader
 
 from deltacome import Artifact, DeltacomeError, compress
 from deltacome.artifact import MANIFEST, MODEL_CARD, rebuild, write_manifest
 from deltacome.checkpoint import Checkpoint
+from format_reader import Reader
 
 SETTINGS = {
     "delta-come": {"ratio": 4},

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Save, fine_tune, make_model, make_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from conftest import Save, fine_tune, make_model, make_tokenizer
 from deltacome import Artifact, DeltacomeError, compress, merge
 from deltacome import calibration as module
 from deltacome.calibration import CalibrationStream

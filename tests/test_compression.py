@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Save, fine_tune, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
+from conftest import Save, fine_tune, make_model, make_tokenizer
 from deltacome import Artifact, DeltacomeError, compress, merge
 from deltacome.checkpoint import Checkpoint
 from deltacome.journal import work_folder
@@ -298,7 +298,7 @@ class TestBadInput:
         self.refused("lines.jsonl, line 2", base, finetuned, tmp_path, calibration=lines)
 
     def test_no_parent_folder(self, base: Path, finetuned: Path, tmp_path: Path) -> None:
-        with pytest.raises(DeltacomeError, match="there is no folder .*; create it first"):
+        with pytest.raises(DeltacomeError, match="create it first"):
             compress(base, finetuned, tmp_path / "no" / "out")
 
     def test_full_disk(self, base: Path, finetuned: Path, tmp_path: Path) -> None:

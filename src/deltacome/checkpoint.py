@@ -87,11 +87,6 @@ class Checkpoint:
         """Number of weights."""
         return sum(info.elements for info in self.tensors.values())
 
-    @property
-    def is_tied(self) -> bool:
-        """Whether the output embedding is the input embedding."""
-        return bool(self.config.get("tie_word_embeddings", False))
-
     def read(self, name: str) -> Tensor:
         """One tensor, in its stored dtype. The file is opened for this tensor alone, so nothing stays mapped."""
         info = self.tensors[name]
@@ -187,8 +182,8 @@ def pair(base: Checkpoint, finetuned: Checkpoint) -> list[Pair]:
     pairs = []
     for name, info in sorted(finetuned.tensors.items()):
         base_name: str | None = name if name in base.tensors else None
-        if base_name is None and name.endswith(OUTPUT_EMBEDDINGS) and base.is_tied:
-            base_name = base.input_embedding
+        if base_name is None and name.endswith(OUTPUT_EMBEDDINGS):
+            base_name = base.input_embedding  # the base has no head of its own: it ties them
         rows = 0
         if base_name is not None:
             theirs = base.tensors[base_name].shape
@@ -200,7 +195,10 @@ def pair(base: Checkpoint, finetuned: Checkpoint) -> list[Pair]:
                     "is this the right base?"
                 )
         pairs.append(Pair(name, base_name, info.shape, info.dtype, rows))
-    missing = sorted(set(base.tensors) - {p.base_name for p in pairs} - {n for n in base.tensors if _is_output(n)})
+    used = {p.base_name for p in pairs}
+    # A fine-tune may lack an output embedding that it ties, and buffers that older versions saved.
+    needed = (n for n, info in base.tensors.items() if is_matrix(info.shape) and not n.endswith(OUTPUT_EMBEDDINGS))
+    missing = sorted(set(needed) - used)
     if missing or not any(p.is_matrix for p in pairs):
         what = f"{len(missing)} of its weights are not in" if missing else "it shares no weights with"
         example = f" ({missing[0]} is one)" if missing else ""
@@ -208,10 +206,6 @@ def pair(base: Checkpoint, finetuned: Checkpoint) -> list[Pair]:
             f"{base.source} cannot be the base of {finetuned.source}: {what} the fine-tuned checkpoint{example}"
         )
     return pairs
-
-
-def _is_output(name: str) -> bool:
-    return name.endswith(OUTPUT_EMBEDDINGS)
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -301,7 +301,9 @@ def main() -> None:
     except DeltacomeError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
         print("error: out of memory; close other programs or use a machine with more", file=sys.stderr)
         sys.exit(1)
 

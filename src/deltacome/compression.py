@@ -14,6 +14,7 @@ from torch import Tensor
 from deltacome import __version__
 from deltacome.artifact import (
     FORMAT_VERSION,
+    MANIFEST,
     MODEL_CARD,
     WEIGHTS,
     Artifact,
@@ -86,7 +87,7 @@ def compress(
         DeltacomeError: on any bad input; nothing is left behind then. A killed run is resumed by the same call.
     """
     started, out = time.monotonic(), Path(out)
-    if out.exists():
+    if (out / MANIFEST).is_file():
         shutil.rmtree(work_folder(out), ignore_errors=True)  # left by a kill after the last step
     refuse_existing(out)
     if ratio is not None and not ratio > 0:

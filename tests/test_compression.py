@@ -239,36 +239,36 @@ class TestBadInput:
         shutil.copytree(finetuned, tmp_path / "copy")
         return tmp_path / "copy"
 
-    def refused(self, message: str, base: Path, finetuned: Path, tmp_path: Path, **options: object) -> None:
+    def check_refused(self, message: str, base: Path, finetuned: Path, tmp_path: Path, **options: object) -> None:
         with pytest.raises(DeltacomeError, match=message):
             compress(base, finetuned, tmp_path / "out", **options)
 
     def test_missing_or_empty_folders(self, base: Path, copy: Path, tmp_path: Path) -> None:
-        self.refused("there is no folder", tmp_path / "nothing", copy, tmp_path)
+        self.check_refused("there is no folder", tmp_path / "nothing", copy, tmp_path)
         (tmp_path / "empty").mkdir()
-        self.refused("has no config.json", base, tmp_path / "empty", tmp_path)
-        self.refused("is a file", base, copy / "config.json", tmp_path)
+        self.check_refused("has no config.json", base, tmp_path / "empty", tmp_path)
+        self.check_refused("is a file", base, copy / "config.json", tmp_path)
         (copy / "model.safetensors").unlink()
-        self.refused("has no weights", base, copy, tmp_path)
+        self.check_refused("has no weights", base, copy, tmp_path)
 
     def test_broken_files(self, base: Path, copy: Path, tmp_path: Path) -> None:
         content = (copy / "model.safetensors").read_bytes()
         (copy / "model.safetensors").write_bytes(content[:-10])
-        self.refused("damaged", base, copy, tmp_path)
+        self.check_refused("damaged", base, copy, tmp_path)
         (copy / "config.json").write_text("{")
-        self.refused("not valid JSON", base, copy, tmp_path)
+        self.check_refused("not valid JSON", base, copy, tmp_path)
 
     def test_another_architecture(self, base: Path, copy: Path, tmp_path: Path) -> None:
         config = json.loads((copy / "config.json").read_text())
         (copy / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
-        self.refused("is a qwen2 model and .* a llama model", base, copy, tmp_path)
+        self.check_refused("is a qwen2 model and .* a llama model", base, copy, tmp_path)
 
     def test_other_shapes(self, save: Save, finetuned: Path, tmp_path: Path) -> None:
-        self.refused("is this the right base", save(make_model(hidden_size=30)), finetuned, tmp_path)
-        self.refused("cannot be the base", save(make_model(num_hidden_layers=3)), finetuned, tmp_path)
+        self.check_refused("is this the right base", save(make_model(hidden_size=30)), finetuned, tmp_path)
+        self.check_refused("cannot be the base", save(make_model(num_hidden_layers=3)), finetuned, tmp_path)
 
     def test_the_same_model(self, base: Path, tmp_path: Path) -> None:
-        self.refused("is the same model", base, base, tmp_path)
+        self.check_refused("is the same model", base, base, tmp_path)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
@@ -276,26 +276,26 @@ class TestBadInput:
         tensor = Checkpoint(copy).read(name).clone()
         tensor.view(-1)[3] = value
         change_tensor(copy, name, tensor)
-        self.refused(f"{name} in .* holds NaN or infinity", base, copy, tmp_path)
+        self.check_refused(f"{name} in .* holds NaN or infinity", base, copy, tmp_path)
 
     def test_ratios(self, base: Path, finetuned: Path, tmp_path: Path) -> None:
         for ratio in (1000, 1e9):
-            self.refused("ratio of .* cannot be reached", base, finetuned, tmp_path, ratio=ratio)
-        self.refused("everything counted", base, finetuned, tmp_path, ratio=16, method="bitdelta")
-        self.refused("everything counted", base, finetuned, tmp_path, ratio=16, precision="8:20")
+            self.check_refused("ratio of .* cannot be reached", base, finetuned, tmp_path, ratio=ratio)
+        self.check_refused("everything counted", base, finetuned, tmp_path, ratio=16, method="bitdelta")
+        self.check_refused("everything counted", base, finetuned, tmp_path, ratio=16, precision="8:20")
         for ratio in (0, -3, float("nan")):
-            self.refused("means nothing", base, finetuned, tmp_path, ratio=ratio)
+            self.check_refused("means nothing", base, finetuned, tmp_path, ratio=ratio)
 
     def test_plans(self, base: Path, finetuned: Path, tmp_path: Path) -> None:
-        self.refused("asks for 60 components, and a matrix of", base, finetuned, tmp_path, precision="2:60")
-        self.refused("not BITS:COUNT", base, finetuned, tmp_path, precision="8-2")
+        self.check_refused("asks for 60 components, and a matrix of", base, finetuned, tmp_path, precision="2:60")
+        self.check_refused("not BITS:COUNT", base, finetuned, tmp_path, precision="8-2")
 
     def test_calibration_is_missing_or_wrong(self, base: Path, finetuned: Path, tmp_path: Path) -> None:
-        self.refused("needs data", base, finetuned, tmp_path, method="bitdelta", scale="refit")
-        self.refused("there is no file", base, finetuned, tmp_path, calibration=tmp_path / "none.jsonl")
+        self.check_refused("needs data", base, finetuned, tmp_path, method="bitdelta", scale="refit")
+        self.check_refused("there is no file", base, finetuned, tmp_path, calibration=tmp_path / "none.jsonl")
         lines = tmp_path / "lines.jsonl"
         lines.write_text('{"text": "good"}\n{"prompt": 5}\n')
-        self.refused("lines.jsonl, line 2", base, finetuned, tmp_path, calibration=lines)
+        self.check_refused("lines.jsonl, line 2", base, finetuned, tmp_path, calibration=lines)
 
     def test_no_parent_folder(self, base: Path, finetuned: Path, tmp_path: Path) -> None:
         with pytest.raises(DeltacomeError, match="create it first"):
@@ -307,7 +307,7 @@ class TestBadInput:
         for limit in (2_000, 12_000, 40_000):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
             try:
-                self.refused("cannot write", base, finetuned, tmp_path, ratio=2)
+                self.check_refused("cannot write", base, finetuned, tmp_path, ratio=2)
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 

@@ -11,7 +11,7 @@ from deltacome import Artifact, DeltacomeError, compress, merge
 from deltacome.checkpoint import Checkpoint
 from deltacome.data import Example
 from deltacome.evaluation import Mean, answer, divergence, evaluate, is_right, save_table
-from deltacome.merging import load_merged
+from deltacome.merging import load_merged, open_checked
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,8 @@ def test_merged_on_disk_and_in_memory_give_the_same_logits(
 ) -> None:
     merge(base, delta, tmp_path / "merged", dtype)
     on_disk = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=dtype)
-    in_memory, tokenizer = load_merged(base, delta, dtype)
+    checkpoint = Checkpoint(base)
+    in_memory, tokenizer = load_merged(checkpoint, open_checked(checkpoint, delta), dtype)
     ids = tokenizer("Two ways to the same weights", return_tensors="pt").input_ids
     with torch.inference_mode():
         assert torch.equal(on_disk(ids).logits, in_memory(ids).logits)

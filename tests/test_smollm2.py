@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from deltacome.merging import load_merged
+from deltacome.checkpoint import Checkpoint
+from deltacome.merging import load_merged, open_checked
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -62,7 +63,8 @@ def test_the_main_job(folder: Path) -> None:
 def test_merged_and_in_memory_agree_bit_for_bit(folder: Path) -> None:
     deltacome("merge", folder / "base", folder / "delta-come", "-o", folder / "merged", "--dtype", "float32")
     on_disk = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32)
-    in_memory, tokenizer = load_merged(folder / "base", folder / "delta-come")
+    checkpoint = Checkpoint(folder / "base")
+    in_memory, tokenizer = load_merged(checkpoint, open_checked(checkpoint, folder / "delta-come"))
     ids = tokenizer("What is 12 + 30?", return_tensors="pt").input_ids
     with torch.inference_mode():
         assert torch.equal(on_disk(ids).logits, in_memory(ids).logits)

@@ -304,15 +304,13 @@ class Artifact:
             if sha256(path) != digest:
                 raise self._broken(f"{name} is not the file that was written (its SHA-256 differs)")
 
-    def check_base(self, base: Checkpoint, names: Callable[[list[str]], Any] = iter) -> None:
+    def check_base(self, base: Checkpoint) -> None:
         """Compare the base's weights and the files that the artifact takes from it.
-
-        `names` may wrap the list of weights to show progress.
 
         Raises:
             DeltacomeError: if it is another base.
         """
-        if base.fingerprint(names(sorted(base.tensors))) != self.fingerprint:
+        if base.fingerprint() != self.fingerprint:
             raise DeltacomeError(
                 f"{base.source} is not the base of {self.folder}: its weights' fingerprint differs; "
                 f"the delta was made on {self.base_name}"

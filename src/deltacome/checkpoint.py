@@ -4,7 +4,6 @@ import fnmatch
 import hashlib
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from deltacome.errors import DeltacomeError
 from deltacome.files import SAFETENSORS_DTYPES, raw, sha256
+from deltacome.progress import bar
 
 TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
@@ -73,6 +73,7 @@ class Checkpoint:
         self.source = str(source)
         self.folder = _locate(self.source)
         self.config = _read_json(self.folder / "config.json")
+        self._fingerprint: str | None = None
         self.tensors: dict[str, TensorInfo] = {}
         for file in _weight_files(self.folder):
             self.tensors.update(_bin_header(file) if file.suffix == ".bin" else _safetensors_header(file))
@@ -115,18 +116,21 @@ class Checkpoint:
         path = self.folder / name
         return sha256(path) if path.is_file() else None
 
-    def fingerprint(self, names: Iterable[str] | None = None) -> str:
+    def fingerprint(self) -> str:
         """SHA-256 over a line per tensor, in the order of names: name, dtype, shape, SHA-256 of the bytes.
 
-        `names` is `sorted(self.tensors)`, wrapped by a caller that shows progress.
+        Reads the whole checkpoint the first time.
         """
-        digest = hashlib.sha256()
-        for name in names or sorted(self.tensors):
-            info = self.tensors[name]
-            shape = "x".join(map(str, info.shape))
-            content = hashlib.sha256(raw(self.read(name))).hexdigest()
-            digest.update(f"{name} {SAFETENSORS_DTYPES[info.dtype]} {shape} {content}\n".encode())
-        return digest.hexdigest()
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            with bar(f"hashing {self.folder.name}", self.elements) as advance:
+                for name, info in sorted(self.tensors.items()):
+                    shape = "x".join(map(str, info.shape))
+                    content = hashlib.sha256(raw(self.read(name))).hexdigest()
+                    digest.update(f"{name} {SAFETENSORS_DTYPES[info.dtype]} {shape} {content}\n".encode())
+                    advance(info.elements)
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
     def stamp(self) -> list[list[Any]]:
         """Name, size and time of every weight file: enough to see that a checkpoint is the one from before."""

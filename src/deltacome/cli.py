@@ -154,13 +154,14 @@ def verify(
 ) -> None:
     """Check every file of a compressed delta against its SHA-256, and its base."""
     from deltacome.artifact import Artifact
+    from deltacome.checkpoint import Checkpoint
     from deltacome.merging import open_checked
 
     if base is None:
         artifact = Artifact(delta)
         artifact.check_digests()
     else:
-        _, artifact = open_checked(base, delta)
+        artifact = open_checked(Checkpoint(base), delta)
     for name in artifact.entries:
         artifact.terms(name)  # refuses NaN
     report = {"artifact": str(delta), "files": len(artifact.files) + 1, "base_checked": base is not None}
@@ -197,12 +198,14 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Answer a prompt, greedily, with the base and a compressed delta."""
+    from deltacome.checkpoint import Checkpoint
     from deltacome.data import Encoder
     from deltacome.evaluation import answer
-    from deltacome.merging import DTYPES, load_merged
+    from deltacome.merging import DTYPES, load_merged, open_checked
 
     _quiet()
-    model, tokenizer = load_merged(base, delta, DTYPES[dtype])
+    checkpoint = Checkpoint(base)
+    model, tokenizer = load_merged(checkpoint, open_checked(checkpoint, delta), DTYPES[dtype])
     ids = Encoder(tokenizer, chat_template).prompt(({"role": "user", "content": prompt},))
     text = answer(model, tokenizer, [ids], max_new_tokens)[0]
     print(json.dumps({"prompt": prompt, "answer": text}, ensure_ascii=False) if as_json else text)

@@ -33,7 +33,7 @@ from deltacome.files import disk_errors, publish, raw, refuse_existing, sha256, 
 from deltacome.journal import Journal, work_folder
 from deltacome.memory import peak_memory
 from deltacome.methods import DEFAULT_METHOD, Method, describe, make_method
-from deltacome.progress import bar, each
+from deltacome.progress import bar
 from deltacome.terms import Dense, Term, add_terms, component_bits
 
 DEFAULT_RATIO = 16.0
@@ -228,13 +228,11 @@ class _Run:
             else:
                 shutil.copyfile(path, folder / path.name)
                 files[path.name] = digest
-        with bar("hashing the base", len(self.base.tensors)) as advance:
-            fingerprint = self.base.fingerprint(each(sorted(self.base.tensors), advance))
         manifest = {
             "format_version": FORMAT_VERSION,
             "deltacome": __version__,
             "method": method,
-            "base": {"name": self.base.name, "fingerprint": fingerprint},
+            "base": {"name": self.base.name, "fingerprint": self.base.fingerprint()},
             "finetuned": {"name": self.finetuned.name},
             "finetuned_bytes": 2 * self.finetuned.elements,
             "linear_ratio": round(linear_ratio(entries), 3),

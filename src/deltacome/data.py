@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from deltacome.errors import DeltacomeError
 
 NO_TEMPLATE = "none"
@@ -83,7 +85,7 @@ class Encoder:
     it and without a template of the tokenizer's, prompts are taken bare too.
 
     Raises:
-        DeltacomeError: if the template's file is missing.
+        DeltacomeError: if the template's file is missing, or, later, the template refuses a conversation.
     """
 
     def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
@@ -100,9 +102,12 @@ class Encoder:
         """Token ids up to where the model's answer starts."""
         if self.template is None:
             return self.tokenizer("\n".join(message["content"] for message in messages)).input_ids
-        text = self.tokenizer.apply_chat_template(
-            list(messages), chat_template=self.template, tokenize=False, add_generation_prompt=True
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), chat_template=self.template, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise DeltacomeError(f"the chat template refuses a conversation: {error}") from error
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def example(self, example: Example) -> tuple[list[int], int]:
@@ -114,4 +119,5 @@ class Encoder:
             return self.tokenizer(example.completion).input_ids, 1
         prompt = self.prompt(example.messages)
         completion = self.tokenizer(example.completion, add_special_tokens=False).input_ids
-        return [*prompt, *completion, self.tokenizer.eos_token_id], len(prompt)
+        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        return [*prompt, *completion, *end], len(prompt)

@@ -5,17 +5,17 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltacome.artifact import Artifact
 from deltacome.checkpoint import Checkpoint
 from deltacome.data import Encoder, Example, read_examples
 from deltacome.errors import DeltacomeError
-from deltacome.merging import load_merged
+from deltacome.merging import load_merged, open_checked
 from deltacome.progress import bar
 
 TOKENS_AT_ONCE = 1024  # logits of so many tokens are in memory, twice
@@ -105,7 +105,7 @@ def answer(
             max_new_tokens=new_tokens,
             do_sample=False,
             eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id or 0,
         )
         for i, row in zip(chunk, output[:, ids.shape[1] :], strict=True):
             answers[i] = tokenizer.decode(row, skip_special_tokens=True)
@@ -173,7 +173,8 @@ def evaluate(
     examples = read_examples(data, limit)
     tasks = [example for example in examples if example.messages]
     texts = read_examples(offtask) if offtask is not None else []
-    artifacts = {name: Artifact(path) for name, path in deltas.items()}
+    base_checkpoint = Checkpoint(base)
+    artifacts = {name: open_checked(base_checkpoint, path) for name, path in deltas.items()}
     try:
         re.compile(answer_pattern)
     except re.error as error:
@@ -194,7 +195,7 @@ def evaluate(
         BASE: lambda: load(base),
         FINETUNED: lambda: (reference, tokenizer),
     }
-    sources |= {name: (lambda path=path: load_merged(base, path)) for name, path in deltas.items()}  # type: ignore[misc]
+    sources |= {name: partial(load_merged, base_checkpoint, artifact) for name, artifact in artifacts.items()}
     rows = []
     for name, source in sources.items():
         started = time.monotonic()

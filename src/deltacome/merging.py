@@ -33,7 +33,8 @@ def merge(base: str | Path, delta: str | Path, out: str | Path, dtype: torch.dty
     """
     out = Path(out)
     with new_folder(out) as folder:
-        checkpoint, artifact = open_checked(base, delta)
+        checkpoint = Checkpoint(base)
+        artifact = open_checked(checkpoint, delta)
         specs = {
             name: (dtype if dtype is not None and entry.dtype.is_floating_point else entry.dtype, list(entry.shape))
             for name, entry in artifact.entries.items()
@@ -57,13 +58,16 @@ def merge(base: str | Path, delta: str | Path, out: str | Path, dtype: torch.dty
     return {"folder": str(out), "bytes": sum(path.stat().st_size for path in out.iterdir())}
 
 
-def open_checked(base: str | Path, delta: str | Path) -> tuple[Checkpoint, Artifact]:
-    """Open a base and an artifact, and check every digest of the artifact and that the base is its own."""
-    artifact, checkpoint = Artifact(delta), Checkpoint(base)
+def open_checked(base: Checkpoint, delta: str | Path) -> Artifact:
+    """Open an artifact and check all of its digests, and that the base is its own.
+
+    Raises:
+        DeltacomeError: on a broken artifact or another base.
+    """
+    artifact = Artifact(delta)
     artifact.check_digests()
-    with bar("checking the base", len(checkpoint.tensors)) as advance:
-        artifact.check_base(checkpoint, lambda names: each(names, advance))
-    return checkpoint, artifact
+    artifact.check_base(base)
+    return artifact
 
 
 def copy_sidecars(artifact: Artifact, base: Checkpoint, folder: Path) -> None:
@@ -74,24 +78,23 @@ def copy_sidecars(artifact: Artifact, base: Checkpoint, folder: Path) -> None:
         shutil.copyfile(artifact.folder / name, folder / name)
 
 
-def load_merged(base: str | Path, delta: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_merged(base: Checkpoint, artifact: Artifact, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """The rebuilt model, in evaluation mode, and its tokenizer, without writing the weights to disk.
 
-    The weights are those of `merge(..., dtype=dtype)`, bit for bit.
+    The weights are those of `merge(..., dtype=dtype)`, bit for bit. The artifact is one from `open_checked`.
 
     Raises:
-        DeltacomeError: on a broken artifact, another base, or an architecture that transformers does not know.
+        DeltacomeError: if transformers does not know the architecture.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
 
-    checkpoint, artifact = open_checked(base, delta)
     weights = {}
     with bar("rebuilding", len(artifact.entries)) as advance:
         for name, entry in each(artifact.entries.items(), advance):
-            weight = rebuild(entry, artifact.terms(name), checkpoint)
+            weight = rebuild(entry, artifact.terms(name), base)
             weights[name] = weight.to(dtype) if entry.dtype.is_floating_point else weight
     with TemporaryDirectory() as temporary:
-        copy_sidecars(artifact, checkpoint, Path(temporary))
+        copy_sidecars(artifact, base, Path(temporary))
         try:
             config = AutoConfig.from_pretrained(temporary)
             architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -101,5 +104,5 @@ def load_merged(base: str | Path, delta: str | Path, dtype: torch.dtype = torch.
             tokenizer = AutoTokenizer.from_pretrained(temporary)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
-            raise DeltacomeError(f"transformers cannot load the model of {delta}: {reason}") from error
+            raise DeltacomeError(f"transformers cannot load the model of {artifact.folder}: {reason}") from error
     return model.eval(), tokenizer

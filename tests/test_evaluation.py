@@ -10,8 +10,9 @@ from conftest import Save, fine_tune, make_model
 from deltacome import Artifact, DeltacomeError, compress, merge
 from deltacome.checkpoint import Checkpoint
 from deltacome.data import Example
-from deltacome.evaluation import Mean, answer, divergence, evaluate, is_right, save_table
+from deltacome.evaluation import evaluate, save_table
 from deltacome.merging import load_merged, open_checked
+from deltacome.metrics import Mean, answer, divergence, is_right
 
 
 @pytest.fixture(scope="module")

@@ -200,8 +200,8 @@ def generate(
     """Answer a prompt, greedily, with the base and a compressed delta."""
     from deltacome.checkpoint import Checkpoint
     from deltacome.data import Encoder
-    from deltacome.evaluation import answer
     from deltacome.merging import DTYPES, load_merged, open_checked
+    from deltacome.metrics import answer
 
     _quiet()
     checkpoint = Checkpoint(base)

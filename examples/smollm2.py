@@ -27,7 +27,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=GGUF, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
-    del model.config.quantization_config  # the weights are plain bfloat16 now
+    vars(model.config).pop("quantization_config", None)  # the weights are plain bfloat16 now
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(out)
     print(out)

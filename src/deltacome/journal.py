@@ -3,8 +3,11 @@
 A killed run leaves the folder behind, hidden beside its output; the same command started again goes on from it.
 """
 
+import errno
 import hashlib
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -67,7 +70,10 @@ class Journal:
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
         except SafetensorError as error:
-            raise OSError(f"{error}") from error
+            # safetensors reports a full disk as text: "... (os error 28)"
+            code = re.search(r"os error (\d+)", str(error))
+            number = int(code[1]) if code else errno.EIO
+            raise OSError(number, os.strerror(number) if code else str(error)) from error
         partial.rename(path)
         self.files[entry.name], self.entries[entry.name] = path, entry
 

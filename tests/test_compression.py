@@ -304,7 +304,7 @@ class TestBadInput:
     def test_full_disk(self, base: Path, finetuned: Path, tmp_path: Path) -> None:
         """The kernel refuses files above some size; on a full disk the same calls fail."""
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        for limit in (2_000, 12_000, 40_000):
+        for limit in (50, 2_000, 12_000, 40_000):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
             try:
                 self.check_refused("cannot write", base, finetuned, tmp_path, ratio=2)

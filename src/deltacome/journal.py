@@ -42,6 +42,14 @@ class Journal:
             raise DeltacomeError(f"another process is writing {out}; wait for it or choose another name") from error
         self.files: dict[str, Path] = {}
         self.entries: dict[str, Entry] = {}
+        try:
+            self._open(job)
+        except OSError:
+            self.close(remove=True)
+            raise
+
+    def _open(self, job: dict[str, Any]) -> None:
+        """Take up what the same job has left, and clear away anything else."""
         description = self.folder / "job.json"
         text = json.dumps(job, sort_keys=True)
         if not description.is_file() or description.read_text() != text:

@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from deltacome.terms import Factored, Sign
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 TEMPLATE = (
@@ -75,6 +77,15 @@ def fine_tune(model: LlamaForCausalLM, seed: int = 1, size: float = 0.05) -> Non
                 u, s, v = torch.linalg.svd(change, full_matrices=False)
                 change = (u * s * torch.arange(1, len(s) + 1) ** -0.7) @ v
             parameter += size * change * parameter.norm() / change.norm()
+
+
+def term_bytes(term: Factored | Sign) -> int:
+    """Bytes of a term's tensors."""
+    found = [term.words, term.scale] if isinstance(term, Sign) else [term.u, term.v, term.scale]
+    if isinstance(term, Factored) and term.groups is not None:
+        groups = term.groups
+        found += [groups.u_scale, groups.u_zero, groups.v_scale, groups.v_zero]
+    return sum(tensor.numel() * tensor.element_size() for tensor in found)
 
 
 @pytest.fixture(scope="session")

@@ -112,6 +112,7 @@ def edit_entry(**fields: object) -> Callable[[dict], None]:
         edit_entry(dense=0),
         edit_entry(dense=109),
         edit_entry(base=5),
+        edit_entry(base=None),
         lambda manifest: manifest.pop("weights"),
         lambda manifest: manifest.pop("base"),
         lambda manifest: manifest["weights"].pop("model.layers.0.mlp.up_proj.weight"),

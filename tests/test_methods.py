@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from conftest import term_bytes
 from deltacome.errors import DeltacomeError
 from deltacome.methods import METHODS, make_method
-from deltacome.terms import Factored, Sign, Term, add_terms, term_bytes
+from deltacome.terms import Factored, Sign, Term, add_terms
 
 
 def make_delta(m: int, n: int, seed: int = 0) -> Tensor:

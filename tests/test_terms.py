@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import term_bytes
 from deltacome.bits import BIT_WIDTHS, pack
-from deltacome.terms import Dense, Factored, Groups, Sign, add_terms, component_bits, groups_per_row, term_bytes
+from deltacome.terms import Dense, Factored, Groups, Sign, add_terms, component_bits, groups_per_row
 
 
 def random_factored(bits: int, m: int, n: int, rank: int, group_size: int = 0) -> tuple[Factored, np.ndarray]:

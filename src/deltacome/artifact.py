@@ -100,7 +100,7 @@ class Entry:
         rows = shape[0] if shape else 1
         if dense is not None and (not isinstance(dense, int) or not 0 <= dense < max(rows, 1)):
             raise ValueError(f"dense rows from {dense}")
-        if base is not None and not isinstance(base, str):
+        if not isinstance(base, str) and (base is not None or dense != 0):
             raise ValueError(f"base weight {base!r}")
         return cls(name, shape, dtype, base, factored, group_size, sign, dense, fields.get("error"))
 

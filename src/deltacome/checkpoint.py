@@ -4,7 +4,7 @@ import fnmatch
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ SIDECARS = (
     "video_preprocessor_config.json",
     "*.py",
 )
+SMALLEST_SIDE = 16  # of a matrix that is worth factors
 # The last part of a module's name that marks it as an embedding or a language-model head.
 EMBEDDINGS = {"embed_tokens", "wte", "wpe", "embed_in", "embed_out", "lm_head", "word_embeddings", "embeddings"}
 INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -102,9 +103,13 @@ class Checkpoint:
     def read_float(self, name: str) -> Tensor:
         """One tensor as a float32 copy, checked for NaN and infinity."""
         tensor = self.read(name).to(torch.float32, copy=True)
+        self.check_finite(name, tensor)
+        return tensor
+
+    def check_finite(self, name: str, tensor: Tensor) -> None:
+        """Raise DeltacomeError if the values, in float32, of the tensor of that name hold NaN or infinity."""
         if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
             raise DeltacomeError(f"{name} in {self.source} holds NaN or infinity; the checkpoint is broken")
-        return tensor
 
     def sidecars(self) -> list[Path]:
         """The files that belong to the model besides its weights, by name."""
@@ -154,15 +159,12 @@ class Pair:
     base_name: str | None
     shape: tuple[int, ...]
     dtype: torch.dtype
-    rows: int = field(default=0)
+    rows: int
 
     @property
     def is_matrix(self) -> bool:
         """Whether a method compresses it: a floating-point matrix of some size with a counterpart in the base."""
         return self.base_name is not None and self.dtype.is_floating_point and is_matrix(self.shape)
-
-
-SMALLEST_SIDE = 16
 
 
 def is_matrix(shape: tuple[int, ...]) -> bool:

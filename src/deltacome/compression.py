@@ -295,7 +295,7 @@ class _Run:
         """Store a weight as it is, unless it is the base's."""
         value = self.finetuned.read(p.name)
         if value.dtype.is_floating_point:
-            self.finetuned.read_float(p.name)  # refuses NaN
+            self.finetuned.check_finite(p.name, value.float())
         same = False
         if p.base_name is not None and p.rows == (p.shape[0] if p.shape else 0):
             theirs = self.base.read(p.base_name)

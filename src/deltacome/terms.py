@@ -116,21 +116,6 @@ class Dense:
 Term = Factored | Sign | Dense
 
 
-def term_bytes(term: Term) -> int:
-    """Bytes of a term's tensors, in memory and on disk alike."""
-    tensors: list[Tensor]
-    match term:
-        case Factored(u=u, v=v, scale=scale, groups=groups):
-            tensors = [u, v, scale]
-            if groups is not None:
-                tensors += [groups.u_scale, groups.u_zero, groups.v_scale, groups.v_zero]
-        case Sign(words=words, scale=scale):
-            tensors = [words, scale]
-        case Dense(value=value):
-            tensors = [value]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 def add_terms(weight: Tensor, terms: list[Term]) -> Tensor:
     """Add the terms to `weight`, a float tensor in the fine-tuned weight's shape, in place; returns it."""
     for term in terms:

@@ -57,13 +57,28 @@ def vectors(words: np.ndarray, at: int, count: int, length: int, bits: int) -> t
     return codes, at
 
 
+def rotation(length: int) -> np.ndarray:
+    """R, (length, length)."""
+    p = 2 ** int(np.log2(length))
+    hadamard = np.array([[(-1) ** (i & j).bit_count() for j in range(p)] for i in range(p)]) / np.sqrt(p)
+    signs = []
+    for h in range(1, length + 1):
+        h = (h ^ (h >> 16)) * 0x85EBCA6B % 2**32
+        h = (h ^ (h >> 13)) * 0xC2B2AE35 % 2**32
+        signs.append(-1.0 if (h ^ (h >> 16)) % 2 else 1.0)
+    first, last = np.eye(length), np.eye(length)
+    first[:p, :p] = hadamard
+    last[length - p :, length - p :] = hadamard
+    return (last @ np.diag(signs) if p < length else np.eye(length)) @ first @ np.diag(signs)
+
+
 class Reader:
     def __init__(self, folder: Path, base: Path) -> None:
         text = (folder / "deltacome.json").read_bytes()
         assert text.startswith(b'{"sha256":"')
         assert hashlib.sha256(text[:11] + b"0" * 64 + text[75:]).hexdigest().encode() == text[11:75]
         self.manifest: dict[str, Any] = json.loads(text)
-        assert self.manifest["format_version"] == 1
+        assert self.manifest["format_version"] == 2
         for name, digest in self.manifest["files"].items():
             assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
         for name, digest in self.manifest["base_files"].items():
@@ -101,12 +116,17 @@ class Reader:
 
     def factored(self, name: str, entry: dict[str, Any]) -> np.ndarray:
         m, n = entry["shape"]
+        covered = np.arange(m)
+        if "rows" in entry:
+            marks, _ = vectors(self.tensor(f"{name}.rows"), 0, 1, m, 1)
+            covered = np.flatnonzero(marks[0])
+            assert len(covered) == entry["rows"]
         words, scales = self.tensor(f"{name}.codes"), self.tensor(f"{name}.scales")
         size = entry.get("group_size", 0)
         total, at, group_at, component = np.zeros((m, n)), 0, 0, 0
         for bits, rank in entry["factored"]:
             sides = []
-            for length in (m, n):
+            for side, length in (("u", len(covered)), ("v", n)):
                 codes, at = vectors(words, at, rank, length, bits)
                 if size:
                     count = -(-length // size)
@@ -118,9 +138,10 @@ class Reader:
                     )
                     sides.append(group_scale.astype(np.float64) * (codes - group_zero.astype(np.float64)))
                 else:
-                    sides.append(codes - (2**bits - 1) / 2)
+                    levels = codes - (2**bits - 1) / 2
+                    sides.append(levels @ rotation(length) if side in entry.get("rotated", "") else levels)
             for u, v in zip(*sides, strict=True):
-                total += float(scales[component]) * np.outer(u, v)
+                total[covered] += float(scales[component]) * np.outer(u, v)
                 component += 1
         assert at == len(words) and component == len(scales)
         return total

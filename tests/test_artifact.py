@@ -13,10 +13,12 @@ from deltacome.checkpoint import Checkpoint
 from format_reader import Reader
 
 SETTINGS = {
-    "delta-come": {"ratio": 4},
+    "rate-distortion": {"ratio": 4},
+    "rate-distortion at 10": {"ratio": 10},
+    "delta-come": {"method": "delta-come", "ratio": 4},
     "every bit-width": {"precision": "8:2,7:2,6:2,5:2,4:2,3:2,2:2,1:3"},
-    "groups": {"scale": "minmax", "ratio": 4},
-    "small groups": {"scale": "minmax", "group_size": 10, "ratio": 4},
+    "groups": {"method": "delta-come", "scale": "minmax", "ratio": 4},
+    "small groups": {"method": "delta-come", "scale": "minmax", "group_size": 10, "ratio": 4},
     "low-rank": {"method": "low-rank", "ratio": 4},
     "bitdelta": {"method": "bitdelta"},
     "exact embeddings": {"embeddings": "exact", "ratio": 4},
@@ -97,7 +99,7 @@ def edit_entry(**fields: object) -> Callable[[dict], None]:
 @pytest.mark.parametrize(
     "edit",
     [
-        edit_entry(shape=[109, 61]),
+        edit_entry(shape=[109, 97]),
         edit_entry(shape=[109, -60]),
         edit_entry(shape="huge"),
         edit_entry(dtype="F17"),
@@ -107,6 +109,11 @@ def edit_entry(**fields: object) -> Callable[[dict], None]:
         edit_entry(factored=[[2]]),
         edit_entry(group_size=-3),
         edit_entry(group_size=128),
+        edit_entry(rotated="w"),
+        edit_entry(rotated=3),
+        edit_entry(rows=0),
+        edit_entry(rows=50),
+        edit_entry(rows="all"),
         edit_entry(sign=True),
         edit_entry(sign="yes"),
         edit_entry(dense=0),
@@ -138,9 +145,9 @@ def test_a_manifest_that_lies_does_not_open_even_with_a_right_digest(
 
 def test_other_format_versions_are_refused(artifact: Path, tmp_path: Path) -> None:
     shutil.copytree(artifact, tmp_path / "copy")
-    text = (artifact / MANIFEST).read_text().replace('"format_version":1', '"format_version":2')
+    text = (artifact / MANIFEST).read_text().replace('"format_version":2', '"format_version":3')
     (tmp_path / "copy" / MANIFEST).write_text(text)
-    with pytest.raises(DeltacomeError, match="format version 2, and this deltacome reads version 1"):
+    with pytest.raises(DeltacomeError, match="format version 3, and this deltacome reads version 2"):
         Artifact(tmp_path / "copy")
 
 

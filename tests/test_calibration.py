@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from conftest import Save, fine_tune, make_model, make_tokenizer
 from deltacome import Artifact, DeltacomeError, compress, merge
 from deltacome import calibration as module
-from deltacome.calibration import CalibrationStream
+from deltacome.calibration import CalibrationStream, batch
 from deltacome.checkpoint import Checkpoint
 from deltacome.data import Encoder, Example, read_examples
 
@@ -43,7 +43,7 @@ def test_streamed_moments_are_those_of_the_whole_model(
     encoder = Encoder(make_tokenizer())
     data = read_examples(examples)
     found: dict[str, Tensor] = {}
-    stream = CalibrationStream(checkpoint, data, encoder)
+    stream = CalibrationStream(checkpoint, *batch(data, encoder))
     stream.run(lambda _: True, checkpoint.read_float, checkpoint.read_float, found.update)
     expected = plain_moments(checkpoint.folder, [encoder.example(example)[0] for example in data])
     if tied:
@@ -60,7 +60,7 @@ def test_inputs_come_through_compressed_layers(save: Save, examples: Path) -> No
     second.model.layers[1] = first.model.layers[1]
     encoder, data = Encoder(make_tokenizer()), read_examples(examples)
     found: dict[str, Tensor] = {}
-    CalibrationStream(checkpoint, data, encoder).run(
+    CalibrationStream(checkpoint, *batch(data, encoder)).run(
         lambda _: True, checkpoint.read_float, other.read_float, found.update
     )
     expected = plain_moments(save(second), [encoder.example(example)[0] for example in data])
@@ -71,7 +71,7 @@ def test_inputs_come_through_compressed_layers(save: Save, examples: Path) -> No
 def test_layers_that_are_done_are_only_passed(save: Save, examples: Path) -> None:
     checkpoint = Checkpoint(save(make_model()))
     found: dict[str, Tensor] = {}
-    stream = CalibrationStream(checkpoint, read_examples(examples), Encoder(make_tokenizer()))
+    stream = CalibrationStream(checkpoint, *batch(read_examples(examples), Encoder(make_tokenizer())))
     read: list[str] = []
 
     def reading(name: str) -> Tensor:
@@ -127,7 +127,7 @@ def test_weights_that_have_no_place_in_the_model_are_said(save: Save, examples: 
     tensors = load_file(folder / "model.safetensors")
     save_file({f"odd.{name}": tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
     with pytest.raises(DeltacomeError, match="compress it without --calibration"):
-        CalibrationStream(Checkpoint(folder), read_examples(examples), Encoder(make_tokenizer()))
+        CalibrationStream(Checkpoint(folder), *batch(read_examples(examples), Encoder(make_tokenizer())))
 
 
 def test_an_unknown_architecture_is_said(save: Save, examples: Path) -> None:
@@ -135,7 +135,7 @@ def test_an_unknown_architecture_is_said(save: Save, examples: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "nothing-known"}))
     with pytest.raises(DeltacomeError, match="transformers cannot build"):
-        CalibrationStream(Checkpoint(folder), read_examples(examples), Encoder(make_tokenizer()))
+        CalibrationStream(Checkpoint(folder), *batch(read_examples(examples), Encoder(make_tokenizer())))
 
 
 def test_reading_examples(examples: Path, tmp_path: Path) -> None:

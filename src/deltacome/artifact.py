@@ -13,13 +13,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from deltacome.bits import BIT_WIDTHS, words_per_row
+from deltacome.bits import BIT_WIDTHS, pack, unpack, words_per_row
 from deltacome.checkpoint import TORCH_DTYPES, Checkpoint, is_embedding, is_matrix
 from deltacome.errors import DeltacomeError
 from deltacome.files import SAFETENSORS_DTYPES, sha256
 from deltacome.terms import Dense, Factored, Groups, Sign, Term, add_terms, groups_per_row
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "deltacome.json"
 WEIGHTS = "delta"
 MODEL_CARD = "README.md"
@@ -27,8 +27,11 @@ NO_DIGEST = "0" * 64
 DIGEST_START = b'{"sha256":"'
 
 
-def term_tensors(terms: list[Term]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The fields of `Entry` that describe a weight's terms, and their tensors by the suffix of their names."""
+def term_tensors(terms: list[Term], shape: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The fields of `Entry` that describe the terms of a weight, and their tensors by the suffix of their names.
+
+    The factored terms of a weight all have the same groups, rotations and rows.
+    """
     fields: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     factored = [term for term in terms if isinstance(term, Factored)]
@@ -36,11 +39,17 @@ def term_tensors(terms: list[Term]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         fields["factored"] = tuple((term.bits, term.rank) for term in factored)
         tensors["codes"] = torch.cat([part.reshape(-1) for term in factored for part in (term.u, term.v)])
         tensors["scales"] = torch.cat([term.scale for term in factored])
+        if factored[0].rotated:
+            fields["rotated"] = factored[0].rotated
         groups = [term.groups for term in factored if term.groups is not None]
         if groups:
             fields["group_size"] = groups[0].size
             tensors["group_scales"] = torch.cat([x.reshape(-1) for g in groups for x in (g.u_scale, g.v_scale)])
             tensors["group_zeros"] = torch.cat([x.reshape(-1) for g in groups for x in (g.u_zero, g.v_zero)])
+        rows = factored[0].rows
+        if rows is not None:
+            fields["rows"] = len(rows)
+            tensors["rows"] = pack(torch.zeros(1, shape[0], dtype=torch.int32).index_fill_(1, rows, 1), 1)[0]
     for term in terms:
         if isinstance(term, Sign):
             fields["sign"] = True
@@ -55,8 +64,9 @@ def term_tensors(terms: list[Term]) -> tuple[dict[str, Any], dict[str, Tensor]]:
 class Entry:
     """What the manifest says of one weight of the fine-tuned model.
 
-    base: its counterpart's name in the base, None if it has none. factored: (bits, rank) per term. dense: the first
-    row that is stored exactly, None if no row is. error: relative Frobenius error of the rebuilt delta.
+    base: its counterpart's name in the base, None if it has none. factored: (bits, rank) per term. rotated: the sides
+    of the factored terms that are stored rotated. rows: how many rows the factored terms add to, None if to all.
+    dense: the first row that is stored exactly, None if none is. error: relative Frobenius error of the rebuilt delta.
     """
 
     name: str
@@ -64,6 +74,8 @@ class Entry:
     dtype: torch.dtype
     base: str | None
     factored: tuple[tuple[int, int], ...] = ()
+    rotated: str = ""
+    rows: int | None = None
     group_size: int = 0
     sign: bool = False
     dense: int | None = None
@@ -89,6 +101,11 @@ class Entry:
                 raise ValueError(f"a term of rank {rank} with {bits} bits")
         if factored and sum(rank for _, rank in factored) > min(shape):
             raise ValueError(f"more components than a {shape[0]} x {shape[1]} matrix has")
+        rotated, covered = fields.get("rotated", ""), fields.get("rows")
+        if rotated not in ("", "u", "v", "uv") or (rotated and not factored):
+            raise ValueError(f"rotated sides {rotated!r}")
+        if covered is not None and not (factored and isinstance(covered, int) and 0 < covered <= shape[0]):
+            raise ValueError(f"terms for {covered} rows")
         group_size, sign, dense = fields.get("group_size", 0), fields.get("sign", False), fields.get("dense")
         if (
             not isinstance(group_size, int)
@@ -102,7 +119,9 @@ class Entry:
             raise ValueError(f"dense rows from {dense}")
         if not isinstance(base, str) and (base is not None or dense != 0):
             raise ValueError(f"base weight {base!r}")
-        return cls(name, shape, dtype, base, factored, group_size, sign, dense, fields.get("error"))
+        if group_size and (rotated or covered is not None):
+            raise ValueError("groups of rotated vectors or of some rows")
+        return cls(name, shape, dtype, base, factored, rotated, covered, group_size, sign, dense, fields.get("error"))
 
     def fields(self) -> dict[str, Any]:
         """The inverse of `parse`: the manifest's fields, defaults left out."""
@@ -111,6 +130,10 @@ class Entry:
             found["base"] = self.base
         if self.factored:
             found["factored"] = [list(part) for part in self.factored]
+        if self.rotated:
+            found["rotated"] = self.rotated
+        if self.rows is not None:
+            found["rows"] = self.rows
         if self.group_size:
             found["group_size"] = self.group_size
         if self.sign:
@@ -125,15 +148,23 @@ class Entry:
     def elements(self) -> int:
         return torch.Size(self.shape).numel()
 
+    @property
+    def factored_shape(self) -> tuple[int, int]:
+        """(m, n) of the factored terms."""
+        m, n = self.shape
+        return (m if self.rows is None else self.rows), n
+
     def tensors(self) -> dict[str, tuple[torch.dtype, list[int]]]:
         """Dtype and shape of every tensor that the terms are stored in, by name."""
         found: dict[str, tuple[torch.dtype, list[int]]] = {}
         if self.factored:
-            m, n = self.shape
+            m, n = self.factored_shape
             words = sum(rank * (words_per_row(m, bits) + words_per_row(n, bits)) for bits, rank in self.factored)
             rank = sum(rank for _, rank in self.factored)
             found[f"{self.name}.codes"] = (torch.int32, [words])
             found[f"{self.name}.scales"] = (torch.bfloat16, [rank])
+            if self.rows is not None:
+                found[f"{self.name}.rows"] = (torch.int32, [words_per_row(self.shape[0], 1)])
             if self.group_size:
                 groups = rank * sum(groups_per_row(side, self.group_size) for side in (m, n))
                 found[f"{self.name}.group_scales"] = (torch.float16, [groups])
@@ -162,7 +193,11 @@ class Entry:
         return data + self.metadata_bytes
 
     def terms(self, read: Callable[[str], Tensor]) -> list[Term]:
-        """The terms, their tensors given by `read`, the codes being views of what it gives."""
+        """The terms, their tensors given by `read`, the codes being views of what it gives.
+
+        Raises:
+            ValueError: if the bitmap of rows has another number of them than the entry.
+        """
         terms: list[Term] = []
         if self.factored:
             terms += self._factored_terms(read)
@@ -174,8 +209,13 @@ class Entry:
         return terms
 
     def _factored_terms(self, read: Callable[[str], Tensor]) -> list[Term]:
-        m, n = self.shape
+        m, n = self.factored_shape
         size = self.group_size
+        rows = None
+        if self.rows is not None:
+            rows = unpack(read(f"{self.name}.rows")[None], 1, self.shape[0])[0].nonzero()[:, 0]
+            if len(rows) != self.rows:
+                raise ValueError(f"{self.name}.rows marks {len(rows)} rows where its entry has {self.rows}")
         ranks = [rank for _, rank in self.factored]
         scales = read(f"{self.name}.scales").split(ranks)
         codes = _Cuts(read(f"{self.name}.codes"))
@@ -191,7 +231,7 @@ class Entry:
                     for cuts in (group_scales, group_zeros)
                 )
                 groups = Groups(size, u_scale, u_zero, v_scale, v_zero)
-            terms.append(Factored(bits, (m, n), u, v, scale, groups))
+            terms.append(Factored(bits, (m, n), u, v, scale, groups, self.rotated, rows))
         return terms
 
 
@@ -276,7 +316,7 @@ class Artifact:
         """The terms of one weight.
 
         Raises:
-            DeltacomeError: if a scale is NaN or infinite.
+            DeltacomeError: if a scale is NaN or infinite, or the rows are not as many as the manifest says.
         """
 
         def read(tensor: str) -> Tensor:
@@ -289,7 +329,10 @@ class Artifact:
                 raise self._broken(f"{tensor} holds NaN or infinity")
             return found
 
-        return self.entries[name].terms(read)
+        try:
+            return self.entries[name].terms(read)
+        except ValueError as error:
+            raise self._broken(str(error)) from error
 
     def check_digests(self) -> None:
         """Compare every file with its SHA-256.

@@ -1,4 +1,4 @@
-"""Second moments of the inputs of every linear layer, computed a decoder layer at a time.
+"""Second moments, or energies, of the inputs of every linear layer, computed a decoder layer at a time.
 
 The model is built without weights. A decoder layer has its weights only while the calibration data passes through it,
 so memory holds one layer, the second moments of its linears and the hidden states of the data.
@@ -16,62 +16,85 @@ from deltacome.checkpoint import Checkpoint
 from deltacome.data import Encoder, Example
 from deltacome.errors import DeltacomeError
 
-TOKENS_AT_ONCE = 2048  # of the calibration data in one forward pass of a layer
+TOKENS_AT_ONCE = 2048  # in one forward pass of a layer
 LONGEST = 2048  # tokens of an example that are used, the paper's length
+RANDOM_TOKENS = (32, 128)  # sequences and their length: energies are means, which few tokens give well enough
 
 Read = Callable[[str], Tensor]
 
 
 class CalibrationStream:
-    """Takes examples through a model layer by layer, each layer's inputs coming through compressed layers.
+    """Takes token sequences through a model layer by layer.
 
     Args:
         checkpoint: the fine-tuned checkpoint.
-        examples, encoder: the calibration data.
+        ids, mask: the sequences, int64 and bool (sequences, length), and what of them is no padding.
 
     Raises:
         DeltacomeError: if transformers cannot build the architecture, or its weights are not found by name.
     """
 
-    def __init__(self, checkpoint: Checkpoint, examples: list[Example], encoder: Encoder) -> None:
+    def __init__(self, checkpoint: Checkpoint, ids: Tensor, mask: Tensor) -> None:
         self.model = _skeleton(checkpoint)
         self.layers = _decoder_layers(self.model)
         prefix = self.model.base_model_prefix
         self.names = {name: _checkpoint_name(name, prefix, checkpoint) for name, _ in self.model.named_parameters()}
+        self.sizes = {self.names[name]: parameter.numel() for name, parameter in self.model.named_parameters()}
         self.prefixes = {id(module): name for name, module in self.model.named_modules()}
-        self.ids, self.mask = _batch(examples, encoder)
+        self.ids, self.mask = ids, mask
+
+    def energies(
+        self, wanted: Callable[[str], bool], read: Read, advance: Callable[[float], None]
+    ) -> dict[str, Tensor]:
+        """E[x²], float32 (inputs,), of the inputs of each wanted linear, by the checkpoint name of its weight.
+
+        Args:
+            read: a weight of a checkpoint name.
+            advance: called with the weights of each linear that is measured.
+        """
+        found: dict[str, Tensor] = {}
+
+        def keep(means: dict[str, Tensor]) -> None:
+            found.update(means)
+            advance(sum(self.sizes[name] for name in means))
+
+        self.run(wanted, read, None, keep)
+        return found
 
     def run(
         self,
         wanted: Callable[[str], bool],
         read: Read,
-        read_compressed: Read,
+        read_compressed: Read | None,
         on_layer: Callable[[dict[str, Tensor]], None],
     ) -> None:
-        """Measure the linears.
+        """Measure the linears, each layer's inputs coming through compressed layers.
 
         Args:
             wanted: whether the weight of a checkpoint name is to be measured; a layer without any is only passed.
             read: the fine-tuned weight of a checkpoint name, for the layer that is measured.
-            read_compressed: the rebuilt weight of a checkpoint name, for all that lies before that layer.
+            read_compressed: the rebuilt weight of a checkpoint name, for all that lies before that layer. Without it
+                the inputs come through the fine-tuned layers, and energies E[x²] are measured, (inputs,).
             on_layer: gets the second moments E[x xT], float32 (inputs, inputs), of a layer's linears by checkpoint
                 name and compresses them; called for each decoder layer in turn, and at last for an untied head.
         """
         self.wanted, self.read, self.read_compressed, self.on_layer = wanted, read, read_compressed, on_layer
+        outside = read_compressed or read
         head = self.model.get_output_embeddings()
         own_head = isinstance(head, nn.Linear) and head.weight is not self.model.get_input_embeddings().weight
         inside = {id(parameter) for layer in self.layers for parameter in layer.parameters()}
         skipped = inside | ({id(head.weight)} if own_head else set())
         for name, parameter in list(self.model.named_parameters()):
             if id(parameter) not in skipped:
-                _assign(self.model, name, read_compressed(self.names[name]).float())
+                _assign(self.model, name, outside(self.names[name]).float())
         for layer in self.layers:
             layer.forward = partial(self._forward_layer, layer)
         with torch.inference_mode():
             output = self.model.base_model(input_ids=self.ids, attention_mask=self.mask.long(), use_cache=False)
             if own_head:
                 hidden = output.last_hidden_state[self.mask]
-                self.on_layer({self.names[f"{self.prefixes[id(head)]}.weight"]: hidden.T @ hidden / len(hidden)})
+                total = hidden.T @ hidden if read_compressed else hidden.square().sum(0)
+                self.on_layer({self.names[f"{self.prefixes[id(head)]}.weight"]: total / len(hidden)})
 
     def _forward_layer(self, layer: nn.Module, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
         """In a decoder layer's place: measure, have it compressed, and go on with its compressed weights."""
@@ -83,10 +106,12 @@ class CalibrationStream:
             return {name: source(checkpoint_name).float() for name, checkpoint_name in names.items()}
 
         if any(map(self.wanted, names.values())):
-            moments = _Moments(layer, self.mask)
-            self._forward_rows(layer, weights(self.read), moments, hidden, arguments, options)
+            moments = _Moments(layer, self.mask, of_single_inputs=self.read_compressed is None)
+            output = self._forward_rows(layer, weights(self.read), moments, hidden, arguments, options)
             self.on_layer({names[f"{name}.weight"]: moment for name, moment in moments.close().items()})
-        return self._forward_rows(layer, weights(self.read_compressed), None, hidden, arguments, options)
+            if self.read_compressed is None:
+                return output
+        return self._forward_rows(layer, weights(self.read_compressed or self.read), None, hidden, arguments, options)
 
     def _forward_rows(
         self,
@@ -113,10 +138,10 @@ class CalibrationStream:
 
 
 class _Moments:
-    """Hooks that sum x xT over the inputs of each linear of a layer, padding left out."""
+    """Hooks that sum x xT, or x² alone, over the inputs of each linear of a layer, padding left out."""
 
-    def __init__(self, layer: nn.Module, mask: Tensor) -> None:
-        self.mask, self.rows = mask, slice(None)
+    def __init__(self, layer: nn.Module, mask: Tensor, of_single_inputs: bool) -> None:
+        self.mask, self.rows, self.of_single_inputs = mask, slice(None), of_single_inputs
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.handles = [
@@ -130,7 +155,7 @@ class _Moments:
         mask = self.mask[self.rows]
         x = x[mask] if x.shape[:2] == mask.shape else x.reshape(-1, x.shape[-1])
         self.counts[name] = self.counts.get(name, 0) + len(x)
-        self.sums[name] = self.sums.get(name, 0) + x.T @ x
+        self.sums[name] = self.sums.get(name, 0) + (x.square().sum(0) if self.of_single_inputs else x.T @ x)
 
     def close(self) -> dict[str, Tensor]:
         """Remove the hooks; the means by the linear's name within the layer."""
@@ -177,7 +202,20 @@ def _assign(model: nn.Module, name: str, value: Tensor) -> None:
     setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
 
-def _batch(examples: list[Example], encoder: Encoder) -> tuple[Tensor, Tensor]:
+def random_tokens(checkpoint: Checkpoint) -> tuple[Tensor, Tensor]:
+    """Uniformly random token ids and the mask that takes all of them: inputs as varied as the vocabulary, without data.
+
+    Raises:
+        DeltacomeError: if the configuration does not say how large the vocabulary is.
+    """
+    size = checkpoint.config.get("vocab_size") or checkpoint.config.get("text_config", {}).get("vocab_size")
+    if not isinstance(size, int) or size < 1:
+        raise DeltacomeError(f"the configuration of {checkpoint.source} names no vocabulary size")
+    ids = torch.randint(size, RANDOM_TOKENS, generator=torch.Generator().manual_seed(0))
+    return ids, torch.ones_like(ids, dtype=torch.bool)
+
+
+def batch(examples: list[Example], encoder: Encoder) -> tuple[Tensor, Tensor]:
     """Token ids (examples, longest) padded on the right, and the mask of what is no padding."""
     rows = [encoder.example(example)[0][:LONGEST] for example in examples]
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)

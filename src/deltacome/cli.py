@@ -47,7 +47,13 @@ def compress(
     ratio: Annotated[
         float | None, typer.Option(help="Bytes of the fine-tuned weights in 16 bit over the artifact's. [default: 16]")
     ] = None,
-    method: Annotated[str, typer.Option(help="delta-come, low-rank or bitdelta.")] = "delta-come",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="rate-distortion, delta-come, low-rank or bitdelta. [default: delta-come with --precision, else "
+            "rate-distortion]"
+        ),
+    ] = None,
     precision: Annotated[
         str | None, typer.Option(metavar="PLAN", help="delta-come: BITS:COUNT,... [default: 8:2,3:32,2:*]")
     ] = None,
@@ -67,7 +73,7 @@ def compress(
     ] = "compress",
     calibration: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.jsonl", help="Examples to calibrate on (GPTQ). Without it no data is used."),
+        typer.Option(metavar="FILE.jsonl", help="Examples to calibrate on. Without it no data is used."),
     ] = None,
     calibration_examples: Annotated[int, typer.Option(min=1, help="How many of its lines to use.")] = 128,
     chat_template: Template = None,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deltacome import __version__
+from deltacome.allocation import Spectrum, allocate, spent_bits
 from deltacome.artifact import (
     FORMAT_VERSION,
     MANIFEST,
@@ -24,7 +25,7 @@ from deltacome.artifact import (
     term_tensors,
     write_manifest,
 )
-from deltacome.calibration import CalibrationStream
+from deltacome.calibration import CalibrationStream, batch, random_tokens
 from deltacome.card import model_card
 from deltacome.checkpoint import Checkpoint, Pair, is_embedding, pair
 from deltacome.data import Encoder, read_examples
@@ -32,19 +33,20 @@ from deltacome.errors import DeltacomeError
 from deltacome.files import disk_errors, publish, raw, refuse_existing, sha256, shard_names, shards, write_safetensors
 from deltacome.journal import Journal, work_folder
 from deltacome.memory import peak_memory
-from deltacome.methods import DEFAULT_METHOD, Method, describe, make_method
+from deltacome.methods import DEFAULT_METHOD, Delta, Method, SharesByError, describe, make_method
 from deltacome.progress import bar
 from deltacome.terms import Dense, Term, add_terms, component_bits
 
 DEFAULT_RATIO = 16.0
 SHARD_BYTES = 5 * 10**9
-TYPICAL_TERMS = ((8, 2), (3, 32), (2, 100))  # for the length of an entry
+TYPICAL_TERMS = ((8, 2), (4, 32), (3, 32), (2, 32), (1, 100))  # for the length of an entry
 FIXED_METADATA = 1200  # bytes of the manifest and headers besides the weights' own
 RATIO_TOLERANCE = 0.01
 SUSPICIOUS_CHANGE = 0.5  # of the base's norm; a fine-tune changes a model by a few per cent
 SAMPLED_WEIGHTS = 8
 
 Warn = Callable[[str], None]
+Tokens = tuple[Tensor, Tensor]  # ids and mask, see `CalibrationStream`
 
 
 def print_warning(message: str) -> None:
@@ -58,7 +60,7 @@ def compress(
     out: str | Path,
     *,
     ratio: float | None = None,
-    method: str = DEFAULT_METHOD,
+    method: str | None = None,
     embeddings: Literal["compress", "exact"] = "compress",
     calibration: str | Path | None = None,
     calibration_examples: int = 128,
@@ -72,9 +74,10 @@ def compress(
         base, finetuned: checkpoint folders or hub ids.
         ratio: bytes of the fine-tuned weights in 16 bit over those of the artifact, 16 by default. A method or
             precision plan that fixes its own size must reach it, if it is given.
-        method: one of `deltacome.methods.METHODS`.
+        method: one of `deltacome.methods.METHODS`; by default `delta-come` for a precision plan, else the first.
         embeddings: `exact` keeps changed embeddings and the head as they are and leaves them out of the ratio's sum.
-        calibration: JSONL file of examples (see `deltacome.data.read_examples`); without it no data is used.
+        calibration: JSONL file of examples (see `deltacome.data.read_examples`). Without it no data is used; methods
+            that weigh inputs measure them on random tokens.
         calibration_examples: how many of the file's first lines are used.
         chat_template: Jinja file, or `none`, in place of the tokenizer's own template.
         warn: called with each warning.
@@ -92,18 +95,21 @@ def compress(
     refuse_existing(out)
     if ratio is not None and not ratio > 0:
         raise DeltacomeError(f"a ratio of {ratio:g} means nothing; give a number above 1, such as 16")
+    method = method or (DEFAULT_METHOD if settings.get("precision") is None else "delta-come")
     chosen = make_method(method, **settings)
     if chosen.needs_calibration and calibration is None:
         raise DeltacomeError(f"method {method} needs data with these settings; add --calibration FILE.jsonl")
+    if chosen.statistics == "nothing" and calibration is not None:
+        raise DeltacomeError(f"method {method} makes no use of data with these settings; leave out --calibration")
     with peak_memory() as peak:
         run = _Run(Checkpoint(base), Checkpoint(finetuned), chosen, embeddings == "exact", ratio, warn)
-        stream = None
+        tokens = None
         if calibration is not None:
-            stream = _open_stream(run.finetuned, calibration, calibration_examples, chat_template)
+            tokens = _read_tokens(run.finetuned, calibration, calibration_examples, chat_template)
         run.warn_of_large_change()
-        recorded = {**describe(method, chosen), "calibration_examples": len(stream.ids) if stream else 0}
+        recorded = {**describe(method, chosen), "calibration_examples": len(tokens[0]) if tokens else 0}
         with disk_errors(f"write {out}"):
-            run.make(out, recorded, stream)
+            run.make(out, recorded, tokens)
     artifact = Artifact(out)
     return {
         "artifact": str(out),
@@ -136,7 +142,8 @@ class _Run:
         self.asked_ratio = ratio
         self.ratio = (ratio or DEFAULT_RATIO) if method.spends_a_budget else None
         self.group_size = getattr(method, "group_size", None) or 0
-        self.bits_per_weight = 0.0
+        self.energies: dict[str, Tensor] = {}
+        self.budgets: dict[str, float] = {}  # bits by matrix
 
     def warn_of_large_change(self) -> None:
         """Look at a few matrices for a delta as large as the weights: the sign of a wrong base."""
@@ -151,7 +158,7 @@ class _Run:
                 f"few per cent; is {self.base.source} the right base?"
             )
 
-    def make(self, out: Path, method: dict[str, Any], stream: CalibrationStream | None) -> None:
+    def make(self, out: Path, method: dict[str, Any], tokens: Tokens | None) -> None:
         """Compress into the folder `out`, going on from what a killed run of the same job has left."""
         job = {
             "deltacome": __version__,
@@ -159,12 +166,12 @@ class _Run:
             "method": method,
             "ratio": self.asked_ratio,
             "exact": sorted(self.kept),
-            "calibration": hashlib.sha256(raw(stream.ids)).hexdigest() if stream else None,
+            "calibration": hashlib.sha256(raw(tokens[0])).hexdigest() if tokens else None,
         }
         self.journal = Journal(out, job)
         useless = False
         try:
-            self._compress(stream)
+            self._compress(tokens)
             self._write(out, method)
             useless = True
         except (DeltacomeError, OSError):  # bad input or a full disk; after anything else the work is worth keeping
@@ -173,7 +180,7 @@ class _Run:
         finally:
             self.journal.close(remove=useless)
 
-    def _compress(self, stream: CalibrationStream | None) -> None:
+    def _compress(self, tokens: Tokens | None) -> None:
         """Compress every weight that the journal lacks."""
         journal = self.journal
         total = sum(self.finetuned.tensors[name].elements for name in self.pairs)
@@ -182,13 +189,18 @@ class _Run:
             self.warn(
                 f"going on with the interrupted run: {len(journal.entries)} of {len(self.pairs)} weights are done"
             )
+        # Opened first: an architecture that cannot be calibrated is found out before the work.
+        stream = CalibrationStream(self.finetuned, *tokens) if tokens else None
+        if self.method.statistics == "energies":
+            self._measure_energies(stream)
+        spectra = self._spectra()
         with bar("compressing", total) as self.advance:
             self.advance(done)
             matrices = {p.name for p in self.matrices}
             for name in self.pairs.keys() - matrices - journal.entries.keys():
                 self._keep(self.pairs[name])
-            self._share_out()
-            if stream is not None:
+            self._share_out(spectra)
+            if stream is not None and self.method.statistics == "second moments":
                 wanted = matrices - journal.entries.keys()
                 stream.run(wanted.__contains__, self.finetuned.read_float, self._rebuilt, self._compress_layer)
             for p in self.matrices:
@@ -202,6 +214,50 @@ class _Run:
                 f"the ratio leaves {len(dropped)} of {len(self.matrices)} matrices not even one component, so they "
                 f"stay the base's ({dropped[0]} is one); lower the ratio, or the bits of the first components"
             )
+
+    def _measure_energies(self, calibration: CalibrationStream | None) -> None:
+        """Set the energies of the inputs: those of random tokens, and of the calibration data in equal parts."""
+        kept = self.journal.kept("energies")
+        if kept is not None:
+            self.energies = kept
+            return
+        names = {p.name for p in self.matrices if not is_embedding(p.name)}
+        total = (2 if calibration else 1) * sum(torch.Size(self.pairs[name].shape).numel() for name in names)
+        with bar("measuring inputs", total) as advance:
+            measured = []
+            try:
+                stream = CalibrationStream(self.finetuned, *random_tokens(self.finetuned))
+                measured.append(stream.energies(names.__contains__, self.finetuned.read_float, advance))
+            except Exception as error:
+                # Models fail to be built or run in many ways, and the method can do without.
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                self.warn(f"the inputs of the layers could not be measured, so all count alike: {reason}")
+            if calibration is not None:
+                measured.append(calibration.energies(names.__contains__, self.finetuned.read_float, advance))
+        for name in names & set().union(*measured):
+            found = [
+                energies[name] / energies[name].mean().clamp_min(1e-30) for energies in measured if name in energies
+            ]
+            self.energies[name] = torch.stack(found).mean(0)
+        self.journal.keep("energies", self.energies)
+
+    def _spectra(self) -> dict[str, Spectrum]:
+        """What the method needs for sharing out the bits by the errors of all matrices; empty if it does not."""
+        spectra: dict[str, Spectrum] = {}
+        if self.ratio is None or not isinstance(self.method, SharesByError):
+            return spectra
+        with bar("singular values", sum(torch.Size(p.shape).numel() for p in self.matrices)) as advance:
+            for p in self.matrices:
+                advance(torch.Size(p.shape).numel())
+                kept = self.journal.kept(f"spectrum of {p.name}")
+                if kept is None:
+                    delta = self._known(p, None)
+                    found = self.method.spectrum(delta) if bool(delta.values.any()) else None
+                    kept = found.tensors() if found is not None else {}
+                    self.journal.keep(f"spectrum of {p.name}", kept)
+                if kept:
+                    spectra[p.name] = Spectrum.of_tensors(kept)
+        return spectra
 
     def _write(self, out: Path, method: dict[str, Any]) -> None:
         """Put the artifact together in the journal's folder and give it its name."""
@@ -246,21 +302,26 @@ class _Run:
         (folder / MODEL_CARD).write_text(model_card(artifact), encoding="utf-8")
         publish(folder, out)
 
-    def _share_out(self) -> None:
-        """Set the bits that each weight of a matrix may take, so that the whole artifact meets the ratio."""
+    def _share_out(self, spectra: dict[str, Spectrum]) -> None:
+        """Set the bits that each matrix may take, so that the whole artifact meets the ratio."""
         if self.ratio is None:
             return
         shared = self.kept | {p.name for p in self.matrices}
         overhead = FIXED_METADATA + sum(e.bytes for name, e in self.journal.entries.items() if name not in shared)
         for p in self.matrices:
-            typical = Entry(p.name, p.shape, p.dtype, p.base_name, TYPICAL_TERMS, self.group_size, error=0.1234)
+            typical = Entry(p.name, p.shape, p.dtype, p.base_name, TYPICAL_TERMS, group_size=self.group_size, error=0.1)
             added_rows = (p.shape[0] - p.rows) * p.shape[1] * p.dtype.itemsize
             overhead += typical.metadata_bytes + added_rows
         allowed = 2 * self._counted_elements / self.ratio - overhead
-        self.bits_per_weight = 8 * allowed / sum(torch.Size(p.shape).numel() for p in self.matrices)
-        if not any(
-            component_bits(1, *p.shape) <= self.bits_per_weight * p.shape[0] * p.shape[1] for p in self.matrices
-        ):
+        elements = sum(torch.Size(p.shape).numel() for p in self.matrices)
+        self.budgets = {p.name: 8 * allowed * torch.Size(p.shape).numel() / elements for p in self.matrices}
+        if spectra:
+            widths = allocate(list(spectra.values()), 8 * allowed)
+            self.budgets |= {
+                name: spent_bits(spectrum, found)
+                for (name, spectrum), found in zip(spectra.items(), widths, strict=True)
+            }
+        if not any(component_bits(1, *p.shape) <= self.budgets[p.name] for p in self.matrices):
             least = overhead + min(component_bits(1, *p.shape) for p in self.matrices) / 8
             raise DeltacomeError(
                 f"a ratio of {self.ratio:g} cannot be reached: what is stored exactly and the metadata take "
@@ -291,6 +352,10 @@ class _Run:
         delta[p.rows :] = 0
         return delta, float(theirs.norm())
 
+    def _known(self, p: Pair, second_moment: Tensor | None) -> Delta:
+        """All that a method gets to know of a matrix."""
+        return Delta(self._delta(p)[0], is_embedding(p.name), second_moment, self.energies.get(p.name))
+
     def _keep(self, p: Pair) -> None:
         """Store a weight as it is, unless it is the base's."""
         value = self.finetuned.read(p.name)
@@ -308,19 +373,19 @@ class _Run:
                 self._compress_matrix(self.pairs[name], second_moment)
 
     def _compress_matrix(self, p: Pair, second_moment: Tensor | None) -> None:
-        delta, _ = self._delta(p)
+        delta = self._known(p, second_moment)
         terms: list[Term] = []
         error = None
-        norm = float(delta.norm())
+        norm = float(delta.values.norm())
         if norm:
-            terms = self.method.compress(delta, self.bits_per_weight * delta.numel(), second_moment)
-            error = float(f"{float(add_terms(delta.neg_(), terms).norm()) / norm:.4g}")
+            terms = self.method.compress(delta, self.budgets.get(p.name, 0))
+            error = float(f"{float(add_terms(delta.values.neg_(), terms).norm()) / norm:.4g}")
         if p.rows < p.shape[0]:
             terms.append(Dense(self.finetuned.read(p.name)[p.rows :], p.rows))
         self._finish(p, terms, error)
 
     def _finish(self, p: Pair, terms: list[Term], error: float | None = None) -> None:
-        fields, tensors = term_tensors(terms)
+        fields, tensors = term_tensors(terms, p.shape)
         entry = Entry(p.name, p.shape, p.dtype, p.base_name, error=error, **fields)
         self.journal.add(entry, {f"{p.name}.{suffix}": tensor for suffix, tensor in tensors.items()})
         self.advance(entry.elements)
@@ -333,9 +398,7 @@ class _Run:
         return rebuild(entry, entry.terms(self.journal.read), self.base)
 
 
-def _open_stream(
-    finetuned: Checkpoint, calibration: str | Path, count: int, chat_template: str | None
-) -> CalibrationStream:
+def _read_tokens(finetuned: Checkpoint, calibration: str | Path, count: int, chat_template: str | None) -> Tokens:
     from transformers import AutoTokenizer
 
     examples = read_examples(calibration, count)
@@ -344,4 +407,4 @@ def _open_stream(
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise DeltacomeError(f"calibration needs the tokenizer of {finetuned.source}: {reason}") from error
-    return CalibrationStream(finetuned, examples, Encoder(tokenizer, chat_template))
+    return batch(examples, Encoder(tokenizer, chat_template))

@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deltacome.artifact import Entry
@@ -73,17 +73,22 @@ class Journal:
     def add(self, entry: Entry, tensors: dict[str, Tensor]) -> None:
         """Keep a finished weight; `tensors` by their names in the artifact."""
         path = self.folder / f"{hashlib.sha256(entry.name.encode()).hexdigest()[:32]}.safetensors"
-        partial = path.with_suffix(".partial")
-        metadata = {"name": entry.name, "fields": json.dumps(entry.fields())}
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
-        except SafetensorError as error:
-            # safetensors reports a full disk as text: "... (os error 28)"
-            code = re.search(r"os error (\d+)", str(error))
-            number = int(code[1]) if code else errno.EIO
-            raise OSError(number, os.strerror(number) if code else str(error)) from error
-        partial.rename(path)
+        _save(tensors, path, {"name": entry.name, "fields": json.dumps(entry.fields())})
         self.files[entry.name], self.entries[entry.name] = path, entry
+
+    def keep(self, key: str, tensors: dict[str, Tensor]) -> None:
+        """Keep tensors of unfinished work under a key of letters."""
+        _save(tensors, self._kept(key), {})
+
+    def kept(self, key: str) -> dict[str, Tensor] | None:
+        """What `keep` was given, None if there is nothing whole under the key."""
+        try:
+            return load_file(self._kept(key))
+        except (OSError, SafetensorError):
+            return None
+
+    def _kept(self, key: str) -> Path:
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.kept"
 
     def read(self, tensor: str) -> Tensor:
         """A tensor of a finished weight, by its name in the artifact."""
@@ -100,6 +105,19 @@ class Journal:
 def work_folder(out: Path) -> Path:
     """Where an output is made."""
     return out.absolute().with_name(f".{out.name}.partial")
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file that is there whole or not at all."""
+    partial = path.with_suffix(".partial")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    except SafetensorError as error:
+        # safetensors reports a full disk as text: "... (os error 28)"
+        code = re.search(r"os error (\d+)", str(error))
+        number = int(code[1]) if code else errno.EIO
+        raise OSError(number, os.strerror(number) if code else str(error)) from error
+    partial.rename(path)
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -72,30 +72,40 @@ def quantize_entries_with_feedback(x: Tensor, second_moment: Tensor, bits: Tenso
     The rows weigh inputs of the second moment (length, length); each entry's error is made good by the entries after
     it. A group's range is that of its entries as they stand when it is reached.
     """
-    step = x.new_ones(x.shape[0], 1) if group_size else fit_steps(x, bits)
-    result = Quantized(torch.zeros_like(x, dtype=torch.int32), torch.zeros_like(x), step[:, 0])
-    if group_size:
-        groups = groups_per_row(x.shape[1], group_size)
-        result.ranges = Ranges(x.new_zeros(x.shape[0], groups), x.new_zeros(x.shape[0], groups))
+    factor = inverse_factor(second_moment)
+    if not group_size:
+        return feed_back_entries(x, factor, bits)
+    codes, values = x.new_zeros(x.T.shape, dtype=torch.int32), x.new_zeros(x.T.shape)
+    groups = groups_per_row(x.shape[1], group_size)
+    ranges = Ranges(x.new_zeros(x.shape[0], groups), x.new_zeros(x.shape[0], groups))
 
     def round_column(w: Tensor, j: int) -> Tensor:
-        column = w[:, j : j + 1]
-        if result.ranges is None:
-            codes = midrise(column, step, bits)
-            values = midrise_values(codes, step, bits)
-        else:
-            group = slice(j // group_size, j // group_size + 1)
-            if j % group_size == 0:
-                found = minmax(w[:, None, j : j + group_size], bits)
-                result.ranges.scale[:, group], result.ranges.zero[:, group] = found.scale, found.zero
-            scale, zero = result.ranges.scale[:, group], result.ranges.zero[:, group]
-            codes = affine(column, scale, zero, bits)
-            values = (codes - zero) * scale
-        result.codes[:, j : j + 1], result.values[:, j : j + 1] = codes, values
-        return values[:, 0]
+        group = slice(j // group_size, j // group_size + 1)
+        if j % group_size == 0:
+            found = minmax(w[j : j + group_size].T[:, None], bits)
+            ranges.scale[:, group], ranges.zero[:, group] = found.scale, found.zero
+        scale, zero = ranges.scale[:, group], ranges.zero[:, group]
+        codes[j] = affine(w[j, :, None], scale, zero, bits)[:, 0]
+        values[j] = (codes[j] - zero[:, 0]) * scale[:, 0]
+        return values[j]
 
-    feed_back(x, second_moment, round_column, group_size or FEEDBACK_BLOCK)
-    return result
+    feed_back(x, factor, round_column, group_size)
+    return Quantized(codes.T.contiguous(), values.T.contiguous(), x.new_ones(x.shape[0]), ranges)
+
+
+def feed_back_entries(x: Tensor, factor: Tensor, bits: Tensor) -> Quantized:
+    """GPTQ with the mid-rise code; `factor` (length, length) is the upper Cholesky factor of H's inverse."""
+    step = fit_steps(x, bits)[:, 0]
+    half = 2.0 ** (bits[:, 0] - 1)
+    levels, low, high = torch.empty_like(x.T), -half, half - 1
+
+    def round_column(w: Tensor, j: int) -> Tensor:
+        levels[j] = (w[j] / step).floor_().clamp_(low, high)
+        return (levels[j] + 0.5) * step
+
+    feed_back(x, factor, round_column, FEEDBACK_BLOCK)
+    levels = levels.T.contiguous()
+    return Quantized((levels + half[:, None]).to(torch.int32), (levels + 0.5) * step[:, None], step)
 
 
 def quantize_vectors_with_feedback(x: Tensor, second_moment: Tensor, bits: Tensor, group_size: int = 0) -> Quantized:
@@ -107,10 +117,10 @@ def quantize_vectors_with_feedback(x: Tensor, second_moment: Tensor, bits: Tenso
     rows: list[Quantized] = []
 
     def round_column(w: Tensor, k: int) -> Tensor:
-        rows.append(quantize_rows(w[:, k][None], bits[k : k + 1], group_size))
+        rows.append(quantize_rows(w[k : k + 1], bits[k : k + 1], group_size))
         return rows[-1].values[0]
 
-    feed_back(x.T, second_moment, round_column, FEEDBACK_BLOCK)
+    feed_back(x.T, inverse_factor(second_moment), round_column, FEEDBACK_BLOCK)
     codes, values, step = (torch.cat(parts) for parts in zip(*((r.codes, r.values, r.step) for r in rows), strict=True))
     result = Quantized(codes, values, step)
     if group_size:
@@ -186,26 +196,28 @@ def _fit_steps(x: Tensor, bits: Tensor) -> Tensor:
     return best
 
 
-def feed_back(x: Tensor, second_moment: Tensor, round_column: Callable[[Tensor, int], Tensor], block: int) -> None:
+def feed_back(x: Tensor, factor: Tensor, round_column: Callable[[Tensor, int], Tensor], block: int) -> None:
     """GPTQ's loop: round the columns of x (rows, columns) in order, spreading each one's error over those after it.
 
-    `round_column(w, j)` gets the matrix with earlier errors fed back, up to the end of the block of columns that j is
-    in, and returns the rounded column j.
+    factor: (columns, columns), the upper Cholesky factor of the second moment's inverse.
+    round_column: gets the transposed matrix (columns, rows) with earlier errors fed back, up to the end of the block
+        of columns that j is in, and j; returns the rounded column j, (rows,).
     """
-    factor = _inverse_factor(second_moment).to(x.dtype)
-    w = x.clone()
-    columns = w.shape[1]
+    factor = factor.to(x.dtype)
+    inverses = factor.diagonal().reciprocal().tolist()
+    w = x.T.clone(memory_format=torch.contiguous_format)
+    columns = len(w)
     for start in range(0, columns, block):
         end = min(start + block, columns)
-        errors = w.new_empty(w.shape[0], end - start)
+        errors = w.new_empty(end - start, w.shape[1])
         for j in range(start, end):
-            error = (w[:, j] - round_column(w, j)) / factor[j, j]
-            w[:, j + 1 : end].addr_(error, factor[j, j + 1 : end], alpha=-1)
-            errors[:, j - start] = error
-        w[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
+            error = errors[j - start]
+            torch.sub(w[j], round_column(w, j), out=error).mul_(inverses[j])
+            w[j + 1 : end].addr_(factor[j, j + 1 : end], error, alpha=-1)
+        w[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
 
 
-def _inverse_factor(second_moment: Tensor) -> Tensor:
+def inverse_factor(second_moment: Tensor) -> Tensor:
     """Upper Cholesky factor, float64, of the inverse of a second moment (n, n), damped until it is positive."""
     moment = second_moment.double()
     moment = moment / moment.diagonal().mean().clamp_min(1e-300)

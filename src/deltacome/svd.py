@@ -22,11 +22,7 @@ def leading_components(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor
     if m < n:
         v, s, u = leading_components(delta.T, rank)
         return u, s, v
-    gram = torch.zeros(n, n, dtype=torch.float64, device=delta.device)
-    for rows in delta.split(ROWS_AT_ONCE):  # no float64 copy of the whole delta
-        rows = rows.double()
-        gram.addmm_(rows.T, rows)
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = torch.linalg.eigh(_gram(delta))
     s = values.flip(0).clamp_min_(0).sqrt_()
     keep = min(rank, int((s > NEGLIGIBLE * s[0]).sum()))
     v = vectors.flip(1)[:, :keep]
@@ -38,3 +34,19 @@ def leading_components(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor
         u[:, start : start + part.shape[0]] = part.T
     s = norms.sqrt_().float()
     return u.div_(s[:, None]), s, v.T.float()
+
+
+def singular_values(delta: Tensor) -> Tensor:
+    """All singular values of a delta (m, n) that are not negligible, float64, descending."""
+    s = torch.linalg.eigvalsh(_gram(delta if delta.shape[0] >= delta.shape[1] else delta.T)).flip(0)
+    s = s.clamp_min_(0).sqrt_()
+    return s[s > NEGLIGIBLE * s[0]]
+
+
+def _gram(delta: Tensor) -> Tensor:
+    """deltaT delta (n, n) in float64."""
+    gram = torch.zeros(delta.shape[1], delta.shape[1], dtype=torch.float64, device=delta.device)
+    for rows in delta.split(ROWS_AT_ONCE):  # no float64 copy of the whole delta
+        rows = rows.double()
+        gram.addmm_(rows.T, rows)
+    return gram

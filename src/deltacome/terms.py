@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deltacome.bits import pack, unpack, words_per_row
+from deltacome.rotation import unrotate
 
 SCALE_BITS = 16  # a component's scale is one bfloat16
 GROUP_BITS = 24  # a group's scale is one float16, its zero point one byte
@@ -49,6 +50,8 @@ class Factored:
     the steps of both vectors. With groups the entries are scaled per group and `scale` is the singular value.
 
     u: int32, (rank, words of m). v: int32, (rank, words of n). scale: bfloat16, (rank,). shape: (m, n).
+    rotated: the sides whose codes are of rotated vectors (`deltacome.rotation`): "", "u", "v" or "uv".
+    rows: int64, (m,), ascending: the rows of the weight that the term adds to; None if it adds to all of them.
     """
 
     bits: int
@@ -57,26 +60,37 @@ class Factored:
     v: Tensor
     scale: Tensor
     groups: Groups | None = None
+    rotated: str = ""
+    rows: Tensor | None = None
 
     @classmethod
     def from_codes(
-        cls, bits: int, u_codes: Tensor, v_codes: Tensor, scale: Tensor, groups: Groups | None = None
+        cls,
+        bits: int,
+        u_codes: Tensor,
+        v_codes: Tensor,
+        scale: Tensor,
+        groups: Groups | None = None,
+        rotated: str = "",
+        rows: Tensor | None = None,
     ) -> "Factored":
         """Pack integer codes (rank, m) and (rank, n); `scale` (rank,) is rounded to bfloat16."""
         shape = (u_codes.shape[1], v_codes.shape[1])
-        return cls(bits, shape, pack(u_codes, bits), pack(v_codes, bits), scale.to(torch.bfloat16), groups)
+        u, v = pack(u_codes, bits), pack(v_codes, bits)
+        return cls(bits, shape, u, v, scale.to(torch.bfloat16), groups, rotated, rows)
 
     @property
     def rank(self) -> int:
         return self.u.shape[0]
 
     def vectors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Dequantised u (rank, m) and v (rank, n), without `scale`."""
+        """Dequantised u (rank, m) and v (rank, n), rotated back, without `scale`."""
         m, n = self.shape
         u, v = (unpack(words, self.bits, length).to(dtype) for words, length in ((self.u, m), (self.v, n)))
         if self.groups is None:
             middle = (2**self.bits - 1) / 2
-            return u.sub_(middle), v.sub_(middle)
+            u, v = u.sub_(middle), v.sub_(middle)
+            return unrotate(u) if "u" in self.rotated else u, unrotate(v) if "v" in self.rotated else v
         size = self.groups.size
         return (
             _grouped(u, self.groups.u_scale, self.groups.u_zero, size),
@@ -87,6 +101,14 @@ class Factored:
         """The term as a matrix (m, n)."""
         u, v = self.vectors(dtype)
         return (u * self.scale.to(dtype)[:, None]).T @ v
+
+    def add_to(self, weight: Tensor) -> None:
+        """Add the term to a weight, in place."""
+        if self.rows is not None:
+            weight[self.rows] += self.dequantize(weight.dtype)
+        else:
+            u, v = self.vectors(weight.dtype)
+            weight.addmm_((u * self.scale.to(weight.dtype)[:, None]).T, v)
 
 
 @dataclass(frozen=True)
@@ -125,8 +147,7 @@ def add_terms(weight: Tensor, terms: list[Term]) -> Tensor:
             else:
                 weight[term.start : term.start + term.value.shape[0]] = term.value.to(weight.dtype)
         elif isinstance(term, Factored):
-            u, v = term.vectors(weight.dtype)
-            weight.addmm_((u * term.scale.to(weight.dtype)[:, None]).T, v)
+            term.add_to(weight)
         else:
             weight += term.dequantize(weight.dtype)
     return weight

@@ -1,44 +1,24 @@
 """Compression methods by name. A method turns one matrix into terms; to add one, write a file and list it here."""
 
 from dataclasses import asdict, fields
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import Any
 
 from deltacome.errors import DeltacomeError
 from deltacome.methods.bitdelta import BitDelta
 from deltacome.methods.delta_come import DeltaCome
 from deltacome.methods.low_rank import LowRank
-from deltacome.terms import Term
+from deltacome.methods.method import Delta as Delta
+from deltacome.methods.method import Method as Method
+from deltacome.methods.method import SharesByError as SharesByError
+from deltacome.methods.rate_distortion import RateDistortion
 
-DEFAULT_METHOD = "delta-come"
-
-
-class Method(Protocol):
-    """One method with its settings; a frozen dataclass whose fields are the settings."""
-
-    @property
-    def spends_a_budget(self) -> bool:
-        """Whether the size follows the budget; otherwise the method fixes it."""
-        ...
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether the method cannot do without second moments."""
-        ...
-
-    def compress(self, delta: Tensor, budget_bits: float, second_moment: Tensor | None) -> list[Term]:
-        """Terms of one delta.
-
-        Args:
-            delta: float32, (m, n), at least one entry other than zero.
-            budget_bits: what the terms may take, all scales counted.
-            second_moment: E[x xT] of the layer's inputs, (n, n); None without calibration.
-        """
-        ...
-
-
-METHODS: dict[str, type] = {"delta-come": DeltaCome, "low-rank": LowRank, "bitdelta": BitDelta}
+DEFAULT_METHOD = "rate-distortion"
+METHODS: dict[str, type] = {
+    "rate-distortion": RateDistortion,
+    "delta-come": DeltaCome,
+    "low-rank": LowRank,
+    "bitdelta": BitDelta,
+}
 
 
 def make_method(name: str, **settings: Any) -> Method:

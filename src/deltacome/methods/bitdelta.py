@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
-
 from deltacome.bits import pack
 from deltacome.errors import DeltacomeError
+from deltacome.methods.method import Delta, Statistics
 from deltacome.terms import Sign, Term
 
 
@@ -33,11 +32,16 @@ class BitDelta:
     def needs_calibration(self) -> bool:
         return self.scale == "refit"
 
-    def compress(self, delta: Tensor, budget_bits: float, second_moment: Tensor | None = None) -> list[Term]:
-        positive = delta >= 0
-        scale = delta.abs().mean()
-        if self.scale == "refit" and second_moment is not None:
-            signs = positive.to(delta.dtype).mul_(2).sub_(1)
-            outputs = signs @ second_moment.to(delta.dtype)
-            scale = (outputs * delta).sum() / (outputs * signs).sum()
-        return [Sign((delta.shape[0], delta.shape[1]), pack(positive, 1), scale.reshape(1))]
+    @property
+    def statistics(self) -> Statistics:
+        return "second moments" if self.needs_calibration else "nothing"
+
+    def compress(self, delta: Delta, budget_bits: float) -> list[Term]:
+        values = delta.values
+        positive = values >= 0
+        scale = values.abs().mean()
+        if self.scale == "refit" and delta.second_moment is not None:
+            signs = positive.to(values.dtype).mul_(2).sub_(1)
+            outputs = signs @ delta.second_moment.to(values.dtype)
+            scale = (outputs * values).sum() / (outputs * signs).sum()
+        return [Sign((values.shape[0], values.shape[1]), pack(positive, 1), scale.reshape(1))]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from deltacome.errors import DeltacomeError
+from deltacome.methods.method import Delta, Statistics
 from deltacome.precision import TRIPLE, PrecisionPlan
 from deltacome.quantize import (
     Quantized,
@@ -60,15 +61,20 @@ class DeltaCome:
     def needs_calibration(self) -> bool:
         return False
 
-    def compress(self, delta: Tensor, budget_bits: float, second_moment: Tensor | None = None) -> list[Term]:
-        m, n = delta.shape
+    @property
+    def statistics(self) -> Statistics:
+        return "second moments"
+
+    def compress(self, delta: Delta, budget_bits: float) -> list[Term]:
+        m, n = delta.values.shape
+        second_moment = delta.second_moment
         plan = PrecisionPlan.parse(self.precision)
         rank = sum(count for _, count in plan.allocate(m, n, min(m, n), budget_bits, self.groups))
-        u, s, v = leading_components(delta, rank)
+        u, s, v = leading_components(delta.values, rank)
         ranks = plan.allocate(m, n, len(s), budget_bits, self.groups)
         if not ranks:
             return []
-        bits = torch.tensor([bits for bits, count in ranks for _ in range(count)], device=delta.device)[:, None]
+        bits = torch.tensor([bits for bits, count in ranks for _ in range(count)], device=u.device)[:, None]
         if second_moment is None:
             v_hat, u_hat = quantize_rows(v, bits, self.groups), quantize_rows(u, bits, self.groups)
             v_factor = fit_scale(v_hat.values, v, self.scale)

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from deltacome.methods.delta_come import DeltaCome
+from deltacome.methods.method import Delta, Statistics
 from deltacome.terms import Term
 
 
@@ -24,5 +23,9 @@ class LowRank:
     def needs_calibration(self) -> bool:
         return False
 
-    def compress(self, delta: Tensor, budget_bits: float, second_moment: Tensor | None = None) -> list[Term]:
+    @property
+    def statistics(self) -> Statistics:
+        return "nothing"
+
+    def compress(self, delta: Delta, budget_bits: float) -> list[Term]:
         return DeltaCome(precision="16:*").compress(delta, budget_bits)

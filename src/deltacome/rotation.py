@@ -1,0 +1,58 @@
+"""A fixed rotation that makes vectors alike: random signs and two Hadamard transforms, in n log n steps.
+
+Low-bit codes of a singular vector err most where its entries are large. Left as it is, that is where the layer's
+outlier channels are; rotated, every entry is a mix of many and the error is spread evenly over all directions
+(QuIP#, Tseng et al., 2024, section 3). `docs/format.md` has the definition.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Rotate the vectors in the last dimension of x (..., n), any n; orthogonal, and of the dtype of x."""
+    n = x.shape[-1]
+    p, signs = _power(n), _signs(n).to(x)
+    x = x * signs
+    x = torch.cat((_hadamard(x[..., :p]), x[..., p:]), dim=-1)
+    if p < n:
+        x = x * signs  # else the second transform would undo much of the first
+        x = torch.cat((x[..., : n - p], _hadamard(x[..., n - p :])), dim=-1)
+    return x
+
+
+def unrotate(x: Tensor) -> Tensor:
+    """The inverse of `rotate`."""
+    n = x.shape[-1]
+    p, signs = _power(n), _signs(n).to(x)
+    if p < n:
+        x = torch.cat((x[..., : n - p], _hadamard(x[..., n - p :])), dim=-1) * signs
+    return torch.cat((_hadamard(x[..., :p]), x[..., p:]), dim=-1) * signs
+
+
+def _power(n: int) -> int:
+    """The largest power of two that is not above n."""
+    return 1 << (n.bit_length() - 1)
+
+
+@cache
+def _signs(n: int) -> Tensor:
+    """+1 or -1 for each of n entries: the lowest bit of MurmurHash3's finaliser of the entry's number from 1."""
+    h = torch.arange(1, n + 1, dtype=torch.int64)
+    h = (h ^ (h >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
+    h = (h ^ (h >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
+    h ^= h >> 16
+    return 1.0 - 2.0 * (h & 1)
+
+
+def _hadamard(x: Tensor) -> Tensor:
+    """The orthonormal Walsh-Hadamard transform of x (..., p), p a power of two, in natural order."""
+    shape, p = x.shape, x.shape[-1]
+    width = 1
+    while width < p:
+        pairs = x.reshape(-1, p // (2 * width), 2, width)
+        x = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), dim=2)
+        width *= 2
+    return x.reshape(shape) * p**-0.5

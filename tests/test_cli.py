@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("compress", "inspect", "verify", "merge", "generate", "evaluate")
+COMMANDS = ("compress", "inspect", "verify", "merge", "generate", "evaluate", "search")
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:

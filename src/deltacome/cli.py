@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 
 Base = Annotated[str, typer.Argument(metavar="BASE", help="Base checkpoint: a folder or a hub id.")]
+Finetuned = Annotated[str, typer.Argument(metavar="FINETUNED", help="Fine-tuned checkpoint: a folder or a hub id.")]
 DeltaFolder = Annotated[Path, typer.Argument(metavar="DELTA", help="Folder of a compressed delta.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Template = Annotated[
@@ -42,7 +43,7 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command(epilog="Example: deltacome compress base/ math/ -o math-delta/ --ratio 16")
 def compress(
     base: Base,
-    finetuned: Annotated[str, typer.Argument(metavar="FINETUNED", help="Fine-tuned checkpoint: a folder or a hub id.")],
+    finetuned: Finetuned,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
     ratio: Annotated[
         float | None, typer.Option(help="Bytes of the fine-tuned weights in 16 bit over the artifact's. [default: 16]")
@@ -277,7 +278,57 @@ def evaluate(
             print(f"{row['name']}: {row['outputs'][place]!r}")
 
 
-def _print_table(columns: list[str], rows: list[list[str]]) -> None:
+@app.command(epilog="Example: deltacome search base/ math/ --data mixed.jsonl -o search.json")
+def search(
+    base: Base,
+    finetuned: Finetuned,
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="Examples of the task, best mixed with unrelated `text`: on the task alone KL misleads.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="JSON file for the results, or one of the same search to go on from.")
+    ],
+    ratio: Annotated[float, typer.Option(help="Of every candidate, as for compress.")] = 16,
+    strategy: Annotated[Literal["greedy", "genetic"], typer.Option(help="How candidates are chosen.")] = "greedy",
+    examples: Annotated[int, typer.Option(min=1, help="How many of the first lines of --data to use.")] = 64,
+    chat_template: Template = None,
+    generations: Annotated[int, typer.Option(min=1, help="Of the genetic strategy.")] = 8,
+    population: Annotated[int, typer.Option(min=2, help="Plans in a generation.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the genetic strategy.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Find the precision plan of delta-come with the least KL on data. Started again after a kill, it goes on.
+
+    Prints the plan for `compress --precision`, and each stage's candidates on standard error.
+    """
+    from deltacome.search import cells
+    from deltacome.search import search as run
+
+    _quiet()
+    report = run(
+        base,
+        finetuned,
+        data,
+        output,
+        ratio=ratio,
+        strategy=strategy,
+        examples=examples,
+        chat_template=chat_template,
+        generations=generations,
+        population=population,
+        seed=seed,
+        on_stage=lambda stage, candidates: _print_table(
+            [stage, "KL", "artifact ratio"], [cells(plan, result) for plan, result in candidates.items()], stderr=True
+        ),
+    )
+    print(json.dumps(report) if as_json else report["plan"])
+
+
+def _print_table(columns: list[str], rows: list[list[str]], stderr: bool = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -286,8 +337,8 @@ def _print_table(columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(column, justify="left" if place == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    console.print(table) if console.is_terminal else Console(width=160).print(table)
+    console = Console(stderr=stderr)
+    console.print(table) if console.is_terminal else Console(stderr=stderr, width=160).print(table)
 
 
 def _quiet() -> None:

@@ -59,9 +59,9 @@ def evaluate(
         raise DeltacomeError(f"{answer_pattern!r} is no regular expression: {error}") from error
     base_checkpoint = Checkpoint(base)
     artifacts = {name: open_checked(base_checkpoint, path) for name, path in deltas.items()}
-    reference, tokenizer = _load(Checkpoint(finetuned))
+    reference, tokenizer = load(Checkpoint(finetuned))
     sources: dict[str, Callable[[], tuple[Any, Any]]] = {
-        BASE: partial(_load, base_checkpoint),
+        BASE: partial(load, base_checkpoint),
         FINETUNED: lambda: (reference, tokenizer),
         **{name: partial(load_merged, base_checkpoint, artifact) for name, artifact in artifacts.items()},
     }
@@ -88,7 +88,7 @@ class _Comparison:
     def __init__(self, reference: Any, encoder: Encoder, examples: list[Example], texts: list[Example]) -> None:
         self.reference = reference
         self.tasks = [example for example in examples if example.messages]
-        self.on_task, self.off_task = ([_cut(encoder.example(e)) for e in some] for some in (examples, texts))
+        self.on_task, self.off_task = ([cut(encoder.example(e)) for e in some] for some in (examples, texts))
 
     def measure(
         self, name: str, model: Any, encoder: Encoder, new_tokens: int, pattern: re.Pattern[str]
@@ -112,7 +112,7 @@ class _Comparison:
         return row
 
 
-def _load(checkpoint: Checkpoint) -> tuple[Any, Any]:
+def load(checkpoint: Checkpoint) -> tuple[Any, Any]:
     """A checkpoint's model in float32, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -133,7 +133,7 @@ def add_tokens(model: Any, size: int) -> None:
             module.weight.data[old:] = 0
 
 
-def _cut(example: tuple[list[int], int]) -> tuple[list[int], int]:
+def cut(example: tuple[list[int], int]) -> tuple[list[int], int]:
     """An encoded example without what is over the longest length."""
     ids, start = example
     return ids[:LONGEST], min(start, LONGEST - 1)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from deltacome.artifact import Entry
 from deltacome.errors import DeltacomeError
+from deltacome.files import write_atomically
 
 
 class Journal:
@@ -33,13 +34,7 @@ class Journal:
     """
 
     def __init__(self, out: Path, job: dict[str, Any]) -> None:
-        self.folder = work_folder(out)
-        self.folder.mkdir(exist_ok=True)
-        self.lock = FileLock(self.folder / "lock", timeout=0)
-        try:
-            self.lock.acquire()
-        except Timeout as error:
-            raise DeltacomeError(f"another process is writing {out}; wait for it or choose another name") from error
+        self.folder, self.lock = claim(out)
         self.files: dict[str, Path] = {}
         self.entries: dict[str, Entry] = {}
         try:
@@ -56,7 +51,7 @@ class Journal:
             for path in self.folder.iterdir():
                 if path.name != "lock":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-            _replace(description, text.encode())
+            write_atomically(description, text.encode())
         for path in self.folder.glob("*.safetensors"):
             self._load(path)
 
@@ -107,6 +102,22 @@ def work_folder(out: Path) -> Path:
     return out.absolute().with_name(f".{out.name}.partial")
 
 
+def claim(out: Path) -> tuple[Path, FileLock]:
+    """Make the folder where an output is made, and lock it.
+
+    Raises:
+        DeltacomeError: if another process is making the same output.
+    """
+    folder = work_folder(out)
+    folder.mkdir(exist_ok=True)
+    lock = FileLock(folder / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise DeltacomeError(f"another process is writing {out}; wait for it or choose another name") from error
+    return folder, lock
+
+
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file that is there whole or not at all."""
     partial = path.with_suffix(".partial")
@@ -118,9 +129,3 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
         number = int(code[1]) if code else errno.EIO
         raise OSError(number, os.strerror(number) if code else str(error)) from error
     partial.rename(path)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(content)
-    partial.replace(path)

@@ -43,6 +43,10 @@ class PrecisionPlan:
             parts.append((bits, count))
         return cls(tuple(parts))
 
+    def __str__(self) -> str:
+        """The text that `parse` takes."""
+        return ",".join(f"{bits}:{'*' if count is None else count}" for bits, count in self.parts)
+
     @property
     def spends_a_budget(self) -> bool:
         """Whether the plan ends in `*`; one that does not fixes the size by itself."""

@@ -86,6 +86,19 @@ def publish(folder: Path, out: Path) -> None:
     folder.rename(out)
 
 
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a small file in one step: a kill leaves the old content or the new."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_safetensors(
     path: Path, tensors: dict[str, tuple[torch.dtype, list[int]]], read: Callable[[str], Tensor]
 ) -> str:

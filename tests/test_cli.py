@@ -37,11 +37,10 @@ def delta(base: Path, finetuned: Path, tmp_path_factory: pytest.TempPathFactory)
     return out
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "benchmark quality"])
 def test_help_has_an_example_and_comes_without_torch(command: str) -> None:
-    script = (
-        f"import sys; sys.argv = ['deltacome', '{command}', '--help']\nfrom deltacome.cli import main\ntry: main()\n"
-    )
+    script = f"import sys; sys.argv = {['deltacome', *command.split(), '--help']}\n"
+    script += "from deltacome.cli import main\ntry: main()\n"
     script += "except SystemExit: pass\nprint('torch' in sys.modules)"
     text = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert f"Example: deltacome {command}" in text and text.endswith("False\n")

@@ -12,7 +12,7 @@ from deltacome.checkpoint import Checkpoint
 from deltacome.data import Example
 from deltacome.evaluation import evaluate, save_table
 from deltacome.merging import load_merged, open_checked
-from deltacome.metrics import Mean, answer, divergence, is_right
+from deltacome.metrics import Mean, answer, divergence, is_right, retention
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +116,8 @@ def test_standard_errors() -> None:
     torch.manual_seed(0)
     counts = torch.randint(1, 20, (2000,)).float()
     sums = counts * (3 + torch.randn(2000))
-    mean = Mean.of_tokens(sums, counts)
-    parts = [Mean.of_tokens(sums[i::200], counts[i::200]).value for i in range(200)]
+    mean = Mean.of_ratio(sums, counts)
+    parts = [Mean.of_ratio(sums[i::200], counts[i::200]).value for i in range(200)]
     assert mean.error == pytest.approx(float(torch.tensor(parts).std()) / 200**0.5, rel=0.15)
     assert Mean.of_successes(25, 100) == Mean(0.25, pytest.approx(0.0433, rel=1e-2))
 
@@ -178,9 +178,21 @@ def test_a_grown_vocabulary_is_evaluated(save: Save, examples: Path, tmp_path: P
     assert rows[2]["on_task_kl"] < rows[0]["on_task_kl"]
 
 
-def test_retention() -> None:
-    from deltacome.evaluation import _add_retention
-
-    rows = [{"name": "base", "accuracy": 0.1}, {"name": "fine-tuned", "accuracy": 0.5}, {"name": "d", "accuracy": 0.4}]
-    _add_retention(rows)
-    assert [row["retention"] for row in rows] == pytest.approx([0, 1, 0.75])
+def test_retention_and_its_paired_error() -> None:
+    base, finetuned = torch.zeros(400), torch.zeros(400)
+    base[:40], finetuned[:200] = 1, 1
+    delta = finetuned.clone()
+    delta[160:220] = 1 - delta[160:220]  # 40 lost, 20 new
+    assert retention(base, base, finetuned) == Mean(0, 0) and retention(finetuned, base, finetuned) == Mean(1, 0)
+    assert retention(delta, base, base) is None
+    kept = retention(delta, base, finetuned)
+    assert kept is not None and kept.value == pytest.approx((180 - 40) / (200 - 40))
+    assert retention(1 - delta, 1 - base, 1 - finetuned) == kept  # a fine-tune that lowers the score
+    torch.manual_seed(0)
+    values = []
+    for _ in range(500):
+        sample = torch.randint(0, 400, (400,))
+        resampled = retention(delta[sample], base[sample], finetuned[sample])
+        assert resampled is not None
+        values.append(resampled.value)
+    assert kept.error == pytest.approx(float(torch.tensor(values).std()), rel=0.1)

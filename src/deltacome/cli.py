@@ -328,6 +328,35 @@ def search(
     print(json.dumps(report) if as_json else report["plan"])
 
 
+benchmarks = typer.Typer(help="Whole comparisons, each by one command; a killed one goes on.", no_args_is_help=True)
+app.add_typer(benchmarks, name="benchmark")
+
+
+@benchmarks.command(epilog="Example: deltacome benchmark quality suite.json -o quality/")
+def quality(
+    suite: Annotated[Path, typer.Argument(metavar="SUITE.json", help="What to compare; see docs/benchmark.md.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for artifacts, rows, table and picture; gone on with.")
+    ],
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first lines of each fine-tune's data.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare methods at several ratios on several fine-tunes: KL, accuracy and bytes, in a table and a picture."""
+    from deltacome.benchmark import report
+    from deltacome.benchmark.quality import quality as run
+    from deltacome.evaluation import cells
+
+    _quiet()
+    rows = run(suite, output, limit=limit)
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False))
+        return
+    for name, own in report.by_finetune(rows).items():
+        print(name)
+        _print_table(list(report.COLUMNS.values()), [cells(row, report.COLUMNS) for row in own])
+        print("".join(f"failed: {line}\n" for line in report.failures(own)), end="")
+
+
 def _print_table(columns: list[str], rows: list[list[str]], stderr: bool = False) -> None:
     from rich.console import Console
     from rich.table import Table

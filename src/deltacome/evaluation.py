@@ -3,18 +3,20 @@
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from deltacome.artifact import Artifact
 from deltacome.checkpoint import Checkpoint
 from deltacome.data import Encoder, Example, read_examples
 from deltacome.errors import DeltacomeError
 from deltacome.merging import load_merged, open_checked
-from deltacome.metrics import ANSWER_PATTERN, Mean, answer, divergence, is_right
+from deltacome.metrics import ANSWER_PATTERN, Mean, answer, compile_pattern, divergence, is_right, retention
 from deltacome.progress import bar
 
 LONGEST = 2048  # tokens of an example that are used
@@ -53,67 +55,124 @@ def evaluate(
     """
     examples = read_examples(data, limit)
     texts = read_examples(offtask) if offtask is not None else []
-    try:
-        pattern = re.compile(answer_pattern)
-    except re.error as error:
-        raise DeltacomeError(f"{answer_pattern!r} is no regular expression: {error}") from error
+    pattern = compile_pattern(answer_pattern)
     base_checkpoint = Checkpoint(base)
     artifacts = {name: open_checked(base_checkpoint, path) for name, path in deltas.items()}
-    reference, tokenizer = load(Checkpoint(finetuned))
+    comparison = Comparison(
+        Checkpoint(finetuned), examples, texts, new_tokens=new_tokens, chat_template=chat_template, pattern=pattern
+    )
     sources: dict[str, Callable[[], tuple[Any, Any]]] = {
         BASE: partial(load, base_checkpoint),
-        FINETUNED: lambda: (reference, tokenizer),
+        FINETUNED: lambda: (comparison.reference, comparison.tokenizer),
         **{name: partial(load_merged, base_checkpoint, artifact) for name, artifact in artifacts.items()},
     }
-    comparison = _Comparison(reference, Encoder(tokenizer, chat_template), examples, texts)
     rows = []
     for name, source in sources.items():
         started = time.monotonic()
         row: dict[str, Any] = {"name": name}
         if name in artifacts:
-            artifact = artifacts[name]
-            row |= {"method": artifact.method["name"], "artifact_ratio": round(artifact.ratio, 3)}
-            row |= {"linear_ratio": artifact.manifest["linear_ratio"], "bytes": artifact.bytes}
-        model, own_tokenizer = source()
-        row |= comparison.measure(name, model, Encoder(own_tokenizer, chat_template), new_tokens, pattern)
+            row |= sizes(artifacts[name])
+        row |= comparison.measure(name, *source())
         row["seconds"] = round(time.monotonic() - started, 1)
         rows.append(row)
-    _add_retention(rows)
+    for row in rows:
+        row |= comparison.retention(row, rows[0], rows[1])
     return rows
 
 
-class _Comparison:
-    """The fine-tuned model as the reference, and the encoded data."""
+class Comparison:
+    """The fine-tuned model as the reference, and the encoded data, on which any number of models are measured.
 
-    def __init__(self, reference: Any, encoder: Encoder, examples: list[Example], texts: list[Example]) -> None:
-        self.reference = reference
+    Args:
+        examples: of the fine-tune's own task, for on-task KL, NLL and answers.
+        texts: for off-task KL, over all their positions.
+        others: of other tasks, for KL over all positions of their prompts.
+        new_tokens, chat_template: as of `evaluate`.
+        pattern: regular expression whose group is the answer.
+
+    Raises:
+        DeltacomeError: if transformers cannot load the model, or on a bad template.
+    """
+
+    def __init__(
+        self,
+        finetuned: Checkpoint,
+        examples: list[Example],
+        texts: Iterable[Example] = (),
+        others: Iterable[Example] = (),
+        *,
+        new_tokens: int,
+        chat_template: str | None,
+        pattern: re.Pattern[str],
+    ) -> None:
+        self.new_tokens, self.chat_template, self.pattern = new_tokens, chat_template, pattern
+        self.reference, self.tokenizer = load(finetuned)
+        encoder = Encoder(self.tokenizer, chat_template)
         self.tasks = [example for example in examples if example.messages]
-        self.on_task, self.off_task = ([cut(encoder.example(e)) for e in some] for some in (examples, texts))
+        prompts = (encoder.prompt(other.messages) for other in others if other.messages)
+        self.encoded = {
+            "on_task": [cut(encoder.example(example)) for example in examples],
+            "off_task": [cut(encoder.example(text)) for text in texts],
+            "other": [cut((prompt, 1)) for prompt in prompts if prompt],
+        }
 
-    def measure(
-        self, name: str, model: Any, encoder: Encoder, new_tokens: int, pattern: re.Pattern[str]
-    ) -> dict[str, Any]:
-        """One model's figures with their standard errors, and its answers, prompted through its own encoder."""
+    def measure(self, name: str, model: Any, tokenizer: Any) -> dict[str, Any]:
+        """One model's figures with their standard errors, and its answers, prompted through its own tokenizer.
+
+        Returns:
+            `on_task_kl`, `off_task_kl`, `other_kl` and `nll` in nats a token, `accuracy`, each with + `_error`, and
+            `outputs`. What there is no data for is absent.
+        """
         add_tokens(model, self.reference.get_input_embeddings().num_embeddings)
+        encoder = Encoder(tokenizer, self.chat_template)
         row: dict[str, Any] = {}
         figures: dict[str, Mean] = {}
-        total = len(self.on_task) + len(self.off_task) + len(self.tasks)
+        total = sum(map(len, self.encoded.values())) + len(self.tasks)
         with bar(f"evaluating {name}", total) as advance:
-            figures["on_task_kl"], figures["nll"] = divergence(self.reference, model, self.on_task, advance)
-            if self.off_task:
-                figures["off_task_kl"], _ = divergence(self.reference, model, self.off_task, advance)
+            for kind, encoded in self.encoded.items():
+                if encoded:
+                    figures[f"{kind}_kl"], nll = divergence(self.reference, model, encoded, advance)
+                    if kind == "on_task":
+                        figures["nll"] = nll
             if self.tasks:
                 prompts = [encoder.prompt(example.messages) for example in self.tasks]
-                row["outputs"] = answer(model, encoder.tokenizer, prompts, new_tokens, advance)
-                right = sum(is_right(o, e, pattern) for o, e in zip(row["outputs"], self.tasks, strict=True))
-                figures["accuracy"] = Mean.of_successes(right, len(self.tasks))
-        for key, mean in figures.items():
-            row |= {key: mean.value, f"{key}_error": mean.error}
-        return row
+                row["outputs"] = answer(model, encoder.tokenizer, prompts, self.new_tokens, advance)
+                figures["accuracy"] = Mean.of_successes(int(self._right(row["outputs"]).sum()), len(self.tasks))
+        return row | _with_errors(figures)
+
+    def retention(self, row: dict[str, Any], base: dict[str, Any], finetuned: dict[str, Any]) -> dict[str, float]:
+        """`retention` with its error from three rows of `measure`; nothing if the fine-tune changes no score."""
+        if not self.tasks:
+            return {}
+        kept = retention(*(self._right(one["outputs"]) for one in (row, base, finetuned)))
+        return _with_errors({"retention": kept}) if kept else {}
+
+    def _right(self, outputs: list[str]) -> Tensor:
+        """1 for each answer that is right, 0 for the others."""
+        return torch.tensor([float(is_right(o, e, self.pattern)) for o, e in zip(outputs, self.tasks, strict=True)])
+
+
+def _with_errors(figures: dict[str, Mean]) -> dict[str, float]:
+    """Each value under its key, its standard error under the same key + `_error`."""
+    return {name: x for key, mean in figures.items() for name, x in ((key, mean.value), (f"{key}_error", mean.error))}
+
+
+def sizes(artifact: Artifact) -> dict[str, Any]:
+    """Method, ratios and bytes of an artifact, as a row has them."""
+    return {
+        "method": artifact.method["name"],
+        "artifact_ratio": round(artifact.ratio, 3),
+        "linear_ratio": artifact.manifest["linear_ratio"],
+        "bytes": artifact.bytes,
+    }
 
 
 def load(checkpoint: Checkpoint) -> tuple[Any, Any]:
-    """A checkpoint's model in float32, and its tokenizer."""
+    """A checkpoint's model in float32, in evaluation mode, and its tokenizer.
+
+    Raises:
+        DeltacomeError: if transformers cannot load it.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -139,15 +198,6 @@ def cut(example: tuple[list[int], int]) -> tuple[list[int], int]:
     return ids[:LONGEST], min(start, LONGEST - 1)
 
 
-def _add_retention(rows: list[dict[str, Any]]) -> None:
-    """(score - base's) / (fine-tuned's - base's), where the fine-tune changes the score at all."""
-    scores = {row["name"]: row.get("accuracy") for row in rows}
-    low, high = scores[BASE], scores[FINETUNED]
-    if low is not None and high is not None and high != low:
-        for row in rows:
-            row["retention"] = (row["accuracy"] - low) / (high - low)
-
-
 COLUMNS = {
     "name": "model",
     "method": "method",
@@ -162,27 +212,31 @@ COLUMNS = {
 }
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    """One row of the table as text, in the order of `COLUMNS`."""
+def cells(row: dict[str, Any], columns: Iterable[str] = COLUMNS) -> list[str]:
+    """The figures of those names as text, with their standard errors; empty where the row lacks one."""
 
     def text(key: str) -> str:
         value = row.get(key)
         if value is None:
             return ""
-        if key.endswith("ratio"):
+        if key.endswith("_ratio"):
             return f"1/{value:.1f}"
-        if key.endswith("kl"):
-            return f"{value:.5f} ± {row[f'{key}_error']:.5f}"
-        if key in ("nll", "accuracy"):
-            return f"{value:.3f} ± {row[f'{key}_error']:.3f}"
-        return f"{value:.3f}" if key == "retention" else str(value)
+        if f"{key}_error" in row:
+            digits = 5 if key.endswith("kl") else 3
+            return f"{value:.{digits}f} ± {row[f'{key}_error']:.{digits}f}"
+        return f"{value:,}" if key == "bytes" else str(value)
 
-    return [text(key) for key in COLUMNS]
+    return [text(key) for key in columns]
+
+
+def markdown(rows: list[dict[str, Any]], columns: dict[str, str] = COLUMNS) -> str:
+    """The rows as a Markdown table. columns: headings by the rows' keys."""
+    lines = [list(columns.values()), ["---"] * len(columns), *(cells(row, columns) for row in rows)]
+    escaped = ([cell.replace("|", r"\|") for cell in line] for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
 
 def save_table(rows: list[dict[str, Any]], path: Path) -> None:
     """Write the rows as JSON to `path` and as a Markdown table beside it."""
-    lines = [list(COLUMNS.values()), ["---"] * len(COLUMNS), *map(cells, rows)]
     path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    path.with_suffix(".md").write_text(table, encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deltacome.data import Example
+from deltacome.errors import DeltacomeError
 
 TOKENS_AT_ONCE = 1024  # logits of so many tokens are in memory, twice
 ANSWERS_AT_ONCE = 32
@@ -23,8 +24,8 @@ class Mean:
     error: float
 
     @classmethod
-    def of_tokens(cls, sums: Tensor, counts: Tensor) -> "Mean":
-        """Mean over all tokens, from each example's sum and number of tokens; examples are what is independent."""
+    def of_ratio(cls, sums: Tensor, counts: Tensor) -> "Mean":
+        """All sums over all counts, a mean over tokens for instance; the examples, (n,), are what is independent."""
         total, examples = max(float(counts.sum()), 1.0), len(counts)
         value = float(sums.sum()) / total
         spread = float((sums - value * counts).square().sum())
@@ -72,7 +73,7 @@ def divergence(
             nll[i] = -q.gather(1, ids[row, first:last, None]).sum()
             counts[i] = last - first
         advance(len(chunk))
-    return Mean.of_tokens(kl, counts), Mean.of_tokens(nll, counts)
+    return Mean.of_ratio(kl, counts), Mean.of_ratio(nll, counts)
 
 
 @torch.inference_mode()
@@ -103,6 +104,18 @@ def answer(
     return answers
 
 
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """The regular expression that finds an answer.
+
+    Raises:
+        DeltacomeError: if it is none.
+    """
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise DeltacomeError(f"{pattern!r} is no regular expression: {error}") from error
+
+
 def is_right(output: str, example: Example, pattern: str | re.Pattern[str] = ANSWER_PATTERN) -> bool:
     """Whether an answer is the example's: its `answer` as the last match of `pattern`, else the whole completion."""
     if example.answer is None:
@@ -115,6 +128,19 @@ def is_right(output: str, example: Example, pattern: str | re.Pattern[str] = ANS
         return float(given.replace(",", "")) == float(wanted.replace(",", ""))
     except ValueError:
         return bool(given == wanted)
+
+
+def retention(right: Tensor, base: Tensor, finetuned: Tensor) -> Mean | None:
+    """(score - base's) / (fine-tuned's - base's), or None where the fine-tune leaves the score as it is.
+
+    The error is that of paired examples: a problem that every model solves adds nothing to it.
+
+    Args:
+        right, base, finetuned: 1 for each example that a model gets right and 0 for the others, (n,).
+    """
+    gained = finetuned - base
+    sign = gained.sum().sign()  # a fine-tune may lower the score
+    return Mean.of_ratio(sign * (right - base), sign * gained) if sign else None
 
 
 def pad(rows: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:

@@ -72,11 +72,11 @@ def component_sizes(term: Factored) -> torch.Tensor:
     return term.scale.float().abs() * u.norm(dim=1) * v.norm(dim=1)
 
 
-def plot(artifact: Artifact, path: Path) -> None:
-    """A picture of the stored singular values, and of the bits that each component got, by module.
+def import_pyplot() -> Any:
+    """matplotlib's `pyplot`, which draws to files alone.
 
     Raises:
-        DeltacomeError: if matplotlib is missing, or the artifact has no components.
+        DeltacomeError: if matplotlib is missing.
     """
     try:
         import matplotlib
@@ -85,6 +85,16 @@ def plot(artifact: Artifact, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def plot(artifact: Artifact, path: Path) -> None:
+    """A picture of the stored singular values, and of the bits that each component got, by module.
+
+    Raises:
+        DeltacomeError: if matplotlib is missing, or the artifact has no components.
+    """
+    pyplot = import_pyplot()
     spectra: dict[str, list[torch.Tensor]] = {}
     widths: dict[str, list[torch.Tensor]] = {}
     for name, entry in artifact.entries.items():

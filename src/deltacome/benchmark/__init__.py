@@ -1,0 +1,1 @@
+"""Whole comparisons, each by one command, which a kill does not lose."""

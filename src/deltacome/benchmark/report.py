@@ -1,0 +1,118 @@
+"""The rows of `benchmark quality` as CSV, as Markdown and as a picture of KL against bytes."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from deltacome.evaluation import BASE, markdown
+from deltacome.files import write_atomically
+from deltacome.summary import import_pyplot
+
+FIGURES = ("on_task_kl", "off_task_kl", "other_kl", "nll", "accuracy", "retention")
+CSV_COLUMNS = (
+    *("finetune", "name", "method", "ratio", "bytes", "artifact_ratio", "linear_ratio", "compress_seconds"),
+    *(key for figure in FIGURES for key in (figure, f"{figure}_error")),
+    *("seconds", "failed"),
+)
+COLUMNS = {
+    "name": "model",
+    "ratio": "asked ratio",
+    "bytes": "bytes",
+    "artifact_ratio": "artifact ratio",
+    "linear_ratio": "linear ratio",
+    "on_task_kl": "on-task KL",
+    "off_task_kl": "off-task KL",
+    "other_kl": "other KL",
+    "nll": "NLL",
+    "accuracy": "accuracy",
+    "retention": "retention",
+    "compress_seconds": "compress seconds",
+}
+PANELS = {"on_task_kl": "on the task", "off_task_kl": "off the task", "other_kl": "on other tasks' prompts"}
+STYLES = ("o-", "s--", "^:", "D-.")
+
+Row = dict[str, Any]
+
+
+def save(rows: list[Row], folder: Path, plot: bool) -> None:
+    """Write `quality.csv` and `quality.md`, and `quality.png` where there is a cell to plot."""
+    write_atomically(folder / "quality.csv", _csv(rows).encode())
+    write_atomically(folder / "quality.md", _markdown(rows).encode())
+    if plot and any("on_task_kl" in row and "bytes" in row for row in rows):
+        write_atomically(folder / "quality.png", _png(rows))
+
+
+def by_finetune(rows: list[Row]) -> dict[str, list[Row]]:
+    """The rows of each fine-tune."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["finetune"], []).append(row)
+    return groups
+
+
+def title(name: str, ratio: float | None) -> str:
+    """What a cell is called."""
+    return name if ratio is None else f"{name}, ratio {ratio:g}"
+
+
+def failures(rows: list[Row]) -> list[str]:
+    """A line for each cell that has no figures."""
+    return [f"{title(row['name'], row['ratio'])}: {row['failed']}" for row in rows if "failed" in row]
+
+
+def _csv(rows: list[Row]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def _markdown(rows: list[Row]) -> str:
+    parts = []
+    for name, own in by_finetune(rows).items():
+        failed = "".join(f"\n* {line}" for line in failures(own))
+        parts.append(f"## {name}\n\n{markdown(own, COLUMNS)}" + (f"\nFailed:\n{failed}\n" if failed else ""))
+    return "\n".join(parts)
+
+
+def _png(rows: list[Row]) -> bytes:
+    """A row of panels a fine-tune, a panel for each KL that was measured, a line a method; the base's KL dotted."""
+    pyplot = import_pyplot()
+    from matplotlib import ticker
+
+    groups = by_finetune(rows)
+    panels = {key: heading for key, heading in PANELS.items() if any(key in row for row in rows)}
+    size = (4.6 * len(panels) + 1.6, 3.6 * len(groups) + 0.4)
+    figure, grid = pyplot.subplots(len(groups), len(panels), figsize=size, layout="constrained", squeeze=False)
+    names = list(dict.fromkeys(row["name"] for row in rows if "bytes" in row))
+    for (finetune, own), line in zip(groups.items(), grid, strict=True):
+        for (key, heading), axes in zip(panels.items(), line, strict=True):
+            measured = [row for row in own if key in row]
+            for row in measured:
+                if row["name"] == BASE:
+                    axes.axhline(row[key], color="0.4", linestyle=":", label=BASE)
+            for place, name in enumerate(names):
+                points = sorted(
+                    (row["bytes"] / 1e6, row[key], row[f"{key}_error"]) for row in measured if row["name"] == name
+                )
+                if points:
+                    x, y, error = zip(*points, strict=True)
+                    style = {"color": f"C{place % 10}", "markersize": 5, "capsize": 3, "label": name}
+                    axes.errorbar(x, y, error, fmt=STYLES[place % len(STYLES)], **style)
+            axes.set(xscale="log", yscale="log", xlabel="artifact, MB", ylabel="KL, nats a token")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_locator(ticker.NullLocator())
+            axes.set_title(f"{finetune}: {heading}")
+            axes.grid(alpha=0.3)
+    handles = {
+        label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=9)
+    file = io.BytesIO()
+    figure.savefig(file, dpi=130, format="png")
+    pyplot.close(figure)
+    return file.getvalue()

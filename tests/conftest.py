@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from deltacome.terms import Factored, Sign
 
@@ -67,7 +75,24 @@ def make_model(seed: int = 0, **options: object) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def fine_tune(model: LlamaForCausalLM, seed: int = 1, size: float = 0.05) -> None:
+def make_other(family: str, seed: int = 0) -> PreTrainedModel:
+    """A random model of another family: Qwen2 has biases, GPT-NeoX also layer norms and fused attention weights."""
+    if family == "llama":
+        return make_model(seed)
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 259, "hidden_size": 60, "intermediate_size": 109, "num_hidden_layers": 2}
+    sizes |= {"max_position_embeddings": 512, "initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 1}
+    if family == "qwen2":
+        model = AutoModelForCausalLM.from_config(Qwen2Config(**sizes, num_attention_heads=3, num_key_value_heads=1))
+    else:
+        model = AutoModelForCausalLM.from_config(GPTNeoXConfig(**sizes, num_attention_heads=3))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def fine_tune(model: PreTrainedModel, seed: int = 1, size: float = 0.05) -> None:
     """Change every parameter a little, matrices by deltas whose singular values decay as those of real ones do."""
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -92,9 +117,7 @@ def term_bytes(term: Factored | Sign) -> int:
 def save(tmp_path_factory: pytest.TempPathFactory) -> Save:
     """Saves a model with the tokenizer in a new folder."""
 
-    def do(
-        model: LlamaForCausalLM, name: str = "model", dtype: torch.dtype = torch.bfloat16, **options: object
-    ) -> Path:
+    def do(model: PreTrainedModel, name: str = "model", dtype: torch.dtype = torch.bfloat16, **options: object) -> Path:
         folder = tmp_path_factory.mktemp(name)
         copy.deepcopy(model).to(dtype).save_pretrained(folder, **options)
         make_tokenizer().save_pretrained(folder)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from conftest import Save, fine_tune, make_model, make_tokenizer
+from conftest import Save, fine_tune, make_model, make_other, make_tokenizer
 from deltacome import Artifact, DeltacomeError, compress, merge
 from deltacome import calibration as module
-from deltacome.calibration import CalibrationStream, batch
+from deltacome.calibration import CalibrationStream, batch, random_tokens
 from deltacome.checkpoint import Checkpoint
 from deltacome.data import Encoder, Example, read_examples
 
@@ -51,6 +51,48 @@ def test_streamed_moments_are_those_of_the_whole_model(
     assert found.keys() == expected.keys()
     for name, moment in expected.items():
         torch.testing.assert_close(found[name], moment.float(), rtol=1e-4, atol=1e-4 * float(moment.abs().max()))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"])
+def test_streamed_energies_are_those_of_the_whole_model(family: str, save: Save) -> None:
+    """Of random tokens, biases left out, an untied head not measured."""
+    checkpoint = Checkpoint(save(make_other(family)))
+    ids, mask = random_tokens(checkpoint)
+    total: list[float] = []
+    found = CalibrationStream(checkpoint, ids, mask).energies(lambda _: True, checkpoint.read_float, total.append)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
+    expected: dict[str, Tensor] = {}
+    for name, layer in model.base_model.named_modules(prefix=model.base_model_prefix):
+        if isinstance(layer, nn.Linear):
+
+            def measure(layer: nn.Linear, arguments: tuple[Tensor], output: Tensor, name: str = name) -> None:
+                x = arguments[0].double()
+                y = x @ layer.weight.double().T
+                energies = torch.cat((x.square().mean((0, 1)), y.square().sum(-1).mean()[None]))
+                expected[f"{name}.weight"] = energies.float()
+
+            layer.register_forward_hook(measure)
+    with torch.inference_mode():
+        model(input_ids=ids)
+    assert found.keys() == expected.keys()
+    for name, energies in expected.items():
+        torch.testing.assert_close(found[name], energies, rtol=1e-3, atol=1e-4 * float(energies[:-1].max()))
+    assert sum(total) == sum(checkpoint.tensors[name].elements for name in found)
+
+
+def test_without_data_inputs_are_measured_and_with_data_too(
+    base: Path, finetuned: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages: list[str] = []
+    for name, options in {"free": {}, "plain": {"input_weight": 0.0}, "data": {"calibration": examples}}.items():
+        compress(base, finetuned, tmp_path / name, ratio=8, warn=messages.append, **options)
+    monkeypatch.setattr("deltacome.compression.random_tokens", lambda _: 1 / 0)
+    compress(base, finetuned, tmp_path / "blind", ratio=8, warn=messages.append)
+    assert len(messages) == 1 and "all count alike: division by zero" in messages[0]
+    codes = {path.name: (path / "delta.safetensors").read_bytes() for path in tmp_path.iterdir()}
+    assert len(set(codes.values())) == 3 and codes["plain"] == codes["blind"]
+    with pytest.raises(DeltacomeError, match="low-rank makes no use of data"):
+        compress(base, finetuned, tmp_path / "no", method="low-rank", calibration=examples)
 
 
 def test_inputs_come_through_compressed_layers(save: Save, examples: Path) -> None:

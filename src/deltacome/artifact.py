@@ -181,7 +181,7 @@ class Entry:
     def metadata_bytes(self) -> int:
         """Bytes that the entry takes in the manifest, and its tensors in the headers of the weight files."""
         headers = (
-            f'"{name}":{{"dtype":"{SAFETENSORS_DTYPES[dtype]}","shape":{shape},"data_offsets":[10000000,10000000]}},'
+            f'"{name}":{{"dtype":"{SAFETENSORS_DTYPES[dtype]}","shape":{shape},"data_offsets":[1000000,1000000]}},'
             for name, (dtype, shape) in self.tensors().items()
         )
         return sum(map(len, headers)) + len(compact({self.name: self.fields()})) - 1

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltacome.checkpoint import Checkpoint
+from deltacome.checkpoint import OUTPUT_EMBEDDINGS, Checkpoint
 from deltacome.data import Encoder, Example
 from deltacome.errors import DeltacomeError
 
@@ -46,7 +46,9 @@ class CalibrationStream:
     def energies(
         self, wanted: Callable[[str], bool], read: Read, advance: Callable[[float], None]
     ) -> dict[str, Tensor]:
-        """E[x²], float32 (inputs,), of the inputs of each wanted linear, by the checkpoint name of its weight.
+        """E[x²] of the inputs x of each wanted linear W and, as the last entry, E |W x|²; by W's checkpoint name.
+
+        float32, (inputs + 1,).
 
         Args:
             read: a weight of a checkpoint name.
@@ -74,7 +76,7 @@ class CalibrationStream:
             wanted: whether the weight of a checkpoint name is to be measured; a layer without any is only passed.
             read: the fine-tuned weight of a checkpoint name, for the layer that is measured.
             read_compressed: the rebuilt weight of a checkpoint name, for all that lies before that layer. Without it
-                the inputs come through the fine-tuned layers, and energies E[x²] are measured, (inputs,).
+                the inputs come through the fine-tuned layers, and energies are measured, see `energies`.
             on_layer: gets the second moments E[x xT], float32 (inputs, inputs), of a layer's linears by checkpoint
                 name and compresses them; called for each decoder layer in turn, and at last for an untied head.
         """
@@ -91,10 +93,9 @@ class CalibrationStream:
             layer.forward = partial(self._forward_layer, layer)
         with torch.inference_mode():
             output = self.model.base_model(input_ids=self.ids, attention_mask=self.mask.long(), use_cache=False)
-            if own_head:
+            if own_head and read_compressed is not None:
                 hidden = output.last_hidden_state[self.mask]
-                total = hidden.T @ hidden if read_compressed else hidden.square().sum(0)
-                self.on_layer({self.names[f"{self.prefixes[id(head)]}.weight"]: total / len(hidden)})
+                self.on_layer({self.names[f"{self.prefixes[id(head)]}.weight"]: hidden.T @ hidden / len(hidden)})
 
     def _forward_layer(self, layer: nn.Module, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
         """In a decoder layer's place: measure, have it compressed, and go on with its compressed weights."""
@@ -106,7 +107,7 @@ class CalibrationStream:
             return {name: source(checkpoint_name).float() for name, checkpoint_name in names.items()}
 
         if any(map(self.wanted, names.values())):
-            moments = _Moments(layer, self.mask, of_single_inputs=self.read_compressed is None)
+            moments = _Moments(layer, self.mask, _energies if self.read_compressed is None else _second_moment)
             output = self._forward_rows(layer, weights(self.read), moments, hidden, arguments, options)
             self.on_layer({names[f"{name}.weight"]: moment for name, moment in moments.close().items()})
             if self.read_compressed is None:
@@ -138,30 +139,38 @@ class CalibrationStream:
 
 
 class _Moments:
-    """Hooks that sum x xT, or x² alone, over the inputs of each linear of a layer, padding left out."""
+    """Hooks that sum `measure` over the tokens that pass each linear of a layer, padding left out."""
 
-    def __init__(self, layer: nn.Module, mask: Tensor, of_single_inputs: bool) -> None:
-        self.mask, self.rows, self.of_single_inputs = mask, slice(None), of_single_inputs
+    def __init__(self, layer: nn.Module, mask: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.mask, self.rows, self.measure = mask, slice(None), measure
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.handles = [
-            module.register_forward_pre_hook(partial(self._add, name))
+            module.register_forward_hook(partial(self._add, name))
             for name, module in layer.named_modules()
             if isinstance(module, nn.Linear)
         ]
 
-    def _add(self, name: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        x = arguments[0].detach()
+    def _add(self, name: str, module: nn.Linear, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         mask = self.mask[self.rows]
-        x = x[mask] if x.shape[:2] == mask.shape else x.reshape(-1, x.shape[-1])
+        x, y = arguments[0], output if module.bias is None else output - module.bias
+        x, y = (z[mask] if z.shape[:2] == mask.shape else z.reshape(-1, z.shape[-1]) for z in (x, y))
         self.counts[name] = self.counts.get(name, 0) + len(x)
-        self.sums[name] = self.sums.get(name, 0) + (x.square().sum(0) if self.of_single_inputs else x.T @ x)
+        self.sums[name] = self.sums.get(name, 0) + self.measure(x, y)
 
     def close(self) -> dict[str, Tensor]:
         """Remove the hooks; the means by the linear's name within the layer."""
         for handle in self.handles:
             handle.remove()
         return {name: total / max(self.counts[name], 1) for name, total in self.sums.items()}
+
+
+def _second_moment(x: Tensor, y: Tensor) -> Tensor:
+    return x.T @ x
+
+
+def _energies(x: Tensor, y: Tensor) -> Tensor:
+    return torch.cat((x.square().sum(0), y.square().sum()[None]))
 
 
 def _skeleton(checkpoint: Checkpoint) -> Any:
@@ -189,7 +198,8 @@ def _decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 def _checkpoint_name(name: str, prefix: str, checkpoint: Checkpoint) -> str:
     """A parameter's name in the checkpoint, which may have been saved with or without the base model's prefix."""
-    for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+    renamed = OUTPUT_EMBEDDINGS if name in OUTPUT_EMBEDDINGS else ()  # transformers has given heads one name
+    for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}", *renamed):
         if candidate in checkpoint.tensors:
             return candidate
     raise DeltacomeError(

@@ -1,10 +1,11 @@
 """The pipeline: pair the checkpoints, share out the bytes, compress every weight, write the artifact."""
 
 import hashlib
+import math
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,7 @@ DEFAULT_RATIO = 16.0
 SHARD_BYTES = 5 * 10**9
 TYPICAL_TERMS = ((8, 2), (4, 32), (3, 32), (2, 32), (1, 100))  # for the length of an entry
 FIXED_METADATA = 1200  # bytes of the manifest and headers besides the weights' own
+SHARINGS = 3  # what the metadata take depends on the outcome
 RATIO_TOLERANCE = 0.01
 SUSPICIOUS_CHANGE = 0.5  # of the base's norm; a fine-tune changes a model by a few per cent
 SAMPLED_WEIGHTS = 8
@@ -142,7 +144,8 @@ class _Run:
         self.asked_ratio = ratio
         self.ratio = (ratio or DEFAULT_RATIO) if method.spends_a_budget else None
         self.group_size = getattr(method, "group_size", None) or 0
-        self.energies: dict[str, Tensor] = {}
+        self.energies: dict[str, Tensor] = {}  # of inputs, by matrix, see `Delta`
+        self.sensitivities: dict[str, float] = {}  # by matrix, see `Delta`
         self.budgets: dict[str, float] = {}  # bits by matrix
 
     def warn_of_large_change(self) -> None:
@@ -216,11 +219,22 @@ class _Run:
             )
 
     def _measure_energies(self, calibration: CalibrationStream | None) -> None:
-        """Set the energies of the inputs: those of random tokens, and of the calibration data in equal parts."""
-        kept = self.journal.kept("energies")
-        if kept is not None:
-            self.energies = kept
-            return
+        """Set energies and sensitivities: by random tokens, and in equal parts by the calibration data, if any."""
+        measured = self.journal.kept("energies")
+        if measured is None:
+            measured = self._measured_energies(calibration)
+            self.journal.keep("energies", measured)
+        weighted = total = 0.0
+        for name, energies in measured.items():
+            self.energies[name] = energies[:-1]
+            self.sensitivities[name] = 1 / float(energies[-1].clamp_min(1e-30))
+            elements = torch.Size(self.pairs[name].shape).numel()
+            weighted, total = weighted + elements * math.log(self.sensitivities[name]), total + elements
+        for name in measured:
+            self.sensitivities[name] /= math.exp(weighted / total)
+
+    def _measured_energies(self, calibration: CalibrationStream | None) -> dict[str, Tensor]:
+        """Energies by matrix as `CalibrationStream.energies` has them, scaled to a mean of 1 over the inputs."""
         names = {p.name for p in self.matrices if not is_embedding(p.name)}
         total = (2 if calibration else 1) * sum(torch.Size(self.pairs[name].shape).numel() for name in names)
         with bar("measuring inputs", total) as advance:
@@ -234,12 +248,11 @@ class _Run:
                 self.warn(f"the inputs of the layers could not be measured, so all count alike: {reason}")
             if calibration is not None:
                 measured.append(calibration.energies(names.__contains__, self.finetuned.read_float, advance))
+        merged: dict[str, Tensor] = {}
         for name in names & set().union(*measured):
-            found = [
-                energies[name] / energies[name].mean().clamp_min(1e-30) for energies in measured if name in energies
-            ]
-            self.energies[name] = torch.stack(found).mean(0)
-        self.journal.keep("energies", self.energies)
+            found = [energies[name] for energies in measured if name in energies]
+            merged[name] = torch.stack([x / x[:-1].mean().clamp_min(1e-30) for x in found]).mean(0)
+        return merged
 
     def _spectra(self) -> dict[str, Spectrum]:
         """What the method needs for sharing out the bits by the errors of all matrices; empty if it does not."""
@@ -306,27 +319,33 @@ class _Run:
         """Set the bits that each matrix may take, so that the whole artifact meets the ratio."""
         if self.ratio is None:
             return
-        shared = self.kept | {p.name for p in self.matrices}
-        overhead = FIXED_METADATA + sum(e.bytes for name, e in self.journal.entries.items() if name not in shared)
-        for p in self.matrices:
-            typical = Entry(p.name, p.shape, p.dtype, p.base_name, TYPICAL_TERMS, group_size=self.group_size, error=0.1)
-            added_rows = (p.shape[0] - p.rows) * p.shape[1] * p.dtype.itemsize
-            overhead += typical.metadata_bytes + added_rows
-        allowed = 2 * self._counted_elements / self.ratio - overhead
         elements = sum(torch.Size(p.shape).numel() for p in self.matrices)
+        overhead = self._overhead({p.name: TYPICAL_TERMS for p in self.matrices})
+        allowed = 2 * self._counted_elements / self.ratio - overhead
         self.budgets = {p.name: 8 * allowed * torch.Size(p.shape).numel() / elements for p in self.matrices}
-        if spectra:
-            widths = allocate(list(spectra.values()), 8 * allowed)
-            self.budgets |= {
-                name: spent_bits(spectrum, found)
-                for (name, spectrum), found in zip(spectra.items(), widths, strict=True)
-            }
-        if not any(component_bits(1, *p.shape) <= self.budgets[p.name] for p in self.matrices):
+        for _ in range(SHARINGS if spectra else 0):
+            widths = dict(zip(spectra, allocate(list(spectra.values()), 8 * allowed), strict=True))
+            self.budgets = {name: spent_bits(spectrum, widths[name]) for name, spectrum in spectra.items()}
+            allowed = 2 * self._counted_elements / self.ratio - self._overhead(
+                {name: [(b, count) for b, count in enumerate(found.bincount().tolist()) if b and count]
+                 for name, found in widths.items()}
+            )  # fmt: skip
+        if not any(component_bits(1, *p.shape) <= self.budgets.get(p.name, 0) for p in self.matrices):
             least = overhead + min(component_bits(1, *p.shape) for p in self.matrices) / 8
             raise DeltacomeError(
                 f"a ratio of {self.ratio:g} cannot be reached: what is stored exactly and the metadata take "
                 f"{overhead:,} bytes, and one component more; at most {2 * self._counted_elements / least:.0f} could be"
             )
+
+    def _overhead(self, terms: dict[str, Sequence[tuple[int, int]]]) -> int:
+        """Bytes of all but the components, if the matrices have factored terms of these bits and ranks."""
+        shared = self.kept | {p.name for p in self.matrices}
+        overhead = FIXED_METADATA + sum(e.bytes for name, e in self.journal.entries.items() if name not in shared)
+        for p in self.matrices:
+            factored = tuple(terms.get(p.name, ()))
+            typical = Entry(p.name, p.shape, p.dtype, p.base_name, factored, group_size=self.group_size, error=0.1234)
+            overhead += typical.metadata_bytes + (p.shape[0] - p.rows) * p.shape[1] * p.dtype.itemsize
+        return overhead
 
     @property
     def _counted_elements(self) -> int:
@@ -354,7 +373,13 @@ class _Run:
 
     def _known(self, p: Pair, second_moment: Tensor | None) -> Delta:
         """All that a method gets to know of a matrix."""
-        return Delta(self._delta(p)[0], is_embedding(p.name), second_moment, self.energies.get(p.name))
+        return Delta(
+            self._delta(p)[0],
+            is_embedding(p.name),
+            second_moment,
+            self.energies.get(p.name),
+            self.sensitivities.get(p.name, 1.0),
+        )
 
     def _keep(self, p: Pair) -> None:
         """Store a weight as it is, unless it is the base's."""

@@ -18,13 +18,16 @@ class Delta:
     values: float32, (m, n), at least one entry other than zero.
     is_embedding: whether it is an embedding or a language-model head, whose rows are tokens.
     second_moment: E[x xT], (n, n); None if it was not measured.
-    energy: E[x²] of each input, (n,); None if it was not measured.
+    energy: E[x²] of each input, (n,), scaled to a mean of 1; None if it was not measured.
+    sensitivity: how large the layer's output error is, against its output, for a unit of squared error in the weight;
+        scaled so that the geometric mean over a model's weights is 1.
     """
 
     values: Tensor
     is_embedding: bool = False
     second_moment: Tensor | None = None
     energy: Tensor | None = None
+    sensitivity: float = 1.0
 
 
 class Method(Protocol):

@@ -16,7 +16,8 @@ from deltacome.rotation import rotate
 from deltacome.svd import leading_components, singular_values
 from deltacome.terms import Factored, Term
 
-EMBEDDING_WEIGHT = 6.0  # KL of a unit of squared error in an embedding over that of one in another matrix
+SENSITIVITY_POWER = 0.5
+EMBEDDING_WEIGHT = 12.0  # KL of a unit of squared error in an embedding over that of one in another matrix
 ROW_ENERGY = 0.99  # of an embedding's delta that the rows which are kept hold
 FEW_ROWS = 7 / 8  # of all rows; with more of them, all are kept
 
@@ -108,7 +109,7 @@ class RateDistortion:
         shape, bitmap = (values.shape[0], values.shape[1]), 32 * words_per_row(len(delta.values), 1) if some_rows else 0
         if delta.is_embedding:
             return Spectrum(shape, s, EMBEDDING_WEIGHT, fixed_bits=bitmap)
-        return Spectrum(shape, s, drop_weight=self.drop_weight)
+        return Spectrum(shape, s, delta.sensitivity**SENSITIVITY_POWER, self.drop_weight)
 
     def _round_inputs(self, v: Tensor, bits: Tensor, energy: Tensor) -> Quantized:
         """Codes of V (rank, n); with feedback where the metric is not the identity."""

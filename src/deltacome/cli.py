@@ -78,6 +78,12 @@ def compress(
     ] = None,
     calibration_examples: Annotated[int, typer.Option(min=1, help="How many of its lines to use.")] = 128,
     chat_template: Template = None,
+    fold_norms: Annotated[
+        bool,
+        typer.Option(
+            "--fold-norms", help="Put what changed in the norms into the matrices behind them; the base's norms serve."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compress the delta between a base and a fine-tuned checkpoint. Started again after a kill, it goes on."""
@@ -94,6 +100,7 @@ def compress(
         calibration=calibration,
         calibration_examples=calibration_examples,
         chat_template=chat_template,
+        fold_norms=fold_norms,
         precision=precision,
         scale=scale,
         group_size=group_size,

@@ -32,6 +32,7 @@ from deltacome.checkpoint import Checkpoint, Pair, is_embedding, pair
 from deltacome.data import Encoder, read_examples
 from deltacome.errors import DeltacomeError
 from deltacome.files import disk_errors, publish, raw, refuse_existing, sha256, shard_names, shards, write_safetensors
+from deltacome.folding import Folded
 from deltacome.journal import Journal, work_folder
 from deltacome.memory import peak_memory
 from deltacome.methods import DEFAULT_METHOD, Delta, Method, SharesByError, describe, make_method
@@ -67,6 +68,7 @@ def compress(
     calibration: str | Path | None = None,
     calibration_examples: int = 128,
     chat_template: str | None = None,
+    fold_norms: bool = False,
     warn: Warn = print_warning,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -82,6 +84,8 @@ def compress(
             that weigh inputs measure them on random tokens.
         calibration_examples: how many of the file's first lines are used.
         chat_template: Jinja file, or `none`, in place of the tokenizer's own template.
+        fold_norms: put what changed in a norm into the layers behind it, where that is exact; see
+            `deltacome.folding.Folded`.
         warn: called with each warning.
         settings: the method's own; None keeps its default.
 
@@ -104,12 +108,16 @@ def compress(
     if chosen.statistics == "nothing" and calibration is not None:
         raise DeltacomeError(f"method {method} makes no use of data with these settings; leave out --calibration")
     with peak_memory() as peak:
-        run = _Run(Checkpoint(base), Checkpoint(finetuned), chosen, embeddings == "exact", ratio, warn)
+        theirs, exact = Checkpoint(base), embeddings == "exact"
+        ours = Folded(theirs, finetuned, exact) if fold_norms else Checkpoint(finetuned)
+        run = _Run(theirs, ours, chosen, exact, ratio, warn)
         tokens = None
         if calibration is not None:
             tokens = _read_tokens(run.finetuned, calibration, calibration_examples, chat_template)
         run.warn_of_large_change()
         recorded = {**describe(method, chosen), "calibration_examples": len(tokens[0]) if tokens else 0}
+        if isinstance(ours, Folded):
+            recorded["folded_norms"] = len(ours.norms)
         with disk_errors(f"write {out}"):
             run.make(out, recorded, tokens)
     artifact = Artifact(out)

@@ -3,7 +3,7 @@
     python examples/demo.py OUT
 
 Takes SmolLM2-135M-Instruct from a PyPI package, fine-tunes all of it on sums (`finetune.py`), compresses the fine-tune
-by three methods at the same size, merges one of them back, and compares what is left of the fine-tune. Everything is
+by four methods at the same size, merges one of them back, and compares what is left of the fine-tune. Everything is
 kept in OUT, and what is there already is not made again.
 """
 
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parent
-METHODS = ("delta-come", "low-rank", "bitdelta")
+METHODS = ("rate-distortion", "delta-come", "low-rank", "bitdelta")
 TEST_LINES = 100
 OFF_TASK_TOPICS = ("assert", "for", "lambda", "strings", "import", "with", "naming", "numbers")
 
@@ -47,7 +47,7 @@ def main() -> None:
         if not (out / method).exists():
             run(f"compress by {method}", deltacome, "compress", base, finetuned, "-o", out / method, "--method", method)
     delta = out / METHODS[0]
-    run("look inside", deltacome, "inspect", delta, "--plot", out / "delta-come.png")
+    run("look inside", deltacome, "inspect", delta, "--plot", out / "rate-distortion.png")
     run("look inside low-rank", deltacome, "inspect", out / "low-rank", "--plot", out / "low-rank.png")
     run("check every byte, and the base", deltacome, "verify", delta, "--base", base)
     if not merged.exists():

@@ -40,6 +40,23 @@ def test_the_ratio_is_met_by_everything_on_disk(ratio: float, base: Path, finetu
     assert ratio <= report["finetuned_bytes"] / size <= 1.25 * ratio
 
 
+@pytest.fixture(scope="module")
+def larger(save: Save) -> tuple[Path, Path]:
+    """A base and a fine-tune with enough components to meet any ratio to a per cent."""
+    sizes = {"vocab_size": 4000, "hidden_size": 256, "intermediate_size": 700, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    model = make_model(**sizes, **heads, tie_word_embeddings=True)
+    base = save(model)
+    fine_tune(model)
+    return base, save(model)
+
+
+@pytest.mark.parametrize("ratio", [8, 32, 128])
+def test_the_ratio_is_met_to_a_per_cent(ratio: float, larger: tuple[Path, Path], tmp_path: Path) -> None:
+    report = compress(*larger, tmp_path / "delta", ratio=ratio)
+    assert 0.999 * ratio < report["artifact_ratio"] < 1.01 * ratio
+
+
 def test_exact_embeddings_are_left_out_of_the_ratio(save: Save, tmp_path: Path) -> None:
     options = {"vocab_size": 5000, "intermediate_size": 500}
     model = make_model(**options)

@@ -351,7 +351,9 @@ class _Run:
         overhead = FIXED_METADATA + sum(e.bytes for name, e in self.journal.entries.items() if name not in shared)
         for p in self.matrices:
             factored = tuple(terms.get(p.name, ()))
-            typical = Entry(p.name, p.shape, p.dtype, p.base_name, factored, group_size=self.group_size, error=0.1234)
+            rotated = "uv" if isinstance(self.method, SharesByError) else ""
+            group_size = self.group_size
+            typical = Entry(p.name, p.shape, p.dtype, p.base_name, factored, rotated, None, group_size, error=0.1234)
             overhead += typical.metadata_bytes + (p.shape[0] - p.rows) * p.shape[1] * p.dtype.itemsize
         return overhead
 

@@ -75,17 +75,18 @@ def make_model(seed: int = 0, **options: object) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def make_other(family: str, seed: int = 0) -> PreTrainedModel:
+def make_other(family: str, seed: int = 0, **options: object) -> PreTrainedModel:
     """A random model of another family: Qwen2 has biases, GPT-NeoX also layer norms and fused attention weights."""
     if family == "llama":
-        return make_model(seed)
+        return make_model(seed, **options)
     torch.manual_seed(seed)
     sizes = {"vocab_size": 259, "hidden_size": 60, "intermediate_size": 109, "num_hidden_layers": 2}
     sizes |= {"max_position_embeddings": 512, "initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 1}
+    sizes |= {"num_attention_heads": 3, **options}
     if family == "qwen2":
-        model = AutoModelForCausalLM.from_config(Qwen2Config(**sizes, num_attention_heads=3, num_key_value_heads=1))
+        model = AutoModelForCausalLM.from_config(Qwen2Config(**{"num_key_value_heads": 1, **sizes}))
     else:
-        model = AutoModelForCausalLM.from_config(GPTNeoXConfig(**sizes, num_attention_heads=3))
+        model = AutoModelForCausalLM.from_config(GPTNeoXConfig(**sizes))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)

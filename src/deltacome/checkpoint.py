@@ -50,6 +50,11 @@ def is_embedding(name: str) -> bool:
     return name.removesuffix(".weight").rpartition(".")[2] in EMBEDDINGS
 
 
+def module_kind(name: str) -> str:
+    """A weight's name with its layer's number left out: `model.layers.*.mlp.up_proj.weight`."""
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Where a tensor is, and its shape and dtype."""

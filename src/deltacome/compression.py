@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,7 @@ from deltacome.artifact import (
 )
 from deltacome.calibration import CalibrationStream, batch, random_tokens
 from deltacome.card import model_card
-from deltacome.checkpoint import Checkpoint, Pair, is_embedding, pair
+from deltacome.checkpoint import Checkpoint, Pair, is_embedding, module_kind, pair
 from deltacome.data import Encoder, read_examples
 from deltacome.errors import DeltacomeError
 from deltacome.files import disk_errors, publish, raw, refuse_existing, sha256, shard_names, shards, write_safetensors
@@ -149,6 +150,7 @@ class _Run:
         self.pairs = {p.name: p for p in pair(base, finetuned)}
         self.kept = {name for name in self.pairs if exact_embeddings and is_embedding(name)}
         self.matrices = [p for p in self.pairs.values() if p.is_matrix and p.name not in self.kept]
+        self.layers = Counter(module_kind(p.name) for p in self.matrices)
         self.asked_ratio = ratio
         self.ratio = (ratio or DEFAULT_RATIO) if method.spends_a_budget else None
         self.group_size = getattr(method, "group_size", None) or 0
@@ -383,13 +385,9 @@ class _Run:
 
     def _known(self, p: Pair, second_moment: Tensor | None) -> Delta:
         """All that a method gets to know of a matrix."""
-        return Delta(
-            self._delta(p)[0],
-            is_embedding(p.name),
-            second_moment,
-            self.energies.get(p.name),
-            self.sensitivities.get(p.name, 1.0),
-        )
+        sensitivity, layers = self.sensitivities.get(p.name, 1.0), self.layers[module_kind(p.name)]
+        energy = self.energies.get(p.name)
+        return Delta(self._delta(p)[0], is_embedding(p.name), second_moment, energy, sensitivity, layers)
 
     def _keep(self, p: Pair) -> None:
         """Store a weight as it is, unless it is the base's."""

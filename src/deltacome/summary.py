@@ -1,19 +1,14 @@
 """What an artifact holds: a table by module, and plots."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from deltacome.artifact import Artifact, Entry
+from deltacome.checkpoint import module_kind
 from deltacome.errors import DeltacomeError
 from deltacome.terms import Factored
-
-
-def module_kind(name: str) -> str:
-    """A weight's name with its layer's number left out: `model.layers.*.mlp.up_proj.weight`."""
-    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def precision_text(entry: Entry) -> str:

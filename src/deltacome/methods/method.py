@@ -19,6 +19,7 @@ class Delta:
     is_embedding: whether it is an embedding or a language-model head, whose rows are tokens.
     second_moment: E[x xT], (n, n); None if it was not measured.
     energy: E[x²] of each input, (n,), scaled to a mean of 1; None if it was not measured.
+    layers: how many matrices of its kind the model has, one a layer.
     sensitivity: how large the layer's output error is, against its output, for a unit of squared error in the weight;
         scaled so that the geometric mean over a model's weights is 1.
     """
@@ -28,6 +29,7 @@ class Delta:
     second_moment: Tensor | None = None
     energy: Tensor | None = None
     sensitivity: float = 1.0
+    layers: int = 1
 
 
 class Method(Protocol):

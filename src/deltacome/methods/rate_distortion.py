@@ -14,7 +14,7 @@ from deltacome.methods.method import Delta, Statistics
 from deltacome.quantize import Quantized, feed_back_entries, fit_scale, quantize_rows
 from deltacome.rotation import rotate
 from deltacome.svd import leading_components, singular_values
-from deltacome.terms import Factored, Term
+from deltacome.terms import Factored, Term, component_bits
 
 SENSITIVITY_POWER = 0.5
 EMBEDDING_WEIGHT = 12.0  # KL of a unit of squared error in an embedding over that of one in another matrix
@@ -54,12 +54,17 @@ class RateDistortion:
 
     def spectrum(self, delta: Delta) -> Spectrum:
         values, energy, rows = self._prepare(delta)
-        return self._spectrum(delta, values, singular_values(values * energy.sqrt()), rows is not None)
+        weighted = values if delta.is_embedding else values * energy.sqrt()
+        return self._spectrum(delta, values, singular_values(weighted), rows is not None)
 
     def compress(self, delta: Delta, budget_bits: float) -> list[Term]:
         values, energy, rows = self._prepare(delta)
         root = energy.sqrt()
-        u, s, v = leading_components(values * root, min(values.shape))
+        if delta.is_embedding:  # a copy of it, or more components than the budget holds, may not fit in memory
+            most = int(budget_bits // component_bits(1, *values.shape))
+            u, s, v = leading_components(values, max(1, min(most, *values.shape)))
+        else:
+            u, s, v = leading_components(values * root, min(values.shape))
         v = v / root
         spectrum = self._spectrum(delta, values, s, rows is not None)
         spectrum = replace(spectrum, v_squares=v.square().sum(1) * energy.mean())

@@ -46,6 +46,7 @@ TYPICAL_TERMS = ((8, 2), (4, 32), (3, 32), (2, 32), (1, 100))  # for the length 
 FIXED_METADATA = 1200  # bytes of the manifest and headers besides the weights' own
 SHARINGS = 3  # what the metadata take depends on the outcome
 RATIO_TOLERANCE = 0.01
+SMALLEST_OUTPUT = 1e-3  # energy, for inputs of energy 1; layers that are all zero have none
 SUSPICIOUS_CHANGE = 0.5  # of the base's norm; a fine-tune changes a model by a few per cent
 SAMPLED_WEIGHTS = 8
 
@@ -237,7 +238,7 @@ class _Run:
         weighted = total = 0.0
         for name, energies in measured.items():
             self.energies[name] = energies[:-1]
-            self.sensitivities[name] = 1 / float(energies[-1].clamp_min(1e-30))
+            self.sensitivities[name] = 1 / max(float(energies[-1]), SMALLEST_OUTPUT)
             elements = torch.Size(self.pairs[name].shape).numel()
             weighted, total = weighted + elements * math.log(self.sensitivities[name]), total + elements
         for name in measured:
@@ -261,7 +262,9 @@ class _Run:
         merged: dict[str, Tensor] = {}
         for name in names & set().union(*measured):
             found = [energies[name] for energies in measured if name in energies]
-            merged[name] = torch.stack([x / x[:-1].mean().clamp_min(1e-30) for x in found]).mean(0)
+            mean = torch.stack([x / x[:-1].mean().clamp_min(1e-30) for x in found]).mean(0)
+            if torch.isfinite(mean).all():  # not so if the model overflows; then this layer's inputs count alike
+                merged[name] = mean
         return merged
 
     def _spectra(self) -> dict[str, Spectrum]:

@@ -37,7 +37,9 @@ def test_less_output_error_than_delta_come_and_no_less_of_the_delta(bits_per_wei
     ours = make_method("rate-distortion", restore=0.0).compress(Delta(delta, energy=energy), budget)
     theirs = make_method("delta-come").compress(Delta(delta), budget)
     assert output_error(ours, delta, energy) < 0.8 * output_error(theirs, delta, energy)
-    default = make_method("rate-distortion").compress(Delta(delta, energy=energy, layers=30), budget)
+    default = make_method("rate-distortion").compress(
+        Delta(delta, energy=energy, layers=30, bits_per_weight=0.25), budget
+    )
     kept = [float((rebuilt(terms, delta) * delta).sum() / delta.square().sum()) for terms in (default, theirs)]
     assert kept[0] > kept[1]
 

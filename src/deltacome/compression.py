@@ -390,7 +390,8 @@ class _Run:
         """All that a method gets to know of a matrix."""
         sensitivity, layers = self.sensitivities.get(p.name, 1.0), self.layers[module_kind(p.name)]
         energy = self.energies.get(p.name)
-        return Delta(self._delta(p)[0], is_embedding(p.name), second_moment, energy, sensitivity, layers)
+        bits = 16 / (self.ratio or DEFAULT_RATIO)
+        return Delta(self._delta(p)[0], is_embedding(p.name), second_moment, energy, sensitivity, layers, bits)
 
     def _keep(self, p: Pair) -> None:
         """Store a weight as it is, unless it is the base's."""

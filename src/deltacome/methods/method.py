@@ -20,6 +20,7 @@ class Delta:
     second_moment: E[x xT], (n, n); None if it was not measured.
     energy: E[x²] of each input, (n,), scaled to a mean of 1; None if it was not measured.
     layers: how many matrices of its kind the model has, one a layer.
+    bits_per_weight: what the asked ratio leaves each weight of the model.
     sensitivity: how large the layer's output error is, against its output, for a unit of squared error in the weight;
         scaled so that the geometric mean over a model's weights is 1.
     """
@@ -30,6 +31,7 @@ class Delta:
     energy: Tensor | None = None
     sensitivity: float = 1.0
     layers: int = 1
+    bits_per_weight: float = 1.0
 
 
 class Method(Protocol):

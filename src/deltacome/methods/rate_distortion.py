@@ -17,6 +17,7 @@ from deltacome.svd import leading_components, singular_values
 from deltacome.terms import Factored, Term, component_bits
 
 SENSITIVITY_POWER = 0.5
+BIAS_POWER = 0.3  # 8 of 30 layers at 1/64 of the bytes, 6.5 at 1/32
 EMBEDDING_WEIGHT = 12.0  # KL of a unit of squared error in an embedding over that of one in another matrix
 ROW_ENERGY = 0.99  # of an embedding's delta that the rows which are kept hold
 FEW_ROWS = 7 / 8  # of all rows; with more of them, all are kept
@@ -26,8 +27,9 @@ FEW_ROWS = 7 / 8  # of all rows; with more of them, all are kept
 class RateDistortion:
     """Components with bit-widths by a Lagrange multiplier, unbiased, in the metric of the layer's inputs.
 
-    drop_weight: what the error of a dropped component weighs for each layer of the model, and 1 at least, against that
-        of a coded one. Dropping is bias, which adds up over layers; the error of a code is noise, which averages out.
+    drop_weight: what the error of a dropped component weighs for each layer of the model at 1/4 bit a weight, against
+        that of a coded one. Dropping is bias, which adds up over layers; the error of a code is noise, which averages
+        out. With more bits there is less bias left than noise, so it weighs less, but never less than noise.
     input_weight: share of the inputs' energies in the metric, the rest being the identity.
     rotate: code rotated vectors.
     feedback: let each entry of V make good the errors of those before it, in the metric of the inputs.
@@ -112,8 +114,9 @@ class RateDistortion:
     def _spectrum(self, delta: Delta, values: Tensor, s: Tensor, some_rows: bool) -> Spectrum:
         shape = values.shape[0], values.shape[1]
         weight = EMBEDDING_WEIGHT if delta.is_embedding else delta.sensitivity**SENSITIVITY_POWER
+        drop_weight = self.drop_weight * delta.layers * (4 * delta.bits_per_weight) ** -BIAS_POWER
         bitmap = 32 * words_per_row(len(delta.values), 1) if some_rows else 0
-        return Spectrum(shape, s, weight, max(1.0, self.drop_weight * delta.layers), fixed_bits=bitmap)
+        return Spectrum(shape, s, weight, max(1.0, drop_weight), fixed_bits=bitmap)
 
     def _round_inputs(self, v: Tensor, bits: Tensor, energy: Tensor) -> Quantized:
         """Codes of V (rank, n); with feedback where the metric is not the identity."""

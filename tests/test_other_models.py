@@ -37,6 +37,7 @@ def train(model: torch.nn.Module, examples: list[dict[str, str]]) -> None:
         optimizer.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2", "gpt_neox"])
 def test_less_kl_than_delta_come(family: str, save: Save, tmp_path: Path) -> None:
     model = make_other(family, **SIZES)

@@ -31,7 +31,7 @@ from deltacome.calibration import CalibrationStream, batch, random_tokens
 from deltacome.card import model_card
 from deltacome.checkpoint import Checkpoint, Pair, is_embedding, module_kind, pair
 from deltacome.data import Encoder, read_examples
-from deltacome.errors import DeltacomeError
+from deltacome.errors import DeltacomeError, UnreachableRatioError
 from deltacome.files import disk_errors, publish, raw, refuse_existing, sha256, shard_names, shards, write_safetensors
 from deltacome.folding import Folded
 from deltacome.journal import Journal, work_folder
@@ -345,7 +345,7 @@ class _Run:
             )  # fmt: skip
         if not any(component_bits(1, *p.shape) <= self.budgets.get(p.name, 0) for p in self.matrices):
             least = overhead + min(component_bits(1, *p.shape) for p in self.matrices) / 8
-            raise DeltacomeError(
+            raise UnreachableRatioError(
                 f"a ratio of {self.ratio:g} cannot be reached: what is stored exactly and the metadata take "
                 f"{overhead:,} bytes, and one component more; at most {2 * self._counted_elements / least:.0f} could be"
             )
@@ -357,8 +357,9 @@ class _Run:
         for p in self.matrices:
             factored = tuple(terms.get(p.name, ()))
             rotated = "uv" if isinstance(self.method, SharesByError) else ""
-            group_size = self.group_size
-            typical = Entry(p.name, p.shape, p.dtype, p.base_name, factored, rotated, None, group_size, error=0.1234)
+            typical = Entry(
+                p.name, p.shape, p.dtype, p.base_name, factored, rotated, group_size=self.group_size, error=0.1234
+            )
             overhead += typical.metadata_bytes + (p.shape[0] - p.rows) * p.shape[1] * p.dtype.itemsize
         return overhead
 
@@ -372,7 +373,7 @@ class _Run:
         counted = artifact.bytes - sum(artifact.entries[name].bytes for name in self.kept)
         reached = 2 * self._counted_elements / counted
         if self.asked_ratio is not None and reached < self.asked_ratio * (1 - RATIO_TOLERANCE):
-            raise DeltacomeError(
+            raise UnreachableRatioError(
                 f"a ratio of {self.asked_ratio:g} cannot be reached with this method and plan: "
                 f"everything counted, they come to {reached:.2f}"
             )

@@ -3,3 +3,7 @@
 
 class DeltacomeError(Exception):
     """Bad input or a failed check. The command line prints it as one line and exits with status 1."""
+
+
+class UnreachableRatioError(DeltacomeError):
+    """A ratio that the method cannot compress these checkpoints to."""

@@ -72,7 +72,7 @@ class Journal:
         self.files[entry.name], self.entries[entry.name] = path, entry
 
     def keep(self, key: str, tensors: dict[str, Tensor]) -> None:
-        """Keep tensors of unfinished work under a key of letters."""
+        """Keep tensors of unfinished work under a key."""
         _save(tensors, self._kept(key), {})
 
     def kept(self, key: str) -> dict[str, Tensor] | None:

@@ -16,7 +16,7 @@ from deltacome import __version__
 from deltacome.checkpoint import Checkpoint
 from deltacome.compression import DEFAULT_RATIO, compress
 from deltacome.data import Encoder, read_examples
-from deltacome.errors import DeltacomeError
+from deltacome.errors import DeltacomeError, UnreachableRatioError
 from deltacome.evaluation import cut, load
 from deltacome.files import disk_errors, write_atomically
 from deltacome.journal import claim
@@ -27,7 +27,6 @@ from deltacome.progress import bar, each
 from deltacome.strategies import Measure, genetic, greedy
 
 MOST_CANDIDATES = 5000  # of the genetic strategy; beyond them it runs out of plans
-UNREACHABLE = "cannot be reached"  # `compress` says so of a ratio, and of nothing else
 
 Candidates = dict[str, dict[str, Any]]
 
@@ -203,9 +202,7 @@ def _divergence(
         report = compress(
             base.source, finetuned.source, delta, ratio=ratio, method="delta-come", precision=plan, warn=lambda _: None
         )
-    except DeltacomeError as error:
-        if UNREACHABLE not in str(error):
-            raise
+    except UnreachableRatioError as error:
         return {"infeasible": str(error)}
     model, _ = load_merged(base, open_checked(base, delta))
     shutil.rmtree(delta)

@@ -102,14 +102,6 @@ class Factored:
         u, v = self.vectors(dtype)
         return (u * self.scale.to(dtype)[:, None]).T @ v
 
-    def add_to(self, weight: Tensor) -> None:
-        """Add the term to a weight, in place."""
-        if self.rows is not None:
-            weight[self.rows] += self.dequantize(weight.dtype)
-        else:
-            u, v = self.vectors(weight.dtype)
-            weight.addmm_((u * self.scale.to(weight.dtype)[:, None]).T, v)
-
 
 @dataclass(frozen=True)
 class Sign:
@@ -146,8 +138,11 @@ def add_terms(weight: Tensor, terms: list[Term]) -> Tensor:
                 weight.copy_(term.value)
             else:
                 weight[term.start : term.start + term.value.shape[0]] = term.value.to(weight.dtype)
+        elif isinstance(term, Factored) and term.rows is None:
+            u, v = term.vectors(weight.dtype)
+            weight.addmm_((u * term.scale.to(weight.dtype)[:, None]).T, v)
         elif isinstance(term, Factored):
-            term.add_to(weight)
+            weight[term.rows] += term.dequantize(weight.dtype)
         else:
             weight += term.dequantize(weight.dtype)
     return weight

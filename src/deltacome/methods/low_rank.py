@@ -1,6 +1,7 @@
 """Truncated SVD with 16-bit vectors, the low-rank baseline of the paper."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from deltacome.methods.delta_come import DeltaCome
 from deltacome.methods.method import Delta, Statistics
@@ -15,17 +16,9 @@ class LowRank:
     term of its own.
     """
 
-    @property
-    def spends_a_budget(self) -> bool:
-        return True
-
-    @property
-    def needs_calibration(self) -> bool:
-        return False
-
-    @property
-    def statistics(self) -> Statistics:
-        return "nothing"
+    spends_a_budget: ClassVar[bool] = True
+    needs_calibration: ClassVar[bool] = False
+    statistics: ClassVar[Statistics] = "nothing"
 
     def compress(self, delta: Delta, budget_bits: float) -> list[Term]:
         return DeltaCome(precision="16:*").compress(delta, budget_bits)

@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,13 +43,8 @@ class RateDistortion:
     feedback: bool = True
     restore: float = 1.0
 
-    @property
-    def spends_a_budget(self) -> bool:
-        return True
-
-    @property
-    def needs_calibration(self) -> bool:
-        return False
+    spends_a_budget: ClassVar[bool] = True
+    needs_calibration: ClassVar[bool] = False
 
     @property
     def statistics(self) -> Statistics:
@@ -75,10 +71,10 @@ class RateDistortion:
         order = widths.argsort(descending=True, stable=True)[: int((widths > 0).sum())]
         if not len(order):
             return []
-        lost = (
-            0.0 if delta.is_embedding else self.restore * float(s[widths == 0].pow(3).sum() / s[order].square().sum())
-        )
-        u, s, v, bits = u[order], s[order] + lost, v[order], widths[order][:, None]
+        dropped = s[widths == 0]
+        u, s, v, bits = u[order], s[order], v[order], widths[order][:, None]
+        if not delta.is_embedding:
+            s = s + self.restore * dropped.pow(3).sum() / s.square().sum()
         rotated = ("v" if delta.is_embedding else "uv") if self.rotate else ""
         u, v = (rotate(x) if side in rotated else x for side, x in (("u", u), ("v", v)))
         u_hat, v_hat = quantize_rows(u, bits), self._round_inputs(v, bits, energy)

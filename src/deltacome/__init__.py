@@ -9,9 +9,16 @@ if TYPE_CHECKING:
     from deltacome.compression import compress
     from deltacome.errors import DeltacomeError
     from deltacome.merging import merge
+    from deltacome.runtime.model import load
 
-__all__ = ["Artifact", "DeltacomeError", "__version__", "compress", "merge"]
-_HOMES = {"Artifact": "artifact", "DeltacomeError": "errors", "compress": "compression", "merge": "merging"}
+__all__ = ["Artifact", "DeltacomeError", "__version__", "compress", "load", "merge"]
+_HOMES = {
+    "Artifact": "artifact",
+    "DeltacomeError": "errors",
+    "compress": "compression",
+    "load": "runtime.model",
+    "merge": "merging",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -318,21 +319,43 @@ class Artifact:
         Raises:
             DeltacomeError: if a scale is NaN or infinite, or the rows are not as many as the manifest says.
         """
+        with ExitStack() as stack:
+            return self._terms(name, self._reader(stack))
+
+    def all_terms(self) -> Iterator[tuple[Entry, list[Term]]]:
+        """Every weight's entry and terms, each file being opened once.
+
+        Raises:
+            DeltacomeError: as `terms`.
+        """
+        with ExitStack() as stack:
+            read = self._reader(stack)
+            for name, entry in self.entries.items():
+                yield entry, self._terms(name, read)
+
+    def _terms(self, name: str, read: Callable[[str], Tensor]) -> list[Term]:
+        try:
+            return self.entries[name].terms(read)
+        except ValueError as error:
+            raise self._broken(str(error)) from error
+
+    def _reader(self, stack: ExitStack) -> Callable[[str], Tensor]:
+        """Reads tensors by name, from files that stay open as long as the stack."""
+        files: dict[Path, Any] = {}
 
         def read(tensor: str) -> Tensor:
+            path = self.locations[tensor]
             try:
-                with safe_open(self.locations[tensor], "pt") as file:
-                    found: Tensor = file.get_tensor(tensor)
+                if path not in files:
+                    files[path] = stack.enter_context(safe_open(path, "pt"))
+                found: Tensor = files[path].get_tensor(tensor)
             except (SafetensorError, OSError) as error:
                 raise self._broken(f"{tensor} cannot be read: {error}") from error
             if tensor.endswith(("scales", "scale")) and not torch.isfinite(found).all():
                 raise self._broken(f"{tensor} holds NaN or infinity")
             return found
 
-        try:
-            return self.entries[name].terms(read)
-        except ValueError as error:
-            raise self._broken(str(error)) from error
+        return read
 
     def check_digests(self) -> None:
         """Compare every file with its SHA-256.

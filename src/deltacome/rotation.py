@@ -14,7 +14,7 @@ from torch import Tensor
 def rotate(x: Tensor) -> Tensor:
     """Rotate the vectors in the last dimension of x (..., n), any n; orthogonal, and of the dtype of x."""
     n = x.shape[-1]
-    p, signs = _power(n), _signs(n).to(x)
+    p, signs = _power(n), signs_of(n).to(x)
     x = x * signs
     x = torch.cat((_hadamard(x[..., :p]), x[..., p:]), dim=-1)
     if p < n:
@@ -26,7 +26,7 @@ def rotate(x: Tensor) -> Tensor:
 def unrotate(x: Tensor) -> Tensor:
     """The inverse of `rotate`."""
     n = x.shape[-1]
-    p, signs = _power(n), _signs(n).to(x)
+    p, signs = _power(n), signs_of(n).to(x)
     if p < n:
         x = torch.cat((x[..., : n - p], _hadamard(x[..., n - p :])), dim=-1) * signs
     return torch.cat((_hadamard(x[..., :p]), x[..., p:]), dim=-1) * signs
@@ -38,7 +38,7 @@ def _power(n: int) -> int:
 
 
 @cache
-def _signs(n: int) -> Tensor:
+def signs_of(n: int) -> Tensor:
     """+1 or -1 for each of n entries: the lowest bit of MurmurHash3's finaliser of the entry's number from 1."""
     h = torch.arange(1, n + 1, dtype=torch.int64)
     h = (h ^ (h >> 16)) * 0x85EBCA6B & 0xFFFFFFFF

@@ -1,0 +1,56 @@
+"""Which tenant each row of the running batch belongs to."""
+
+from collections.abc import Callable, Hashable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltacome.errors import DeltacomeError
+from deltacome.runtime.tenant import Change, Tenant
+
+
+class Batch:
+    """The tenant of each row, None for the base, and whatever the modules worked out for this batch."""
+
+    def __init__(self, tenants: tuple[Tenant | None, ...]) -> None:
+        self.tenants = tenants
+        self._kept: dict[Hashable, Any] = {}
+
+    def keep(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returned when the key was first asked for."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def changes(self, module_name: str) -> list[tuple[Change, list[int]]]:
+        """The changes of the batch's tenants in a module, each with the rows that it is for."""
+        rows: dict[Tenant, list[int]] = {}
+        for row, tenant in enumerate(self.tenants):
+            if tenant is not None and module_name in tenant.changes:
+                rows.setdefault(tenant, []).append(row)
+        return [(tenant.changes[module_name], own) for tenant, own in rows.items()]
+
+    def of_size(self, size: int) -> "Batch":
+        """The batch with every row repeated so often that there are `size`: beams, or several answers to a prompt.
+
+        Raises:
+            DeltacomeError: if that is not possible.
+        """
+        count = len(self.tenants)
+        if size == count:
+            return self
+        if size % count:
+            raise DeltacomeError(f"{count} tenants for a batch of {size} rows; name one, or None, for each row")
+        repeated = tuple(tenant for tenant in self.tenants for _ in range(size // count))
+        return self.keep(("size", size), lambda: Batch(repeated))
+
+
+def token_rows(rows: list[int], tokens: int, device: torch.device) -> Tensor:
+    """The numbers of the rows of a (batch * tokens, n) matrix that belong to those rows of the batch."""
+    starts = torch.tensor(rows, device=device) * tokens
+    return (starts[:, None] + torch.arange(tokens, device=device)).reshape(-1)
+
+
+running: ContextVar[Batch | None] = ContextVar("running", default=None)

@@ -1,0 +1,199 @@
+"""A delta of one matrix as the kernels read it: the artifact's words, ordered so that a kernel reads them in a stream."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from deltacome.bits import pack, planes, unpack
+from deltacome.terms import Factored, Sign, Term
+
+TILE = 8  # columns of a matrix of words that lie together
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """A matrix of int32 words, its columns cut into tiles of `TILE`: tile after tile, each row by row.
+
+    Row i of tile t begins at `t * TILE * rows + i * width`, the last tile having the columns that are left. Behind the
+    last word is room for a vector load.
+    """
+
+    words: Tensor
+    rows: int
+    columns: int
+
+    @classmethod
+    def of(cls, matrix: Tensor, device: torch.device) -> "Tiled":
+        """A copy of a matrix."""
+        rows, columns = matrix.shape
+        whole = columns // TILE * TILE
+        words = torch.zeros(matrix.numel() + TILE, dtype=torch.int32, device=device)
+        words[: rows * whole].view(-1, rows, TILE).copy_(matrix[:, :whole].reshape(rows, -1, TILE).transpose(0, 1))
+        words[rows * whole : matrix.numel()].view(rows, -1).copy_(matrix[:, whole:])
+        return cls(words, rows, columns)
+
+    def matrix(self) -> Tensor:
+        """The matrix again."""
+        whole = self.columns // TILE * TILE
+        tiles = self.words[: self.rows * whole].view(-1, self.rows, TILE).transpose(0, 1).reshape(self.rows, whole)
+        return torch.cat((tiles, self.words[self.rows * whole : self.rows * self.columns].view(self.rows, -1)), dim=1)
+
+    def pick(self, columns: Tensor) -> Tensor:
+        """Some of the columns: (rows, len(columns))."""
+        tile = columns // TILE
+        width = (self.columns - tile * TILE).clamp(max=TILE)
+        first = tile * TILE * (self.rows - 1) + columns + torch.zeros_like(width)
+        row = torch.arange(self.rows, device=columns.device)[:, None]
+        return self.words[first + row * width]
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One plane of a term's codes: bits `first` to `first + width` of each. u: (rank, words of m). v: (words of n, rank)."""
+
+    width: int
+    first: int
+    u: Tiled
+    v: Tiled
+
+
+@dataclass(frozen=True)
+class PackedTerm:
+    """The components of one bit-width. scale: float32, (rank,)."""
+
+    bits: int
+    scale: Tensor
+    planes: tuple[Plane, ...]
+
+    @property
+    def rank(self) -> int:
+        return len(self.scale)
+
+    @property
+    def middle(self) -> float:
+        """What a code of zero stands for, with the sign turned: an entry is `code - middle`."""
+        return (2**self.bits - 1) / 2
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A delta of shape (m, n), as it lies in memory.
+
+    terms: factored terms without groups. rotated: their rotated sides. rows: int32, the rows of the weight that they
+    add to, None for all. signs: (words of n, m), the words of a sign term. grouped: terms with scales
+    per group, which only the reference kernel computes.
+    """
+
+    shape: tuple[int, int]
+    terms: tuple[PackedTerm, ...] = ()
+    rotated: str = ""
+    rows: Tensor | None = None
+    signs: Tiled | None = None
+    sign_scale: Tensor | None = None
+    grouped: tuple[Factored, ...] = ()
+
+    @property
+    def factored_rows(self) -> int:
+        """Rows of U."""
+        return self.shape[0] if self.rows is None else len(self.rows)
+
+    @property
+    def rank(self) -> int:
+        return sum(term.rank for term in self.terms)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that it keeps in memory."""
+        found = [tensor for tensor in (self.rows, self.sign_scale) if tensor is not None]
+        if self.signs is not None:
+            found.append(self.signs.words)
+        for term in self.terms:
+            found += [term.scale, *(side.words for plane in term.planes for side in (plane.u, plane.v))]
+        for grouped in self.grouped:
+            assert grouped.groups is not None
+            groups = grouped.groups
+            found += [grouped.u, grouped.v, grouped.scale]
+            found += [groups.u_scale, groups.u_zero, groups.v_scale, groups.v_zero]
+        return found
+
+
+def pack_terms(terms: list[Term], shape: tuple[int, int], device: torch.device) -> Packed:
+    """Lay out the factored and sign terms of a weight of `shape`; dense terms are not the kernels' business."""
+    factored = [term for term in terms if isinstance(term, Factored)]
+    plain = [term for term in factored if term.groups is None]
+    packed = Packed(shape, tuple(_pack_term(term, device) for term in plain))
+    if plain:
+        rows = plain[0].rows
+        packed = replace(packed, rotated=plain[0].rotated, rows=None if rows is None else rows.to(device, torch.int32))
+    for term in terms:
+        if isinstance(term, Sign):
+            words = Tiled.of(term.words.T, device)
+            packed = replace(packed, signs=words, sign_scale=term.scale.to(device, torch.float32, copy=True))
+    return replace(packed, grouped=tuple(_to(term, device) for term in factored if term.groups is not None))
+
+
+def transposed(terms: list[Term]) -> list[Term]:
+    """Terms of a weight that is stored as (in_features, out_features), as those of (out_features, in_features).
+
+    Raises:
+        ValueError: if a term is for some rows only, or dense in part.
+    """
+    found: list[Term] = []
+    for term in terms:
+        if isinstance(term, Factored):
+            if term.rows is not None:
+                raise ValueError("terms of some rows of a transposed weight")
+            groups = term.groups
+            if groups is not None:
+                groups = replace(
+                    groups,
+                    u_scale=groups.v_scale,
+                    u_zero=groups.v_zero,
+                    v_scale=groups.u_scale,
+                    v_zero=groups.u_zero,
+                )
+            sides = term.rotated.translate({ord("u"): "v", ord("v"): "u"})
+            shape = (term.shape[1], term.shape[0])
+            found.append(
+                replace(term, shape=shape, u=term.v, v=term.u, groups=groups, rotated="".join(sorted(sides)))
+            )
+        elif isinstance(term, Sign):
+            codes = unpack(term.words, 1, term.shape[1]).T
+            found.append(Sign((term.shape[1], term.shape[0]), pack(codes, 1), term.scale))
+        elif term.start:
+            raise ValueError("dense rows of a transposed weight")
+        else:
+            found.append(replace(term, value=term.value.T.contiguous()))
+    return found
+
+
+def unpack_term(term: PackedTerm, m: int, n: int) -> tuple[Tensor, Tensor]:
+    """The entries of U (rank, m) and V (rank, n), as stored (rotated or not), in float32, without scales."""
+    u, v = (
+        unpack(torch.cat(words, dim=1), term.bits, length).float().sub_(term.middle)
+        for words, length in (
+            ([plane.u.matrix() for plane in term.planes], m),
+            ([plane.v.matrix().T for plane in term.planes], n),
+        )
+    )
+    return u, v
+
+
+def _pack_term(term: Factored, device: torch.device) -> PackedTerm:
+    m, n = term.shape
+    found, u_start, v_start = [], 0, 0
+    for first, width in planes(term.bits):
+        u_end, v_end = u_start - (-m * width // 32), v_start - (-n * width // 32)
+        u, v = term.u[:, u_start:u_end], term.v[:, v_start:v_end].T
+        found.append(Plane(width, first, Tiled.of(u, device), Tiled.of(v, device)))
+        u_start, v_start = u_end, v_end
+    return PackedTerm(term.bits, term.scale.to(device, torch.float32, copy=True), tuple(found))
+
+
+def _to(term: Factored, device: torch.device) -> Factored:
+    groups = term.groups
+    assert groups is not None
+    fields = ("u_scale", "u_zero", "v_scale", "v_zero")
+    moved = replace(groups, **{name: getattr(groups, name).to(device, copy=True) for name in fields})
+    u, v, scale = (x.to(device, copy=True) for x in (term.u, term.v, term.scale))
+    return replace(term, u=u, v=v, scale=scale, groups=moved)

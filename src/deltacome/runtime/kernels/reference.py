@@ -1,0 +1,73 @@
+"""The plain kernel, in torch and float32: what the others are checked against, and what runs long prefills."""
+
+import torch
+from torch import Tensor
+
+from deltacome.bits import planes, unpack
+from deltacome.rotation import rotate, unrotate
+from deltacome.runtime.kernels.packed import Packed, unpack_term
+
+
+class Work:
+    """What one matrix of a batch has to do. deltas: of shapes (m, n), n being the same, each with the numbers (int64) of its rows."""
+
+    def __init__(self, deltas: list[tuple[Packed, Tensor]]) -> None:
+        self.deltas = deltas
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """Add to each row of y what its delta makes of the same row of x: `((x V) * scale) U^T`.
+
+        y: (rows, m or more), changed in place. x: (rows, n).
+        """
+        for packed, rows in self.deltas:
+            product = multiply(x[rows].float(), packed).to(y.dtype)
+            if packed.rows is None:
+                y[rows, : product.shape[1]] += product
+            else:
+                y[rows[:, None], packed.rows.long()[None]] += product
+
+
+def multiply(x: Tensor, packed: Packed) -> Tensor:
+    """`x D^T` for x (rows, n) in float32: (rows, m), or (rows, len(packed.rows)) of a delta of some rows alone."""
+    m, n = packed.shape
+    product = torch.zeros(x.shape[0], packed.factored_rows, device=x.device)
+    inputs = rotate(x) if "v" in packed.rotated else x
+    for term in packed.terms:
+        u, v = unpack_term(term, packed.factored_rows, n)
+        product += (inputs @ v.T * term.scale) @ u
+    if "u" in packed.rotated:
+        product = unrotate(product)
+    for grouped in packed.grouped:
+        u, v = grouped.vectors()
+        product += (x @ v.T * grouped.scale.float()) @ u
+    if packed.signs is not None:
+        assert packed.sign_scale is not None
+        signs = unpack(packed.signs.matrix().T, 1, n).float().mul_(2).sub_(1)
+        product += (x @ signs.T) * packed.sign_scale
+    return product
+
+
+def columns(packed: Packed, places: Tensor) -> Tensor:
+    """Entries of U, without scales, at some places: (rank of all terms, len(places)) in float32."""
+    found = []
+    for term in packed.terms:
+        codes = torch.zeros(term.rank, len(places), dtype=torch.int32, device=places.device)
+        for plane in term.planes:
+            codes |= _cut(plane.u.pick(places // (32 // plane.width)), places, plane.width) << plane.first
+        found.append(codes.float().sub_(term.middle))
+    for grouped in packed.grouped:
+        assert grouped.groups is not None
+        codes = torch.zeros(grouped.rank, len(places), dtype=torch.int32, device=places.device)
+        start = 0
+        for first, width in planes(grouped.bits):
+            codes |= _cut(grouped.u[:, start + places // (32 // width)], places, width) << first
+            start += -(-packed.factored_rows * width // 32)
+        group = places // grouped.groups.size
+        found.append((codes - grouped.groups.u_zero[:, group].float()) * grouped.groups.u_scale[:, group].float())
+    return torch.cat(found)
+
+
+def _cut(words: Tensor, places: Tensor, width: int) -> Tensor:
+    """From each column of words (rank, count) the codes of `width` bits at that place of the row."""
+    shifts = (places % (32 // width) * width).to(torch.int32)
+    return words >> shifts & (1 << width) - 1

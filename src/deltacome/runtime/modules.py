@@ -1,0 +1,214 @@
+"""What takes the place of a module's `forward`: the base's own result, and for each row what its tenant changes."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, linear
+from transformers.pytorch_utils import Conv1D
+
+from deltacome.errors import DeltacomeError
+from deltacome.runtime.batch import Batch, running, token_rows
+from deltacome.runtime.tenant import Change, embed
+
+FEW_ROWS = 16  # up to which the base's product is faster with the weight on the left
+
+
+def install(name: str, module: nn.Module, kernels: Any) -> None:
+    """Make a module ready for tenants; without any in the batch it computes what it did before."""
+    if "forward" in module.__dict__ and getattr(module.forward, "deltacome", False):
+        return
+    forward: Callable[..., Any]
+    if isinstance(module, nn.Linear | Conv1D):
+        forward = _Linear(name, module, kernels)
+    elif isinstance(module, nn.Embedding):
+        forward = _Embedding(name, module, kernels)
+    else:
+        forward = _Exact(name, module)
+    module.forward = forward
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What one linear layer does for the batch, apart from the base's product; row numbers count tokens.
+
+    work: the kernels' part. replaced and added: exact weights with their rows. width: outputs, the added ones included.
+    """
+
+    work: Any
+    replaced: list[tuple[Tensor, Tensor]]
+    added: list[tuple[Tensor, Tensor]]
+    biases: list[tuple[Tensor, Tensor]]
+    width: int
+
+
+class _Linear:
+    """`nn.Linear` and transformers' `Conv1D`, whose weight lies the other way round."""
+
+    deltacome = True
+
+    def __init__(self, name: str, module: nn.Module, kernels: Any) -> None:
+        self.name, self.module, self.kernels = name, module, kernels
+        self.is_transposed = isinstance(module, Conv1D)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight: Tensor = self.module.weight.T if self.is_transposed else self.module.weight
+        y = _product(x, weight, self.module.bias)
+        batch = running.get()
+        if batch is None:
+            return y
+        rows = x.numel() // x.shape[-1]
+        count = len(batch.tenants)
+        if rows % count:
+            raise DeltacomeError(f"{self.name} was given {rows} rows for a batch of {count}; this model cannot be shared")
+        job: _Job | None = batch.keep((self.name, rows // count), lambda: self._job(batch, rows // count, x.device))
+        return y if job is None else self._change(y, x, job)
+
+    def _job(self, batch: Batch, tokens: int, device: torch.device) -> _Job | None:
+        found = [(change, token_rows(rows, tokens, device)) for change, rows in batch.changes(self.name)]
+        if not found:
+            return None
+        m = self.module.weight.shape[1 if self.is_transposed else 0]
+        rows = [(change.rows, own, change.start) for change, own in found if change.rows is not None]
+        packed = [(change.packed, own) for change, own in found if change.packed is not None]
+        biases = [(change.exact["bias"], own) for change, own in found if "bias" in change.exact]
+        return _Job(
+            self.kernels.Work(packed) if packed else None,
+            [(weight, own) for weight, own, start in rows if start == 0],
+            [(weight, own) for weight, own, start in rows if start],
+            biases,
+            max([m, *(start + len(weight) for weight, _, start in rows)]),
+        )
+
+    def _change(self, y: Tensor, x: Tensor, job: _Job) -> Tensor:
+        m, inputs = y.shape[-1], x.reshape(-1, x.shape[-1])
+        outputs = y.reshape(-1, m)
+        bias = self.module.bias
+        for weight, rows in job.replaced:
+            outputs[rows] = linear(inputs[rows], weight[:m].to(x.dtype), bias)
+        if job.width > m:  # tokens that only some tenants have: no other may choose them
+            outputs = nn.functional.pad(outputs, (0, job.width - m), value=-torch.inf)
+        if job.work is not None:
+            job.work.add(outputs, inputs)
+        for own_bias, rows in job.biases:
+            difference = own_bias.to(x.dtype) - bias if bias is not None else own_bias.to(x.dtype)
+            outputs[rows, :m] += difference
+        for weight, rows in job.added:
+            outputs[rows, m : m + len(weight)] = linear(inputs[rows], weight.to(x.dtype))
+        for weight, rows in job.replaced:
+            if len(weight) > m:
+                outputs[rows, m : len(weight)] = linear(inputs[rows], weight[m:].to(x.dtype))
+        return outputs.view(*y.shape[:-1], job.width)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + b`. MKL runs a tall matrix times a few columns up to four times faster than a few rows times its transpose."""
+    rows = x.numel() // x.shape[-1]
+    if not (1 < rows <= FEW_ROWS and x.device.type == "cpu" and x.dtype == torch.float32 and weight.is_contiguous()):
+        return linear(x, weight, bias)
+    y = torch.mm(weight, x.reshape(rows, -1).T).T.contiguous()
+    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], -1)
+
+
+class _Embedding:
+    deltacome = True
+
+    def __init__(self, name: str, module: nn.Embedding, kernels: Any) -> None:
+        self.name, self.module, self.kernels = name, module, kernels
+        self.forward = module.forward
+        scaled = hasattr(module, "embed_scale")  # Gemma's
+        if type(module).forward is not nn.Embedding.forward and not scaled:
+            raise DeltacomeError(f"{name} is a {type(module).__name__}, whose deltas cannot be served; merge it instead")
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        batch = running.get()
+        changes = [] if batch is None else batch.keep(self.name, lambda: batch.changes(self.name))
+        if batch is None or not changes:
+            return self.forward(ids)
+        if ids.shape[0] == 1:
+            ids = ids.expand(len(batch.tenants), -1)  # positions, the same for all rows
+        m, n = self.module.weight.shape
+        self._check(ids, changes, m)
+        y = self.forward(ids.clamp(max=m - 1))
+        scale = getattr(self.module, "embed_scale", 1.0)
+        for change, rows in changes:
+            own = ids[rows]
+            flat = own.reshape(-1)
+            if change.rows is not None and change.start == 0:
+                y[rows] = change.rows[flat].to(y.dtype).view(*own.shape, n) * scale
+                continue
+            if change.packed is not None:
+                added = embed(change, flat.clamp(max=m - 1), n, self.kernels).view(*own.shape, n)
+                y[rows] += (added * scale).to(y.dtype)
+            if change.rows is not None:
+                is_new = own >= m
+                new = change.rows[(own - m).clamp(min=0)].to(y.dtype) * scale
+                y[rows] = torch.where(is_new[..., None], new, y[rows])
+        return y
+
+    def _check(self, ids: Tensor, changes: list[tuple[Change, list[int]]], m: int) -> None:
+        """Refuse tokens that a row's tenant has not. Only prompts can hold them, which are longer than a token."""
+        if ids.device.type != "cpu" and ids.shape[1] == 1:
+            return  # looking would stop the device at every step
+        limits = torch.full((len(ids), 1), m, device=ids.device)
+        for change, rows in changes:
+            if change.rows is not None:
+                limits[rows] = change.start + len(change.rows)
+        if (ids >= limits).any():
+            raise DeltacomeError(f"a prompt holds token {int(ids.max())}, which its tenant's vocabulary has not")
+
+
+class _Exact:
+    """A module without matrices, a norm above all, whose parameters a delta replaces."""
+
+    deltacome = True
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module = name, module
+        self.forward = module.forward
+
+    def __call__(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
+        batch = running.get()
+        changes = [] if batch is None else batch.keep(self.name, lambda: batch.changes(self.name))
+        if batch is None or not changes:
+            return self.forward(x, *arguments, **options)
+        if isinstance(self.module, nn.LayerNorm):
+            y = layer_norm(x, self.module.normalized_shape, None, None, self.module.eps)
+            own = batch.keep((self.name, x.ndim), lambda: self._stacked(batch, changes, x))
+            y = y * own["weight"]
+            return y + own["bias"] if "bias" in own else y
+        if type(self.module).__name__.endswith("RMSNorm"):
+            # They multiply by the weight and nothing else, so that a weight per row broadcasts.
+            own = batch.keep((self.name, x.ndim), lambda: self._stacked(batch, changes, x))
+            return batch.keep((self.name, x.ndim, "module"), lambda: self._with(own)).forward(x, *arguments, **options)
+        if x.shape[0] != len(batch.tenants):
+            raise DeltacomeError(f"{self.name} changes the shape of the batch; this delta cannot be served, merge it")
+        y = self.forward(x, *arguments, **options)
+        for number, (change, rows) in enumerate(changes):
+            module = batch.keep((self.name, number), lambda change=change: self._with(change.exact))
+            y[rows] = module.forward(x[rows], *arguments, **options)
+        return y
+
+    def _stacked(self, batch: Batch, changes: list[tuple[Change, list[int]]], x: Tensor) -> dict[str, Tensor]:
+        """Each parameter with a value per row: (batch, 1, ..., n)."""
+        stacked = {}
+        for key, value in self.module.named_parameters():
+            values = value.detach().expand(len(batch.tenants), -1).clone()
+            for change, rows in changes:
+                if key in change.exact:
+                    values[rows] = change.exact[key].to(values.dtype)
+            stacked[key] = values.view(len(values), *[1] * (x.ndim - 2), -1)
+        return stacked
+
+    def _with(self, values: dict[str, Tensor]) -> nn.Module:
+        """The module with other values of parameters."""
+        module = copy.copy(self.module)
+        module.__dict__.pop("forward", None)
+        module._parameters = {**self.module._parameters}
+        for key, value in values.items():
+            old = module._parameters[key]
+            module._parameters[key] = nn.Parameter(value.to(value.dtype if old is None else old.dtype), False)
+        return module

@@ -1,0 +1,159 @@
+"""A compressed delta in memory: what it changes in each module of the base model."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from deltacome.artifact import Artifact, Entry
+from deltacome.bits import unpack
+from deltacome.checkpoint import OUTPUT_EMBEDDINGS
+from deltacome.errors import DeltacomeError
+from deltacome.runtime.kernels.packed import Packed, pack_terms, transposed
+from deltacome.terms import Dense, Factored, Term
+
+
+@dataclass
+class Change:
+    """What a delta changes in one module.
+
+    packed: the factored and sign terms of the weight. rows: exact rows of the weight behind the base's (added tokens),
+    or instead of all of them if `start` is 0. vectors: the singular vectors v of an embedding's terms with their
+    scales, (rank, n) in float32, because a token takes all of them and of U a column. exact: other parameters by name.
+    """
+
+    packed: Packed | None = None
+    rows: Tensor | None = None
+    start: int = 0
+    vectors: Tensor | None = None
+    exact: dict[str, Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that it keeps in memory."""
+        if self.packed is not None:
+            yield from self.packed.tensors()
+        yield from (tensor for tensor in (self.rows, self.vectors) if tensor is not None)
+        yield from self.exact.values()
+
+
+@dataclass(frozen=True, eq=False)
+class Tenant:
+    """A delta under its name, and its changes by the names of the base model's modules."""
+
+    name: str
+    artifact: Artifact
+    changes: dict[str, Change]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it takes in memory."""
+        found = {tensor.data_ptr(): tensor.nbytes for change in self.changes.values() for tensor in change.tensors()}
+        return sum(found.values())
+
+
+def load_tenant(name: str, artifact: Artifact, model: nn.Module, device: torch.device) -> Tenant:
+    """Read an artifact, its digests and base checked already, for a model of its base.
+
+    Raises:
+        DeltacomeError: if it changes something that can only be merged.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = _Names(model)
+    changes: dict[str, Change] = {}
+    for entry, terms in artifact.all_terms():
+        if not terms:
+            continue
+        module_name, _, parameter = names.find(entry.name).rpartition(".")
+        module = modules[module_name]
+        change = changes.setdefault(module_name, Change())
+        if parameter == "weight" and isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+            _change_weight(change, module, entry, terms, device)
+        elif isinstance(terms[0], Dense) and not list(module.children()):
+            change.exact[parameter] = terms[0].value.to(device)
+        else:
+            raise DeltacomeError(
+                f"{artifact.folder} changes {entry.name}, which cannot be served beside the base; merge it instead"
+            )
+    _tie(artifact, model, modules, changes)
+    return Tenant(name, artifact, changes)
+
+
+def _change_weight(change: Change, module: nn.Module, entry: Entry, terms: list[Term], device: torch.device) -> None:
+    shape = entry.shape
+    if isinstance(module, Conv1D):
+        terms, shape = transposed(terms), (shape[1], shape[0])
+    for term in terms:
+        if isinstance(term, Dense):
+            change.rows, change.start = term.value.to(device, copy=True), term.start
+    rest = [term for term in terms if not isinstance(term, Dense)]
+    if rest:
+        change.packed = pack_terms(rest, (shape[0], shape[1]), device)
+    if isinstance(module, nn.Embedding) and rest:
+        factored = [term for term in rest if isinstance(term, Factored)]
+        if any("u" in term.rotated for term in factored):
+            raise DeltacomeError(f"the rows of {entry.name} are rotated, so that tokens cannot be looked up; merge it")
+        if factored:
+            scaled = [term.vectors()[1] * term.scale.float()[:, None] for term in factored]
+            change.vectors = torch.cat(scaled).to(device)
+
+
+def _tie(artifact: Artifact, model: Any, modules: dict[str, nn.Module], changes: dict[str, Change]) -> None:
+    """Where the fine-tuned model has no output embedding of its own, the input embedding's changes are also its."""
+    names = {module: name for name, module in modules.items()}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or any(name.endswith(OUTPUT_EMBEDDINGS) for name in artifact.entries):
+        return
+    if head.weight is not embedding.weight:
+        raise DeltacomeError(f"{artifact.folder} ties its embeddings and its base does not; merge it instead")
+    if names[embedding] in changes:
+        change = changes[names[embedding]]
+        changes[names[head]] = Change(change.packed, change.rows, change.start)
+
+
+class _Names:
+    """Finds a model's parameter by the name that a checkpoint has for it."""
+
+    def __init__(self, model: Any) -> None:
+        self.known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        head = model.get_output_embeddings()
+        self.head = next((f"{name}.weight" for name, module in model.named_modules() if module is head), "")
+
+    def find(self, name: str) -> str:
+        """The parameter that shares the longest end with the name; of several, the one with the most parts in common.
+
+        Raises:
+            DeltacomeError: if there is none.
+        """
+        if name in self.known:
+            return name
+        if name.endswith(OUTPUT_EMBEDDINGS):
+            return self.head  # transformers has given some families' another name
+        parts = name.split(".")
+        for start in range(len(parts) - 1):
+            end = ".".join(parts[start:])
+            found = [known for known in self.known if known == end or known.endswith(f".{end}")]
+            common = [len(set(known.split(".")) & set(parts)) for known in found]
+            if found and common.count(max(common)) == 1:
+                return found[common.index(max(common))]
+        raise DeltacomeError(f"the base model has no weight {name}; the delta cannot be served, merge it instead")
+
+
+def embed(change: Change, ids: Tensor, n: int, kernels: Any) -> Tensor:
+    """What the delta adds to the embeddings of tokens: ids (count,), in range, to (count, n) in float32."""
+    packed = change.packed
+    assert packed is not None
+    if packed.signs is not None:
+        assert packed.sign_scale is not None
+        return (unpack(packed.signs.pick(ids).T.contiguous(), 1, n).float() * 2 - 1) * packed.sign_scale
+    places, known = ids, None
+    if packed.rows is not None:
+        places = torch.searchsorted(packed.rows, ids.to(torch.int32)).clamp_(max=len(packed.rows) - 1)
+        known = packed.rows[places] == ids
+    columns = kernels.columns(packed, places)
+    if known is not None:
+        columns *= known
+    assert change.vectors is not None
+    return columns.T @ change.vectors

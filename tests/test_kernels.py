@@ -1,0 +1,169 @@
+"""Every kernel against the terms themselves in float64."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from deltacome.runtime.kernels.packed import Tiled, pack_terms, transposed, unpack_term
+from deltacome.terms import Factored, Groups, Sign, Term, add_terms
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["reference", "cpu", "triton"])
+def kernels(request: pytest.FixtureRequest) -> Any:
+    if request.param == "reference":
+        from deltacome.runtime.kernels import reference
+
+        return reference
+    if request.param == "cpu":
+        from deltacome.runtime.kernels import cpu
+
+        return cpu
+    pytest.importorskip("triton", reason="Triton is not there")
+    from deltacome.runtime.kernels import triton
+
+    return triton
+
+
+def device_of(kernels: Any) -> torch.device:
+    return torch.device("cuda" if kernels.__name__.endswith("triton") and torch.cuda.is_available() else "cpu")
+
+
+def factored(
+    m: int, n: int, parts: list[tuple[int, int]], rotated: str = "", rows: torch.Tensor | None = None, seed: int = 0
+) -> list[Term]:
+    """Random terms of (bits, rank), all of about the same size."""
+    generator = torch.Generator().manual_seed(seed)
+    height = m if rows is None else len(rows)
+
+    def codes(bits: int, rank: int, length: int) -> torch.Tensor:
+        return torch.randint(0, 2**bits, (rank, length), generator=generator)
+
+    return [
+        Factored.from_codes(
+            bits, codes(bits, rank, height), codes(bits, rank, n), torch.rand(rank, generator=generator) / 4**bits, None, rotated, rows
+        )
+        for bits, rank in parts
+    ]
+
+
+def check(kernels: Any, terms: list[list[Term]], rows: list[list[int]], m: int, n: int, count: int) -> None:
+    """The deltas `terms`, each for its rows of `count`, against products in float64; other rows stay untouched."""
+    device = device_of(kernels)
+    x, y = torch.randn(count, n), torch.randn(count, m)
+    expected = y.double()
+    for delta, own in zip(terms, rows, strict=True):
+        expected[own] += x.double()[own] @ add_terms(torch.zeros(m, n, dtype=torch.float64), delta).T
+    work = kernels.Work([(pack_terms(t, (m, n), device), torch.tensor(r, device=device)) for t, r in zip(terms, rows, strict=True)])
+    result = y.to(device, copy=True)
+    work.add(result, x.to(device))
+    change = (expected - y.double()).abs().max()
+    assert (result.cpu().double() - expected).abs().max() <= 2e-5 * change
+    untouched = sorted(set(range(count)) - {row for own in rows for row in own})
+    assert torch.equal(result.cpu()[untouched], y[untouched])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8, 16])
+def test_every_bit_width(kernels: Any, bits: int) -> None:
+    check(kernels, [factored(70, 45, [(bits, 11)])], [[1]], 70, 45, 2)
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 3), (33, 17), (64, 128), (100, 577), (611, 31)])
+@pytest.mark.parametrize("rotated", ["", "u", "v", "uv"])
+def test_shapes_and_rotations(kernels: Any, m: int, n: int, rotated: str) -> None:
+    check(kernels, [factored(m, n, [(8, 1), (3, 2), (2, 9), (1, 17)], rotated)], [[0, 2]], m, n, 3)
+
+
+def test_tenants_with_other_plans_in_one_batch(kernels: Any) -> None:
+    plans = [[(6, 2), (2, 9)], [(1, 40)], [(4, 3), (3, 3), (2, 1)]]
+    terms = [factored(90, 75, plan, rotated, seed=i) for i, (plan, rotated) in enumerate(zip(plans, ("uv", "", "v"), strict=True))]
+    check(kernels, terms, [[4], [0, 1, 5], [3]], 90, 75, 6)
+
+
+@pytest.mark.parametrize("count", [1, 12, 13, 40])
+def test_one_row_to_a_prefill(kernels: Any, count: int) -> None:
+    check(kernels, [factored(66, 130, [(5, 2), (2, 20), (1, 9)], "uv")], [list(range(count))], 66, 130, count + 1)
+
+
+def test_terms_of_some_rows(kernels: Any) -> None:
+    rows = torch.arange(3, 500, 7)
+    terms = [factored(500, 48, [(8, 1), (3, 5)], "v", rows), factored(500, 48, [(2, 4)], "v", rows + 1, seed=1)]
+    check(kernels, terms, [[1], [0]], 500, 48, 2)
+    check(kernels, terms[:1], [list(range(30))], 500, 48, 30)
+
+
+@pytest.mark.parametrize("count", [1, 30])
+def test_signs(kernels: Any, count: int) -> None:
+    words = torch.randint(-(2**31), 2**31, (37, 3), dtype=torch.int64).to(torch.int32)
+    words[:, 2] &= 1  # 65 columns
+    check(kernels, [[Sign((37, 65), words, torch.tensor([0.03]))]], [list(range(count))], 37, 65, count)
+
+
+def test_groups(kernels: Any) -> None:
+    term = factored(40, 50, [(3, 6)])[0]
+    assert isinstance(term, Factored)
+    scales = [torch.rand(6, 3).half(), torch.rand(6, 4).half()]
+    zeros = [torch.randint(0, 8, scale.shape, dtype=torch.uint8) for scale in scales]
+    groups = Groups(16, scales[0], zeros[0], scales[1], zeros[1])
+    grouped = Factored(3, (40, 50), term.u, term.v, term.scale, groups)
+    check(kernels, [[grouped]], [[1, 2]], 40, 50, 4)
+
+
+def test_same_input_again(kernels: Any) -> None:
+    """The CPU kernel keeps rotated inputs; other inputs and other rotations at the same place must not meet them."""
+    m, n = 40, 72
+    x = torch.randn(2, n)
+    for rotated in ("v", "v", "", "uv", ""):
+        for factor in (1.0, 1.0, -2.0):
+            packed = pack_terms(factored(m, n, [(2, 5)], rotated), (m, n), device_of(kernels))
+            delta = add_terms(torch.zeros(m, n, dtype=torch.float64), factored(m, n, [(2, 5)], rotated))
+            y = torch.zeros(2, m, device=device_of(kernels))
+            kernels.Work([(packed, torch.tensor([0, 1], device=y.device))]).add(y, (factor * x).to(y.device))
+            assert torch.allclose(y.cpu().double(), factor * x.double() @ delta.T, rtol=1e-4, atol=1e-4)
+
+
+def test_half_precision_outputs(kernels: Any) -> None:
+    terms = factored(50, 60, [(2, 9)], "uv")
+    x, y = torch.randn(3, 60).bfloat16(), torch.randn(3, 50).bfloat16()
+    expected = y.double() + x.double() @ add_terms(torch.zeros(50, 60, dtype=torch.float64), terms).T
+    device = device_of(kernels)
+    result = y.to(device, copy=True)
+    kernels.Work([(pack_terms(terms, (50, 60), device), torch.arange(3, device=device))]).add(result, x.to(device))
+    assert torch.allclose(result.cpu().double(), expected, rtol=0.02, atol=0.02)
+
+
+def test_columns(kernels: Any) -> None:
+    terms = factored(77, 20, [(5, 3), (1, 9)])
+    device = device_of(kernels)
+    packed = pack_terms(terms, (77, 20), device)
+    places = torch.tensor([0, 76, 31, 32, 33, 64])
+    expected = torch.cat([term.vectors()[0] for term in terms if isinstance(term, Factored)])[:, places]
+    assert torch.equal(kernels.columns(packed, places.to(device)).cpu(), expected)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 8), (5, 9), (2, 23), (4, 7)])
+def test_tiles(rows: int, columns: int) -> None:
+    matrix = torch.arange(rows * columns, dtype=torch.int32).reshape(rows, columns)
+    tiled = Tiled.of(matrix, CPU)
+    assert torch.equal(tiled.matrix(), matrix)
+    picked = torch.tensor([columns - 1, 0])
+    assert torch.equal(tiled.pick(picked), matrix[:, picked])
+
+
+@pytest.mark.parametrize("bits", [1, 3, 7])
+def test_unpack_term(bits: int) -> None:
+    term = factored(35, 41, [(bits, 13)])[0]
+    assert isinstance(term, Factored)
+    u, v = unpack_term(pack_terms([term], (35, 41), CPU).terms[0], 35, 41)
+    assert torch.equal(u, term.vectors()[0])
+    assert torch.equal(v, term.vectors()[1])
+
+
+def test_transposed() -> None:
+    words = torch.randint(-(2**31), 2**31, (30, 1), dtype=torch.int64).to(torch.int32) & 0xFFFFF
+    for terms in (factored(30, 20, [(3, 4)], "u"), [Sign((30, 20), words, torch.tensor([0.5]))]):
+        plain = add_terms(torch.zeros(30, 20, dtype=torch.float64), terms)
+        turned = add_terms(torch.zeros(20, 30, dtype=torch.float64), transposed(terms))
+        assert torch.equal(turned.T, plain)

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("compress", "inspect", "verify", "merge", "generate", "evaluate", "search")
+from deltacome import DeltacomeError
+from deltacome.benchmark.runtime import SHAPES, benchmark_runtime
+
+COMMANDS = ("compress", "inspect", "verify", "merge", "generate", "chat", "evaluate", "search")
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -80,9 +83,43 @@ def test_merge_and_generate(delta: Path, base: Path, tmp_path: Path) -> None:
     report = json.loads(succeed("merge", base, delta, "-o", tmp_path / "merged", "--dtype", "float32", "--json"))
     assert report["bytes"] > 2 * 10**5
     fail("exists already", "merge", base, delta, "-o", tmp_path / "merged")
-    options = ("--delta", delta, "--prompt", "Hello", "--max-new-tokens", 5)
-    plain = succeed("generate", base, *options)
-    assert json.loads(succeed("generate", base, *options, "--json"))["answer"] == plain.removesuffix("\n")
+    options = ("--prompt", "Hello", "--max-new-tokens", 5)
+    plain = succeed("generate", base, "--delta", delta, *options)
+    several = ("--delta", f"a={delta}", "--delta", f"b={delta}")
+    answers = json.loads(succeed("generate", base, *several, *options, "--json"))["answers"]
+    assert answers == {"a": plain.removesuffix("\n"), "b": plain.removesuffix("\n")}
+    assert list(json.loads(succeed("generate", base, *options, "--json"))["answers"]) == ["base"]
+    fail("write NAME=DELTA, each name once", "generate", base, *several, "--delta", f"a={delta}", *options)
+    fail("there is no folder", "generate", base, "--delta", tmp_path / "none", *options)
+
+
+def test_chat(delta: Path, base: Path) -> None:
+    command = [sys.executable, "-m", "deltacome.cli", "chat", base, "--max-new-tokens", "4"]
+    said = "Hello\n\nAnd?\n/reset\nHello\n/exit\nnever\n"
+    two = ("--delta", f"a={delta}", "--delta", f"b={delta}")
+    several = subprocess.run([*command, *two], input=said, capture_output=True, text=True, timeout=120)
+    assert several.returncode == 0, several.stderr
+    answers = [part.partition("b: ") for part in several.stdout.split("a: ")[1:]]
+    assert len(answers) == 3 and answers[0] == answers[2]
+    assert all(a.strip() == b.strip() for a, _, b in answers)
+    one = subprocess.run([*command, "--delta", delta], input="Hello\n", capture_output=True, text=True, timeout=120)
+    assert one.returncode == 0 and one.stdout.strip() == answers[0][0].strip()
+
+
+def test_benchmark_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = {"hidden_size": 40, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tiny |= {"num_key_value_heads": 1, "vocab_size": 300, "tie_word_embeddings": True}
+    monkeypatch.setitem(SHAPES, "135m", tiny)
+    monkeypatch.setattr("deltacome.benchmark.runtime.COUNTS", (1, 3))
+    results = benchmark_runtime(tmp_path / "out", "135m", device="cpu", rounds=2)
+    assert [row["tenants"] for row in results["steps"]] == [1, 3]
+    assert all(row[key] > 0 for row in results["steps"] for key in ("base_ms", "tenants_ms", "turns_ms", "speedup"))
+    assert {row["matrix"] for row in results["kernels"]} >= {"q_proj", "down_proj", "lm_head"}
+    assert json.loads((tmp_path / "out/runtime.json").read_text()) == results
+    assert "| 3 |" in (tmp_path / "out/runtime.md").read_text() and (tmp_path / "out/runtime.png").stat().st_size > 9999
+    with pytest.raises(DeltacomeError, match="exists already"):
+        benchmark_runtime(tmp_path / "out", "135m")
+    fail("exists already", "benchmark", "runtime", "-o", tmp_path / "out")
 
 
 def test_evaluate(delta: Path, base: Path, finetuned: Path, examples: Path, tmp_path: Path) -> None:

@@ -43,7 +43,13 @@ def factored(
 
     return [
         Factored.from_codes(
-            bits, codes(bits, rank, height), codes(bits, rank, n), torch.rand(rank, generator=generator) / 4**bits, None, rotated, rows
+            bits,
+            codes(bits, rank, height),
+            codes(bits, rank, n),
+            torch.rand(rank, generator=generator) / 4**bits,
+            None,
+            rotated,
+            rows,
         )
         for bits, rank in parts
     ]
@@ -56,7 +62,9 @@ def check(kernels: Any, terms: list[list[Term]], rows: list[list[int]], m: int, 
     expected = y.double()
     for delta, own in zip(terms, rows, strict=True):
         expected[own] += x.double()[own] @ add_terms(torch.zeros(m, n, dtype=torch.float64), delta).T
-    work = kernels.Work([(pack_terms(t, (m, n), device), torch.tensor(r, device=device)) for t, r in zip(terms, rows, strict=True)])
+    work = kernels.Work(
+        [(pack_terms(t, (m, n), device), torch.tensor(r, device=device)) for t, r in zip(terms, rows, strict=True)]
+    )
     result = y.to(device, copy=True)
     work.add(result, x.to(device))
     change = (expected - y.double()).abs().max()
@@ -78,11 +86,14 @@ def test_shapes_and_rotations(kernels: Any, m: int, n: int, rotated: str) -> Non
 
 def test_tenants_with_other_plans_in_one_batch(kernels: Any) -> None:
     plans = [[(6, 2), (2, 9)], [(1, 40)], [(4, 3), (3, 3), (2, 1)]]
-    terms = [factored(90, 75, plan, rotated, seed=i) for i, (plan, rotated) in enumerate(zip(plans, ("uv", "", "v"), strict=True))]
+    terms = [
+        factored(90, 75, plan, rotated, seed=i)
+        for i, (plan, rotated) in enumerate(zip(plans, ("uv", "", "v"), strict=True))
+    ]
     check(kernels, terms, [[4], [0, 1, 5], [3]], 90, 75, 6)
 
 
-@pytest.mark.parametrize("count", [1, 12, 13, 40])
+@pytest.mark.parametrize("count", [1, 16, 17, 32, 33])
 def test_one_row_to_a_prefill(kernels: Any, count: int) -> None:
     check(kernels, [factored(66, 130, [(5, 2), (2, 20), (1, 9)], "uv")], [list(range(count))], 66, 130, count + 1)
 

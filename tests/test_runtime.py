@@ -1,14 +1,15 @@
 """Many tenants in one batch, against merged models alone."""
 
+import gc
 import shutil
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Save, fine_tune, make_model, make_other
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -23,7 +24,12 @@ from transformers import (
 )
 
 import deltacome
+from conftest import Save, fine_tune, make_model, make_other
 from deltacome import DeltacomeError, compress, load, merge
+from deltacome.checkpoint import Checkpoint
+from deltacome.data import Encoder
+from deltacome.metrics import answer
+from deltacome.runtime.conversation import Conversation
 
 SIZES: dict[str, Any] = {
     "vocab_size": 259,
@@ -58,7 +64,9 @@ def make_any(family: str) -> PreTrainedModel:
     return model
 
 
-def tenants_of(save: Save, tmp_path: Path, make: Callable[[], PreTrainedModel], **options: Any) -> tuple[Path, list[Path]]:
+def tenants_of(
+    save: Save, tmp_path: Path, make: Callable[[], PreTrainedModel], **options: Any
+) -> tuple[Path, list[Path]]:
     """A base and two compressed fine-tunes of it."""
     base = save(make(), "base")
     deltas = []
@@ -340,6 +348,45 @@ def test_two_threads_at_once(model: Any) -> None:
     for thread in threads:
         thread.join()
     assert all(torch.equal(results[number], expected[number]) for number in (0, 1))
+
+
+def test_memory_is_freed(model: Any, two: Any) -> None:
+    _, deltas, _ = two
+    model.generate(IDS[:1], tenants=["a"], max_new_tokens=2, pad_token_id=1)
+    old = weakref.ref(next(iter(model.deltas["a"].changes.values())))
+    model.add_delta("a", deltas[0])
+    gc.collect()
+    assert old() is None
+
+
+def test_other_kinds_of_linear_layers_are_refused(two: Any) -> None:
+    class Doubling(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    base, deltas, _ = two
+    model = load(base)
+    layer = model.model.layers[0].mlp
+    layer.up_proj = Doubling(60, 109, bias=False)
+    with pytest.raises(DeltacomeError, match="up_proj is a Doubling, whose deltas cannot be served"):
+        model.add_delta("a", deltas[0])
+    assert not model.deltas
+
+
+def test_conversation(model: Any, two: Any) -> None:
+    base, _, models = two
+    conversation = Conversation(model, Checkpoint(base), ["a", None, "b"])
+    answers = conversation.say("Hello", 8)
+    again = conversation.say("And?", 8)
+    encoder = Encoder(conversation.tokenizers[0])
+    messages = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": answers[2]})
+    ids = encoder.prompt((*messages, {"role": "user", "content": "And?"}))
+    alone = answer(models[2], conversation.tokenizers[0], [ids], 8)[0]
+    assert again[2] == alone
+    conversation.reset()
+    assert conversation.say("Hello", 8) == answers
+    with pytest.raises(DeltacomeError, match="has room for 512; begin a new one"):
+        conversation.say("x" * 600, 8)
 
 
 def test_module_is_exported() -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from deltacome.checkpoint import Checkpoint
 from deltacome.merging import load_merged, open_checked
+from deltacome.runtime.model import load
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -69,4 +70,18 @@ def test_merged_and_in_memory_agree_bit_for_bit(folder: Path) -> None:
     with torch.inference_mode():
         assert torch.equal(on_disk(ids).logits, in_memory(ids).logits)
     options = ("--delta", folder / "rate-distortion", "--prompt", "What is 12 + 30?", "--max-new-tokens", 8)
-    assert deltacome("generate", folder / "base", *options)["answer"]  # type: ignore[call-overload]
+    assert deltacome("generate", folder / "base", *options)["answers"]["rate-distortion"]  # type: ignore[call-overload]
+
+
+def test_a_mixed_batch_answers_as_the_merged_models_do(folder: Path) -> None:
+    """Two deltas and the base: greedy, float32, token for token, in two orders."""
+    data = folder / "finetuned/data/test.jsonl"
+    deltas = [
+        part for name in ("rate-distortion", "low-rank") for part in ("--delta", f"{name}={folder / name}={data}")
+    ]
+    run(EXAMPLES / "mixed_batch.py", folder / "base", *deltas, "--prompts", 12, "--new-tokens", 12)
+
+
+def test_bytes_in_memory_are_those_of_the_artifact(folder: Path) -> None:
+    model = load(folder / "base", {"math": folder / "rate-distortion"})
+    assert 0.9 < model.deltas["math"].bytes / model.deltas["math"].artifact.bytes < 1.1

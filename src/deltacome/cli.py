@@ -201,28 +201,80 @@ def merge(
     print(json.dumps(report) if as_json else f"{output}: {report['bytes']:,} bytes")
 
 
+Deltas = Annotated[
+    list[str] | None,
+    typer.Option("--delta", metavar="[NAME=]DELTA", help="A compressed delta; may be repeated. Without one: the base."),
+]
+NewTokens = Annotated[int, typer.Option(min=1, help="The longest answer.")]
+ComputeDtype = Annotated[Dtype, typer.Option(help="To compute in.")]
+
+
 @app.command(epilog='Example: deltacome generate base/ --delta math-delta/ --prompt "What is 3 + 4?"')
 def generate(
     base: Base,
-    delta: Annotated[Path, typer.Option(help="Folder of a compressed delta.")],
     prompt: Annotated[str, typer.Option(help="The user's message.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
+    delta: Deltas = None,
+    max_new_tokens: NewTokens = 256,
     chat_template: Template = None,
-    dtype: Annotated[Dtype, typer.Option(help="To compute in.")] = "float32",
+    dtype: ComputeDtype = "float32",
     as_json: Json = False,
 ) -> None:
-    """Answer a prompt, greedily, with the base and a compressed delta."""
-    from deltacome.checkpoint import Checkpoint
-    from deltacome.data import Encoder
-    from deltacome.merging import DTYPES, load_merged, open_checked
-    from deltacome.metrics import answer
-
+    """Answer a prompt, greedily, with one or several compressed deltas of a base, in one batch."""
     _quiet()
-    checkpoint = Checkpoint(base)
-    model, tokenizer = load_merged(checkpoint, open_checked(checkpoint, delta), DTYPES[dtype])
-    ids = Encoder(tokenizer, chat_template).prompt(({"role": "user", "content": prompt},))
-    text = answer(model, tokenizer, [ids], max_new_tokens)[0]
-    print(json.dumps({"prompt": prompt, "answer": text}, ensure_ascii=False) if as_json else text)
+    conversation = _conversation(base, delta or [], chat_template, dtype)
+    answers = conversation.say(prompt, max_new_tokens)
+    names = [name or "base" for name in conversation.tenants]
+    if as_json:
+        print(json.dumps({"prompt": prompt, "answers": dict(zip(names, answers, strict=True))}, ensure_ascii=False))
+    else:
+        print("\n\n".join(answers if len(names) == 1 else map("{}: {}".format, names, answers)))
+
+
+@app.command(epilog="Example: deltacome chat base/ --delta math=math-delta/ --delta intent=intent-delta/")
+def chat(
+    base: Base,
+    delta: Deltas = None,
+    max_new_tokens: NewTokens = 256,
+    chat_template: Template = None,
+    dtype: ComputeDtype = "float32",
+) -> None:
+    """Talk to one or several compressed deltas of a base at once. /reset begins anew, /exit or Ctrl-D ends."""
+    _quiet()
+    conversation = _conversation(base, delta or [], chat_template, dtype)
+    several = len(conversation.tenants) > 1
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if text == "/exit":
+            return
+        if text == "/reset":
+            conversation.reset()
+        elif text:
+            answers = conversation.say(text, max_new_tokens, stream=not several)
+            for name, answer in zip(conversation.tenants, answers, strict=True):
+                if several:
+                    print(f"{name}: {answer}")
+
+
+def _conversation(base: str, deltas: list[str], chat_template: str | None, dtype: str) -> Any:
+    """A conversation with the deltas of the command line, or with the base if there are none."""
+    from deltacome.checkpoint import Checkpoint
+    from deltacome.merging import DTYPES
+    from deltacome.runtime.conversation import Conversation
+    from deltacome.runtime.model import load
+
+    folders: dict[str, str] = {}
+    for item in deltas:
+        name, equals, folder = item.partition("=")
+        if not equals:
+            name, folder = Path(item).resolve().name, item
+        if not name or name in folders:
+            raise DeltacomeError(f"--delta {item}: write NAME=DELTA, each name once")
+        folders[name] = folder
+    model = load(base, folders, dtype=DTYPES[dtype])
+    return Conversation(model, Checkpoint(base), list(folders) or [None], chat_template)
 
 
 @app.command(epilog="Example: deltacome evaluate base/ --finetuned math/ --delta math=math-delta/ --data test.jsonl")
@@ -362,6 +414,30 @@ def quality(
         print(name)
         _print_table(list(report.COLUMNS.values()), [cells(row, report.COLUMNS) for row in own])
         print("".join(f"failed: {line}\n" for line in report.failures(own)), end="")
+
+
+@benchmarks.command(epilog="Example: deltacome benchmark runtime --shape 135m -o runtime/")
+def runtime(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
+    shape: Annotated[
+        Literal["135m", "7b"], typer.Option(help="Random weights: all of 135M, or a layer of 7B.")
+    ] = "135m",
+    ratio: Annotated[float, typer.Option(min=1, help="Of the random deltas.")] = 16,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda where there is one]")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often everything is measured.")] = 9,
+    as_json: Json = False,
+) -> None:
+    """Measure decoding steps with 1 to 16 tenants in a batch against merged models in turn, and each kernel."""
+    from deltacome.benchmark.runtime import COLUMNS, KERNEL_COLUMNS, benchmark_runtime, table
+
+    _quiet()
+    results = benchmark_runtime(output, shape, ratio=ratio, device=device, rounds=rounds)
+    if as_json:
+        print(json.dumps(results))
+        return
+    print(f"{results['machine']}, copying {results['copy_gigabytes_per_second']} GB/s")
+    _print_table(list(COLUMNS.values()), table(results["steps"], COLUMNS))
+    _print_table(list(KERNEL_COLUMNS.values()), table(results["kernels"], KERNEL_COLUMNS))
 
 
 def _print_table(columns: list[str], rows: list[list[str]], stderr: bool = False) -> None:

@@ -85,17 +85,27 @@ class Factored:
 
     def vectors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Dequantised u (rank, m) and v (rank, n), rotated back, without `scale`."""
-        m, n = self.shape
-        u, v = (unpack(words, self.bits, length).to(dtype) for words, length in ((self.u, m), (self.v, n)))
-        if self.groups is None:
-            middle = (2**self.bits - 1) / 2
-            u, v = u.sub_(middle), v.sub_(middle)
-            return unrotate(u) if "u" in self.rotated else u, unrotate(v) if "v" in self.rotated else v
-        size = self.groups.size
-        return (
-            _grouped(u, self.groups.u_scale, self.groups.u_zero, size),
-            _grouped(v, self.groups.v_scale, self.groups.v_zero, size),
-        )
+        return self.left_vectors(dtype), self.right_vectors(dtype)
+
+    def left_vectors(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The u of `vectors` alone."""
+        scaling = None if self.groups is None else (self.groups.u_scale, self.groups.u_zero)
+        return self._side("u", self.u, self.shape[0], scaling, dtype)
+
+    def right_vectors(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The v of `vectors` alone."""
+        scaling = None if self.groups is None else (self.groups.v_scale, self.groups.v_zero)
+        return self._side("v", self.v, self.shape[1], scaling, dtype)
+
+    def _side(
+        self, side: str, words: Tensor, length: int, scaling: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+    ) -> Tensor:
+        codes = unpack(words, self.bits, length).to(dtype)
+        if scaling is not None:
+            assert self.groups is not None
+            return _grouped(codes, *scaling, self.groups.size)
+        vectors = codes.sub_((2**self.bits - 1) / 2)
+        return unrotate(vectors) if side in self.rotated else vectors
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The term as a matrix (m, n)."""

@@ -18,7 +18,7 @@ from deltacome.runtime.kernels import kernels_for
 from deltacome.runtime.modules import install
 from deltacome.runtime.tenant import Tenant, load_tenant
 
-Tenants = Sequence[str | None]
+Names = Sequence[str | None]
 KEPT_BATCHES = 8  # combinations of tenants whose preparations are kept for the next call
 
 
@@ -48,43 +48,51 @@ def load(
     place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = Checkpoint(base)
     model = _load_base(checkpoint, dtype or (torch.float32 if place.type == "cpu" else None)).to(place).eval()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    model.__class__ = _with_tenants(type(model))
-    model._tenants = _Tenants(model, checkpoint)
+    share(model, checkpoint)
     for name, folder in (deltas or {}).items():
         model.add_delta(name, folder)
     return model
 
 
-class _Tenants:
+def share(model: Any, checkpoint: Checkpoint | None) -> None:
+    """Turn a transformers model into one that takes tenants; without its checkpoint, only through `put`."""
+    model.requires_grad_(False)
+    model.__class__ = _with_tenants(type(model))
+    model._tenants = Tenants(model, checkpoint)
+
+
+class Tenants:
     """The deltas of a model by name."""
 
-    def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
+    def __init__(self, model: Any, checkpoint: Checkpoint | None) -> None:
         self.model, self.checkpoint = model, checkpoint
         self.by_name: dict[str, Tenant] = {}
         self.in_use: Counter[Tenant] = Counter()
         self.lock = threading.Lock()
         self._batches: OrderedDict[tuple[Tenant | None, ...], Batch] = OrderedDict()
 
-    def add(self, name: str, folder: str | Path) -> Tenant:
+    def add(self, name: str, folder: str | Path) -> None:
+        """See `add_delta` below."""
+        assert self.checkpoint is not None
         artifact = open_checked(self.checkpoint, folder)
-        device = self.model.device
         try:
-            tenant = load_tenant(name, artifact, self.model, device)
-            kernels = kernels_for(device.type)
-            for module_name in tenant.changes:
-                install(module_name, self.model.get_submodule(module_name), kernels)
+            self.put(load_tenant(name, artifact, self.model, self.model.device))
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
             raise DeltacomeError(f"not enough memory for {folder}; remove another delta first") from error
+
+    def put(self, tenant: Tenant) -> None:
+        """Make a tenant known under its name."""
+        kernels = kernels_for(self.model.device.type)
+        for module_name in tenant.changes:
+            install(module_name, self.model.get_submodule(module_name), kernels)
         with self.lock:
-            self.by_name[name] = tenant
+            self.by_name[tenant.name] = tenant
             self._batches.clear()  # they would keep a replaced one alive
-        return tenant
 
     def remove(self, name: str) -> None:
+        """See `remove_delta` below."""
         with self.lock:
             tenant = self._get(name)
             if self.in_use[tenant]:
@@ -99,7 +107,7 @@ class _Tenants:
         return self.by_name[name]
 
     @contextmanager
-    def batch(self, tenants: Tenants) -> Iterator[None]:
+    def batch(self, tenants: Names) -> Iterator[None]:
         """The batch of those tenants is the running one."""
         with self.lock:
             found = tuple(None if name is None else self._get(name) for name in tenants)
@@ -123,7 +131,7 @@ def _with_tenants(model_class: Any) -> Any:
     """The model class with `tenants` in `forward` and `generate`, and deltas to add and remove."""
 
     @functools.wraps(model_class.forward)
-    def forward(self: Any, *arguments: Any, tenants: Tenants | None = None, **options: Any) -> Any:
+    def forward(self: Any, *arguments: Any, tenants: Names | None = None, **options: Any) -> Any:
         if tenants is not None:
             with _named(self, tenants, _rows(arguments, options)):
                 return model_class.forward(self, *arguments, **options)
@@ -137,7 +145,7 @@ def _with_tenants(model_class: Any) -> Any:
             running.reset(token)
 
     @functools.wraps(model_class.generate)
-    def generate(self: Any, *arguments: Any, tenants: Tenants | None = None, **options: Any) -> Any:
+    def generate(self: Any, *arguments: Any, tenants: Names | None = None, **options: Any) -> Any:
         if tenants is None:
             return model_class.generate(self, *arguments, **options)
         with _named(self, tenants, _rows(arguments, options)):
@@ -176,7 +184,7 @@ def _with_tenants(model_class: Any) -> Any:
 
 
 @contextmanager
-def _named(model: Any, tenants: Tenants, rows: int) -> Iterator[None]:
+def _named(model: Any, tenants: Names, rows: int) -> Iterator[None]:
     if len(tenants) != rows:
         raise DeltacomeError(f"{len(tenants)} tenants for a batch of {rows} rows; name one, or None, for each row")
     with model._tenants.batch(tenants):

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,19 @@ FEW_ROWS = 16  # up to which the base's product is faster with the weight on the
 
 
 def install(name: str, module: nn.Module, kernels: Any) -> None:
-    """Make a module ready for tenants; without any in the batch it computes what it did before."""
+    """Make a module ready for tenants; without any in the batch it computes what it did before.
+
+    Raises:
+        DeltacomeError: if it is of a kind whose deltas can only be merged.
+    """
     if "forward" in module.__dict__ and getattr(module.forward, "deltacome", False):
         return
     forward: Callable[..., Any]
     if isinstance(module, nn.Linear | Conv1D):
+        if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+            raise DeltacomeError(
+                f"{name} is a {type(module).__name__}, whose deltas cannot be served; merge it instead"
+            )
         forward = _Linear(name, module, kernels)
     elif isinstance(module, nn.Embedding):
         forward = _Embedding(name, module, kernels)
@@ -55,23 +64,34 @@ class _Linear:
         self.is_transposed = isinstance(module, Conv1D)
 
     def __call__(self, x: Tensor) -> Tensor:
-        weight: Tensor = self.module.weight.T if self.is_transposed else self.module.weight
-        y = _product(x, weight, self.module.bias)
+        weight, bias = self._weight(), self.module._parameters["bias"]
         batch = running.get()
         if batch is None:
-            return y
-        rows = x.numel() // x.shape[-1]
-        count = len(batch.tenants)
-        if rows % count:
-            raise DeltacomeError(f"{self.name} was given {rows} rows for a batch of {count}; this model cannot be shared")
-        job: _Job | None = batch.keep((self.name, rows // count), lambda: self._job(batch, rows // count, x.device))
-        return y if job is None else self._change(y, x, job)
+            return linear(x, weight, bias)
+        inputs = x.reshape(-1, x.shape[-1])
+        outputs = _product(inputs, weight, bias)
+        tokens, rest = divmod(len(inputs), len(batch.tenants))
+        if rest:
+            raise DeltacomeError(
+                f"{self.name} was given {len(inputs)} rows for a batch of {len(batch.tenants)}; "
+                "this model cannot be shared"
+            )
+        job: _Job | None = batch.keep((self.name, tokens), lambda: self._job(batch, tokens, x.device))
+        if job is not None:
+            outputs = self._change(outputs, inputs, job)
+        return outputs.view(*x.shape[:-1], -1)
+
+    def _weight(self) -> Tensor:
+        """The base's weight (m, n)."""
+        weight = self.module._parameters["weight"]  # not by the module's own attribute, which is slow
+        assert weight is not None
+        return weight.T if self.is_transposed else weight
 
     def _job(self, batch: Batch, tokens: int, device: torch.device) -> _Job | None:
         found = [(change, token_rows(rows, tokens, device)) for change, rows in batch.changes(self.name)]
         if not found:
             return None
-        m = self.module.weight.shape[1 if self.is_transposed else 0]
+        m = self._weight().shape[0]
         rows = [(change.rows, own, change.start) for change, own in found if change.rows is not None]
         packed = [(change.packed, own) for change, own in found if change.packed is not None]
         biases = [(change.exact["bias"], own) for change, own in found if "bias" in change.exact]
@@ -83,34 +103,36 @@ class _Linear:
             max([m, *(start + len(weight) for weight, _, start in rows)]),
         )
 
-    def _change(self, y: Tensor, x: Tensor, job: _Job) -> Tensor:
-        m, inputs = y.shape[-1], x.reshape(-1, x.shape[-1])
-        outputs = y.reshape(-1, m)
-        bias = self.module.bias
+    def _change(self, outputs: Tensor, inputs: Tensor, job: _Job) -> Tensor:
+        """The base's outputs (rows, m) as the rows' tenants have them, in place unless there are more than m."""
+        m = outputs.shape[1]
+        bias = self.module._parameters["bias"]
         for weight, rows in job.replaced:
-            outputs[rows] = linear(inputs[rows], weight[:m].to(x.dtype), bias)
+            outputs[rows] = linear(inputs[rows], weight[:m].to(inputs.dtype), bias)
         if job.width > m:  # tokens that only some tenants have: no other may choose them
             outputs = nn.functional.pad(outputs, (0, job.width - m), value=-torch.inf)
         if job.work is not None:
             job.work.add(outputs, inputs)
         for own_bias, rows in job.biases:
-            difference = own_bias.to(x.dtype) - bias if bias is not None else own_bias.to(x.dtype)
+            difference = own_bias.to(inputs.dtype) - bias if bias is not None else own_bias.to(inputs.dtype)
             outputs[rows, :m] += difference
         for weight, rows in job.added:
-            outputs[rows, m : m + len(weight)] = linear(inputs[rows], weight.to(x.dtype))
+            outputs[rows, m : m + len(weight)] = linear(inputs[rows], weight.to(inputs.dtype))
         for weight, rows in job.replaced:
             if len(weight) > m:
-                outputs[rows, m : len(weight)] = linear(inputs[rows], weight[m:].to(x.dtype))
-        return outputs.view(*y.shape[:-1], job.width)
+                outputs[rows, m : len(weight)] = linear(inputs[rows], weight[m:].to(inputs.dtype))
+        return outputs
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + b`. MKL runs a tall matrix times a few columns up to four times faster than a few rows times its transpose."""
-    rows = x.numel() // x.shape[-1]
-    if not (1 < rows <= FEW_ROWS and x.device.type == "cpu" and x.dtype == torch.float32 and weight.is_contiguous()):
+    """`x W^T + b` for x (rows, n), contiguous.
+
+    MKL runs a tall matrix times a few columns up to four times faster than a few rows times its transpose.
+    """
+    if not (1 < len(x) <= FEW_ROWS and x.device.type == "cpu" and x.dtype == torch.float32 and weight.is_contiguous()):
         return linear(x, weight, bias)
-    y = torch.mm(weight, x.reshape(rows, -1).T).T.contiguous()
-    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], -1)
+    y = torch.mm(weight, x.t()).t().contiguous()
+    return y if bias is None else y.add_(bias)
 
 
 class _Embedding:
@@ -121,7 +143,9 @@ class _Embedding:
         self.forward = module.forward
         scaled = hasattr(module, "embed_scale")  # Gemma's
         if type(module).forward is not nn.Embedding.forward and not scaled:
-            raise DeltacomeError(f"{name} is a {type(module).__name__}, whose deltas cannot be served; merge it instead")
+            raise DeltacomeError(
+                f"{name} is a {type(module).__name__}, whose deltas cannot be served; merge it instead"
+            )
 
     def __call__(self, ids: Tensor) -> Tensor:
         batch = running.get()
@@ -175,20 +199,20 @@ class _Exact:
         changes = [] if batch is None else batch.keep(self.name, lambda: batch.changes(self.name))
         if batch is None or not changes:
             return self.forward(x, *arguments, **options)
+        if x.shape[0] != len(batch.tenants):
+            raise DeltacomeError(f"{self.name} changes the shape of the batch; this delta cannot be served, merge it")
         if isinstance(self.module, nn.LayerNorm):
             y = layer_norm(x, self.module.normalized_shape, None, None, self.module.eps)
             own = batch.keep((self.name, x.ndim), lambda: self._stacked(batch, changes, x))
             y = y * own["weight"]
             return y + own["bias"] if "bias" in own else y
-        if type(self.module).__name__.endswith("RMSNorm"):
-            # They multiply by the weight and nothing else, so that a weight per row broadcasts.
+        if type(self.module).__name__.endswith("RMSNorm") and not isinstance(self.module, nn.RMSNorm):
+            # Those of transformers multiply by the weight and nothing else, so that a weight per row broadcasts.
             own = batch.keep((self.name, x.ndim), lambda: self._stacked(batch, changes, x))
             return batch.keep((self.name, x.ndim, "module"), lambda: self._with(own)).forward(x, *arguments, **options)
-        if x.shape[0] != len(batch.tenants):
-            raise DeltacomeError(f"{self.name} changes the shape of the batch; this delta cannot be served, merge it")
         y = self.forward(x, *arguments, **options)
         for number, (change, rows) in enumerate(changes):
-            module = batch.keep((self.name, number), lambda change=change: self._with(change.exact))
+            module = batch.keep((self.name, number), partial(self._with, change.exact))
             y[rows] = module.forward(x[rows], *arguments, **options)
         return y
 

@@ -44,7 +44,7 @@ class Tenant:
     """A delta under its name, and its changes by the names of the base model's modules."""
 
     name: str
-    artifact: Artifact
+    artifact: Artifact | None  # a benchmark's random deltas have none
     changes: dict[str, Change]
 
     @property
@@ -96,7 +96,7 @@ def _change_weight(change: Change, module: nn.Module, entry: Entry, terms: list[
         if any("u" in term.rotated for term in factored):
             raise DeltacomeError(f"the rows of {entry.name} are rotated, so that tokens cannot be looked up; merge it")
         if factored:
-            scaled = [term.vectors()[1] * term.scale.float()[:, None] for term in factored]
+            scaled = [term.right_vectors() * term.scale.float()[:, None] for term in factored]
             change.vectors = torch.cat(scaled).to(device)
 
 

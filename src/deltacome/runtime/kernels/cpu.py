@@ -8,8 +8,8 @@ of the batch (`SEGMENT`), addresses being int64 too.
 """
 
 import ctypes
+import sys
 import threading
-import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,13 @@ from deltacome.runtime.kernels.vectors import (
     butterfly,
     current_number,
     floats,
-    integers,
-    lane_hadamard,
     inner_1,
     inner_2,
     inner_4,
     inner_8,
     inner_16,
+    integers,
+    lane_hadamard,
     next_number,
     outer_1,
     outer_2,
@@ -45,7 +45,7 @@ from deltacome.runtime.kernels.vectors import (
 )
 from deltacome.runtime.kernels.vectors import words as words_at
 
-MOST_ROWS = 12  # of one delta; from there on, taking the codes apart once and two dense products are faster
+MOST_ROWS = 32  # of one delta; from there on, taking the codes apart once and two dense products are faster
 
 # Columns of the tables.
 X, Y, N, M, SEGMENTS, SEGMENT_COUNT, ROWS, ROW_COUNT = range(8)
@@ -66,10 +66,9 @@ BLOCK = 32  # entries of a vector whose codes fill whole words at every width
 
 
 class _Table:
-    """A delta with the table that the kernel reads."""
+    """What the kernel reads of a delta: `content`, and how much work and memory it takes."""
 
     def __init__(self, packed: Packed) -> None:
-        self.packed = packed
         m, n = packed.shape
         rows = packed.factored_rows
         self.fast = not packed.grouped and not (packed.terms and packed.signs is not None)
@@ -100,38 +99,40 @@ class _Table:
         self.inner_tasks = sum(-(-term.rank // LANES) for term in packed.terms)
         if packed.signs is not None:
             self.inner_tasks += -(-m // LANES)
-        self.outer_tasks = sum(-(-(-(-rows * w // 32)) // LANES) * -(-32 // (SHIFTS * w)) for w in present)
+        words = {width: -(-rows * width // 32) for width in present}
+        self.outer_tasks = sum(-(-words[width] // LANES) * -(-32 // (SHIFTS * width)) for width in present)
         self.output_tasks = 1 if "u" in packed.rotated else -(-rows // CHUNK)
 
     @classmethod
     def of(cls, packed: Packed) -> "_Table":
         """The delta's table, made the first time."""
-        table = _tables.get(id(packed))
-        if table is None:
-            table = _tables[id(packed)] = cls(packed)
-            weakref.finalize(packed, _tables.pop, id(packed), None)
+        if "cpu" not in packed.kept:
+            packed.kept["cpu"] = cls(packed)
+        table: _Table = packed.kept["cpu"]
         return table
-
-
-_tables: dict[int, _Table] = {}
 
 
 class Work:
     """What one matrix of a batch has to do: as `reference.Work`."""
 
     def __init__(self, deltas: list[tuple[Packed, Tensor]]) -> None:
-        tables = [(_Table.of(packed), rows) for packed, rows in deltas]
-        few = [(table, rows) for table, rows in tables if table.fast and len(rows) <= MOST_ROWS]
-        self.many = [(table, rows) for table, rows in tables if table.fast and len(rows) > MOST_ROWS]
-        self.plain = reference.Work([(table.packed, rows) for table, rows in tables if not table.fast])
+        few, self.many, plain = [], [], []
+        for packed, rows in deltas:
+            if not _Table.of(packed).fast:
+                plain.append((packed, rows))
+            elif len(rows) > MOST_ROWS:
+                self.many.append((packed, rows))
+            else:
+                few.append((packed, rows))
+        self.plain = reference.Work(plain)
         self.few = _Few(few) if few else None
 
     def add(self, y: Tensor, x: Tensor) -> None:
         """As `reference.Work.add`."""
         if self.few is not None:
             self.few.add(y, x)
-        for table, rows in self.many:
-            _add_many(y, x, table, rows)
+        for packed, rows in self.many:
+            _add_many(y, x, packed, rows)
         if self.plain.deltas:
             self.plain.add(y, x)
 
@@ -139,41 +140,45 @@ class Work:
 class _Few:
     """Deltas of a few rows each, the codes multiplied as they are."""
 
-    def __init__(self, deltas: list[tuple["_Table", Tensor]]) -> None:
-        self.tables = [table for table, _ in deltas]  # the segments have their addresses
+    def __init__(self, deltas: list[tuple[Packed, Tensor]]) -> None:
+        self.deltas = [packed for packed, _ in deltas]  # the tables have their addresses
+        tables = [_Table.of(packed) for packed in self.deltas]
         self.rows = torch.cat([rows for _, rows in deltas])
         counts = [len(rows) for _, rows in deltas]
         starts = np.cumsum([0, *counts[:-1]])
-        addresses = [table.content.ctypes.data for table in self.tables]
+        addresses = [table.content.ctypes.data for table in tables]
         self.segments = np.array(list(zip(addresses, starts, counts, strict=True)), dtype=np.int64)
-        n = self.tables[0].packed.shape[1]
+        n = self.deltas[0].shape[1]
         self.data = np.zeros(FLAGS, dtype=np.int64)
         self.data[:INVERSE] = (
             0, 0, n, 0, self.segments.ctypes.data, len(deltas), self.rows.data_ptr(), len(self.rows),
             0, -(-n // 64) * 64 + 64,
-            0, max(table.t_length for table in self.tables),
-            0, max(table.sum_length for table in self.tables),
+            0, max(table.t_length for table in tables),
+            0, max(table.sum_length for table in tables),
             0,
         )  # fmt: skip
         self.data[TASKS : TASKS + 4] = [
             len(self.rows),
-            sum(table.inner_tasks for table in self.tables),
-            sum(table.outer_tasks for table in self.tables),
-            sum(table.output_tasks * count for table, count in zip(self.tables, counts, strict=True)),
+            sum(table.inner_tasks for table in tables),
+            sum(table.outer_tasks for table in tables),
+            sum(table.output_tasks * count for table, count in zip(tables, counts, strict=True)),
         ]
+        rows = len(self.rows)
+        self.n, self.input_floats = n, 2 * rows * int(self.data[INPUT_STRIDE])
+        self.t_floats, self.sum_floats = rows * int(self.data[T_STRIDE]), rows * int(self.data[SUM_STRIDE])
 
     def add(self, y: Tensor, x: Tensor) -> None:
         target = y if y.dtype == torch.float32 and y.is_contiguous() else torch.zeros(y.shape)
-        x = x.float().contiguous()
+        if x.dtype != torch.float32 or not x.is_contiguous():
+            x = x.float().contiguous()
+        outputs = y.shape[1]
         data = _table_for_threads()
         data[:FLAGS] = self.data
-        rows = len(self.rows)
-        data[X], data[Y], data[M] = x.data_ptr(), target.data_ptr(), y.shape[1]
-        data[INPUTS] = _scratch(int(data[N]), 2 * rows * int(data[INPUT_STRIDE])).data_ptr()
-        t, sums = rows * int(data[T_STRIDE]), rows * int(data[SUM_STRIDE])
-        data[T] = _scratch(0, t + sums + rows * int(data[M])).data_ptr()
-        data[SUMS] = data[T] + 4 * t
-        data[OUTPUTS] = data[SUMS] + 4 * sums
+        data[X], data[Y], data[M] = x.data_ptr(), target.data_ptr(), outputs
+        data[INPUTS] = _scratch(self.n, self.input_floats).data_ptr()
+        start = _scratch(0, self.t_floats + self.sum_floats + len(self.rows) * outputs).data_ptr()
+        data[T], data[SUMS] = start, start + 4 * self.t_floats
+        data[OUTPUTS] = start + 4 * (self.t_floats + self.sum_floats)
         _on_threads(_add_worker(), data)
         if target is not y:
             y += target.to(y.dtype)
@@ -184,14 +189,14 @@ _local = threading.local()
 
 def _scratch(key: int, length: int) -> Tensor:
     """At least `length` floats of memory that this thread keeps for what `key` stands for."""
-    kept: dict[int, Tensor] = _local.__dict__
-    if key not in kept or len(kept[key]) < length:
-        kept[key] = torch.zeros(length)
-    return kept[key]
+    kept: dict[Any, Tensor] = _local.__dict__
+    found = kept.get(key)
+    if found is None or found.numel() < length:
+        found = kept[key] = torch.zeros(length)
+    return found
 
 
-def _add_many(y: Tensor, x: Tensor, table: _Table, rows: Tensor) -> None:
-    packed = table.packed
+def _add_many(y: Tensor, x: Tensor, packed: Packed, rows: Tensor) -> None:
     inputs = x[rows].float()
     if packed.signs is not None:
         y[rows, : packed.shape[0]] += reference.multiply(inputs, packed).to(y.dtype)
@@ -201,7 +206,7 @@ def _add_many(y: Tensor, x: Tensor, table: _Table, rows: Tensor) -> None:
         rotate_rows(inputs, inverse=False)
     u, v = torch.empty(packed.rank, m), torch.empty(n, packed.rank)
     data = _table_for_threads()
-    data[[X, Y, N, M, SEGMENTS]] = v.data_ptr(), u.data_ptr(), n, m, table.content.ctypes.data
+    data[[X, Y, N, M, SEGMENTS]] = v.data_ptr(), u.data_ptr(), n, m, _Table.of(packed).content.ctypes.data
     data[TASKS : TASKS + 2] = sum(-(-n // BLOCK) for _ in packed.terms), packed.rank
     _on_threads(_expand_worker(), data)
     scale = torch.cat([term.scale for term in packed.terms])
@@ -629,6 +634,22 @@ def _expand_u(data, delta, terms, begin, end):  # type: ignore[no-untyped-def]
                             for i in range(min(per_word, m - first_output)):
                                 out[first_output + i] += np.float32(((tile[w] >> np.int32(i * width)) & mask) << first)
             number += 1
+
+
+NOTICE = "compiling the CPU kernel for this machine; this takes half a minute and is done once"
+
+
+@cache
+def compile_all() -> None:
+    """Compile the workers, or load them from Numba's cache beside this file; says so if that takes long."""
+    notice = threading.Timer(3.0, lambda: print(NOTICE, file=sys.stderr, flush=True))
+    notice.daemon = True
+    notice.start()
+    try:
+        for worker in (_add_worker, _expand_worker, _rotate_worker, _columns_worker):
+            worker()
+    finally:
+        notice.cancel()
 
 
 @cache

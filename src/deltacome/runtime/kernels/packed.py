@@ -1,6 +1,8 @@
-"""A delta of one matrix as the kernels read it: the artifact's words, ordered so that a kernel reads them in a stream."""
+"""A delta of one matrix as the kernels read it: the artifact's words, ordered so that they are read in a stream."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +52,10 @@ class Tiled:
 
 @dataclass(frozen=True)
 class Plane:
-    """One plane of a term's codes: bits `first` to `first + width` of each. u: (rank, words of m). v: (words of n, rank)."""
+    """One plane of a term's codes: bits `first` to `first + width` of each.
+
+    u: words (rank, words of m). v: words (words of n, rank).
+    """
 
     width: int
     first: int
@@ -82,7 +87,7 @@ class Packed:
 
     terms: factored terms without groups. rotated: their rotated sides. rows: int32, the rows of the weight that they
     add to, None for all. signs: (words of n, m), the words of a sign term. grouped: terms with scales
-    per group, which only the reference kernel computes.
+    per group, which only the reference kernel computes. kept: what a kernel prepared for the delta.
     """
 
     shape: tuple[int, int]
@@ -92,6 +97,7 @@ class Packed:
     signs: Tiled | None = None
     sign_scale: Tensor | None = None
     grouped: tuple[Factored, ...] = ()
+    kept: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def factored_rows(self) -> int:
@@ -117,7 +123,7 @@ class Packed:
         return found
 
 
-def pack_terms(terms: list[Term], shape: tuple[int, int], device: torch.device) -> Packed:
+def pack_terms(terms: Sequence[Term], shape: tuple[int, int], device: torch.device) -> Packed:
     """Lay out the factored and sign terms of a weight of `shape`; dense terms are not the kernels' business."""
     factored = [term for term in terms if isinstance(term, Factored)]
     plain = [term for term in factored if term.groups is None]
@@ -154,9 +160,7 @@ def transposed(terms: list[Term]) -> list[Term]:
                 )
             sides = term.rotated.translate({ord("u"): "v", ord("v"): "u"})
             shape = (term.shape[1], term.shape[0])
-            found.append(
-                replace(term, shape=shape, u=term.v, v=term.u, groups=groups, rotated="".join(sorted(sides)))
-            )
+            found.append(replace(term, shape=shape, u=term.v, v=term.u, groups=groups, rotated="".join(sorted(sides))))
         elif isinstance(term, Sign):
             codes = unpack(term.words, 1, term.shape[1]).T
             found.append(Sign((term.shape[1], term.shape[0]), pack(codes, 1), term.scale))

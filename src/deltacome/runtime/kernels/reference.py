@@ -9,7 +9,10 @@ from deltacome.runtime.kernels.packed import Packed, unpack_term
 
 
 class Work:
-    """What one matrix of a batch has to do. deltas: of shapes (m, n), n being the same, each with the numbers (int64) of its rows."""
+    """What one matrix of a batch has to do.
+
+    deltas: of shapes (m, n), n being the same, each with the numbers (int64) of its rows; no row has two.
+    """
 
     def __init__(self, deltas: list[tuple[Packed, Tensor]]) -> None:
         self.deltas = deltas
@@ -29,7 +32,7 @@ class Work:
 
 def multiply(x: Tensor, packed: Packed) -> Tensor:
     """`x D^T` for x (rows, n) in float32: (rows, m), or (rows, len(packed.rows)) of a delta of some rows alone."""
-    m, n = packed.shape
+    n = packed.shape[1]
     product = torch.zeros(x.shape[0], packed.factored_rows, device=x.device)
     inputs = rotate(x) if "v" in packed.rotated else x
     for term in packed.terms:

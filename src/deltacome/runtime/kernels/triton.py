@@ -5,7 +5,6 @@ once per batch, so that a CUDA graph can be captured of the rest.
 """
 
 from functools import cache
-from typing import Any
 
 import torch
 import triton

@@ -63,7 +63,7 @@ def _inner(width: int) -> Any:
     """
     per_word = 32 // width
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def inner(_: Any, words: Any, stride: Any, count: Any, x: Any, out: Any) -> Any:
         def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
             words, stride, count, x, out = arguments
@@ -93,11 +93,11 @@ def _outer(width: int) -> Any:
 
     For LANES neighbouring words of each row and the SHIFTS codes of each from bit `shift` on:
     `out[i, lane] = sum_k t[k] * code[k, lane, i]`, added to what is there unless `fresh`.
-    words: a matrix of words (count, stride). out: (SHIFTS, out_stride) floats. Fewer shifts where a word has fewer codes.
+    words: a matrix of words (count, stride). out: (SHIFTS, out_stride) floats, fewer where a word has fewer codes.
     """
     shifts = min(32 // width, SHIFTS)
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def outer(
         _: Any, words: Any, stride: Any, count: Any, shift: Any, t: Any, out: Any, out_stride: Any, fresh: Any
     ) -> Any:
@@ -162,9 +162,9 @@ inner_1, inner_2, inner_4, inner_8, inner_16 = map(_inner, (1, 2, 4, 8, 16))
 outer_1, outer_2, outer_4, outer_8, outer_16 = map(_outer, (1, 2, 4, 8, 16))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def next_number(_: Any, counter: Any) -> Any:
-    """`next_number(counter)`: the int64 at the address `counter`, which is one more afterwards; no two threads the same."""
+    """`next_number(counter)`: the int64 at the address `counter`, one more afterwards; no two threads get the same."""
 
     def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
         return builder.atomic_rmw("add", _address(builder, arguments[0], _I64(0), _I64), _I64(1), "seq_cst")
@@ -172,7 +172,7 @@ def next_number(_: Any, counter: Any) -> Any:
     return types.int64(types.int64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def current_number(_: Any, counter: Any) -> Any:
     """`current_number(counter)`: the int64 at the address `counter` as other threads left it."""
 
@@ -185,7 +185,7 @@ def current_number(_: Any, counter: Any) -> Any:
 def _pointer(element: Any) -> Any:
     """Build the function that makes an address a pointer to elements of a type."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def pointer(_: Any, address: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))

@@ -1,0 +1,96 @@
+"""Conversations with several tenants at once, each through its own chat template."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from deltacome.checkpoint import Checkpoint
+from deltacome.data import Encoder
+from deltacome.errors import DeltacomeError
+from deltacome.merging import copy_sidecars
+from deltacome.metrics import pad
+from deltacome.runtime.tenant import Tenant
+
+Messages = tuple[dict[str, str], ...]
+
+
+def load_tokenizer(base: Checkpoint, tenant: Tenant | None) -> Any:
+    """The tokenizer, chat template included, of a tenant, or of the base for None.
+
+    Raises:
+        DeltacomeError: if transformers cannot load it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        if tenant is None or tenant.artifact is None:
+            return AutoTokenizer.from_pretrained(base.folder)
+        with TemporaryDirectory() as folder:
+            copy_sidecars(tenant.artifact, base, Path(folder))
+            return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise DeltacomeError(f"transformers cannot load the tokenizer of {base.source}: {reason}") from error
+
+
+class Conversation:
+    """One user and several tenants of a model from `deltacome.load`, None being the base; each sees its own answers.
+
+    chat_template: as for `Encoder`.
+    """
+
+    def __init__(
+        self, model: Any, base: Checkpoint, tenants: Sequence[str | None], chat_template: str | None = None
+    ) -> None:
+        self.model, self.tenants = model, list(tenants)
+        deltas = model.deltas
+        self.tokenizers = [load_tokenizer(base, None if name is None else deltas[name]) for name in self.tenants]
+        self.encoders = [Encoder(tokenizer, chat_template) for tokenizer in self.tokenizers]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was said."""
+        self.messages: list[Messages] = [() for _ in self.tenants]
+
+    @torch.inference_mode()
+    def say(self, text: str, new_tokens: int, stream: bool = False) -> list[str]:
+        """The greedy answers to the user's next message. stream: print a single tenant's as it comes.
+
+        Raises:
+            DeltacomeError: if a conversation has grown longer than the model allows.
+        """
+        from transformers import TextStreamer
+
+        said = [(*messages, {"role": "user", "content": text}) for messages in self.messages]
+        prompts = [encoder.prompt(messages) for encoder, messages in zip(self.encoders, said, strict=True)]
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        length = max(map(len, prompts))
+        if longest is not None and length + new_tokens > longest:
+            raise DeltacomeError(
+                f"the conversation takes {length} tokens and the answer up to {new_tokens}, and the model has room for "
+                f"{longest}; begin a new one, or ask for a shorter answer"
+            )
+        ids, mask = pad(prompts, left=True)
+        ends = {tokenizer.eos_token_id for tokenizer in self.tokenizers} - {None}
+        output = self.model.generate(
+            input_ids=ids.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
+            tenants=self.tenants,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=min(ends, default=0),
+            streamer=TextStreamer(self.tokenizers[0], skip_prompt=True, skip_special_tokens=True) if stream else None,
+        )
+        answers = [
+            tokenizer.decode(row, skip_special_tokens=True)
+            for tokenizer, row in zip(self.tokenizers, output[:, ids.shape[1] :], strict=True)
+        ]
+        self.messages = [
+            (*messages, {"role": "assistant", "content": answer})
+            for messages, answer in zip(said, answers, strict=True)
+        ]
+        return answers

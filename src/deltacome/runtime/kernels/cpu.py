@@ -35,17 +35,27 @@ from deltacome.runtime.kernels.vectors import (
     inner_16,
     integers,
     lane_hadamard,
+    lift_1,
+    lift_2,
+    lift_4,
+    lift_8,
+    lift_16,
     next_number,
     outer_1,
     outer_2,
     outer_4,
     outer_8,
     outer_16,
+    spread_1,
+    spread_2,
+    spread_4,
+    spread_8,
+    spread_16,
     yield_core,
 )
 from deltacome.runtime.kernels.vectors import words as words_at
 
-MOST_ROWS = 32  # of one delta; from there on, taking the codes apart once and two dense products are faster
+MOST_ROWS = 16  # of one delta; from there on, taking the codes apart once and two dense products are faster
 
 # Columns of the tables.
 X, Y, N, M, SEGMENTS, SEGMENT_COUNT, ROWS, ROW_COUNT = range(8)
@@ -388,6 +398,34 @@ def _outer(width, words, stride, count, shift, t, out, out_stride, fresh):  # ty
 
 
 @njit(error_model="numpy")
+def _lift(width, words, out, stride, weight):  # type: ignore[no-untyped-def]
+    if width == 1:
+        lift_1(words, out, stride, weight)
+    elif width == 2:
+        lift_2(words, out, stride, weight)
+    elif width == 4:
+        lift_4(words, out, stride, weight)
+    elif width == 8:
+        lift_8(words, out, stride, weight)
+    else:
+        lift_16(words, out, stride, weight)
+
+
+@njit(error_model="numpy")
+def _spread(width, word, out, weight):  # type: ignore[no-untyped-def]
+    if width == 1:
+        spread_1(word, out, weight)
+    elif width == 2:
+        spread_2(word, out, weight)
+    elif width == 4:
+        spread_4(word, out, weight)
+    elif width == 8:
+        spread_8(word, out, weight)
+    else:
+        spread_16(word, out, weight)
+
+
+@njit(error_model="numpy")
 def _equal(a, b):  # type: ignore[no-untyped-def]
     """Whether b begins with a."""
     different = 0
@@ -594,18 +632,22 @@ def _expand_v(data, delta, terms, begin, end):  # type: ignore[no-untyped-def]
                 v[start : start + BLOCK, column : column + rank] = -np.float32(((1 << term[BITS]) - 1) / 2)
                 for p in range(term[PLANES]):
                     plane = _plane(term, p)
-                    width, first = plane[WIDTH], plane[FIRST]
-                    mask = np.int32((1 << width) - 1)
-                    count = -(-n * width // 32)
-                    per_word = 32 // width
+                    width, count = plane[WIDTH], -(-n * plane[WIDTH] // 32)
+                    weight, per_word = np.float32(1 << plane[FIRST]), 32 // width
                     for first_k in range(0, rank, LANES):
                         columns = min(LANES, rank - first_k)
-                        tile = carray(words_at(plane[V] + 4 * first_k * count), (count, columns))
-                        for j in range(start, min(start + BLOCK, n)):
-                            word, out = tile[j // per_word], v[j, column + first_k : column + first_k + columns]
-                            shift = np.int32(j % per_word * width)
-                            for k in range(columns):
-                                out[k] += np.float32(((word[k] >> shift) & mask) << first)
+                        for w in range(start // per_word, min((start + BLOCK) // per_word, count)):
+                            words = plane[V] + 4 * (first_k * count + w * columns)
+                            place = w * per_word
+                            if columns == LANES and place + per_word <= n:
+                                out = data[X] + 4 * (place * rank_of_all + column + first_k)
+                                _lift(width, words, out, rank_of_all, weight)
+                                continue
+                            word = carray(words_at(words), (columns,))
+                            for i in range(min(per_word, n - place)):
+                                for k in range(columns):
+                                    code = (word[k] >> np.int32(i * width)) & np.int32((1 << width) - 1)
+                                    v[place + i, column + first_k + k] += weight * np.float32(code)
             number += 1
         column += rank
 
@@ -622,17 +664,19 @@ def _expand_u(data, delta, terms, begin, end):  # type: ignore[no-untyped-def]
                 out[:] = -np.float32(((1 << term[BITS]) - 1) / 2)
                 for p in range(term[PLANES]):
                     plane = _plane(term, p)
-                    width, first = plane[WIDTH], plane[FIRST]
-                    mask = np.int32((1 << width) - 1)
-                    count = -(-m * width // 32)
-                    per_word = 32 // width
-                    for start in range(0, count, LANES):
+                    width, count = plane[WIDTH], -(-m * plane[WIDTH] // 32)
+                    weight, per_word = np.float32(1 << plane[FIRST]), 32 // width
+                    for w in range(count):
+                        start = w // LANES * LANES
                         columns = min(LANES, count - start)
-                        tile = carray(words_at(plane[U] + 4 * (start * term[RANK] + k * columns)), (columns,))
-                        for w in range(columns):
-                            first_output = (start + w) * per_word
-                            for i in range(min(per_word, m - first_output)):
-                                out[first_output + i] += np.float32(((tile[w] >> np.int32(i * width)) & mask) << first)
+                        word = plane[U] + 4 * (start * term[RANK] + k * columns + w - start)
+                        place = w * per_word
+                        if place + per_word <= m:
+                            _spread(width, word, data[Y] + 4 * (number * m + place), weight)
+                            continue
+                        for i in range(m - place):
+                            code = carray(words_at(word), (1,))[0] >> np.int32(i * width) & np.int32((1 << width) - 1)
+                            out[place + i] += weight * np.float32(code)
             number += 1
 
 

@@ -29,10 +29,14 @@ class Tiled:
     def of(cls, matrix: Tensor, device: torch.device) -> "Tiled":
         """A copy of a matrix."""
         rows, columns = matrix.shape
-        whole = columns // TILE * TILE
-        words = torch.zeros(matrix.numel() + TILE, dtype=torch.int32, device=device)
-        words[: rows * whole].view(-1, rows, TILE).copy_(matrix[:, :whole].reshape(rows, -1, TILE).transpose(0, 1))
-        words[rows * whole : matrix.numel()].view(rows, -1).copy_(matrix[:, whole:])
+        tiles, left = divmod(columns, TILE)
+        down, right = matrix.stride()
+        words = torch.empty(matrix.numel() + TILE, dtype=torch.int32, device=device)
+        for first, shape in ((0, (tiles, rows, TILE)), (tiles * TILE, (1, rows, left))):
+            if 0 not in shape:
+                start = matrix.storage_offset() + first * right
+                part = matrix.as_strided(shape, (TILE * right, down, right), start)
+                words.as_strided(shape, (rows * TILE, shape[2], 1), first * rows).copy_(part)
         return cls(words, rows, columns)
 
     def matrix(self) -> Tensor:

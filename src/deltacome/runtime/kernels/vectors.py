@@ -158,8 +158,64 @@ def _lane_hadamard(_: Any, x: Any) -> Any:
 
 
 butterfly, lane_hadamard = intrinsic(_butterfly), intrinsic(_lane_hadamard)
+
+
+def _lift(width: int) -> Any:
+    """Build `lift_WIDTH(words, out, stride, weight)`.
+
+    The codes of LANES neighbouring words, times `weight`, are added to `32 / width` rows of LANES floats, the rows being
+    `stride` floats apart.
+    """
+
+    @intrinsic
+    def lift(_: Any, words: Any, out: Any, stride: Any, weight: Any) -> Any:
+        def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+            words, out, stride, weight = arguments
+            word = _load(builder, _address(builder, words, _I64(0)), _INTS)
+            factor = _splat(builder, weight, _FLOATS)
+            for i in range(32 // width):
+                place = _address(builder, out, builder.mul(_I64(i), stride), _F32)
+                code = _codes(builder, word, width * i, width)
+                _store(builder, _multiply_add(builder, factor, code, _load(builder, place, _FLOATS)), place)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64, types.float32), generate
+
+    return lift
+
+
+def _spread(width: int) -> Any:
+    """Build `spread_WIDTH(word, out, weight)`: the codes of one word, times `weight`, are added to as many floats."""
+    count = min(32 // width, LANES)
+    ints, floats_ = ir.VectorType(_I32, count), ir.VectorType(_F32, count)
+
+    @intrinsic
+    def spread(_: Any, word: Any, out: Any, weight: Any) -> Any:
+        def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+            word, out, weight = arguments
+            undefined = ir.Constant(ints, ir.Undefined)
+            one = builder.insert_element(undefined, builder.load(_address(builder, word, _I64(0))), _I32(0))
+            word = builder.shuffle_vector(one, undefined, ir.Constant(ints, [0] * count))
+            undefined = ir.Constant(floats_, ir.Undefined)
+            one = builder.insert_element(undefined, weight, _I32(0))
+            factor = builder.shuffle_vector(one, undefined, ir.Constant(ints, [0] * count))
+            for first in range(0, 32 // width, count):
+                shifts = ir.Constant(ints, [width * (first + i) for i in range(count)])
+                codes = builder.and_(builder.lshr(word, shifts), ir.Constant(ints, [(1 << width) - 1] * count))
+                place = _address(builder, out, _I64(first), _F32)
+                product = builder.fmul(factor, builder.sitofp(codes, floats_))
+                _store(builder, builder.fadd(product, _load(builder, place, floats_)), place)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.float32), generate
+
+    return spread
+
+
 inner_1, inner_2, inner_4, inner_8, inner_16 = map(_inner, (1, 2, 4, 8, 16))
 outer_1, outer_2, outer_4, outer_8, outer_16 = map(_outer, (1, 2, 4, 8, 16))
+lift_1, lift_2, lift_4, lift_8, lift_16 = map(_lift, (1, 2, 4, 8, 16))
+spread_1, spread_2, spread_4, spread_8, spread_16 = map(_spread, (1, 2, 4, 8, 16))
 
 
 @intrinsic

@@ -19,6 +19,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MixtralConfig,
     PreTrainedModel,
     Qwen3Config,
 )
@@ -242,6 +243,34 @@ def test_vision_language_model(save: Save, tmp_path: Path) -> None:
         expected = alone(input_ids=ids, pixel_values=image).logits
     assert torch.allclose(logits[0], expected[0], rtol=1e-4, atol=1e-3)
     assert not torch.allclose(logits[1], expected[1], rtol=1e-4, atol=1e-1)
+
+
+def test_stacked_experts_are_refused(save: Save, tmp_path: Path) -> None:
+    def make() -> PreTrainedModel:
+        torch.manual_seed(0)
+        options = {"num_key_value_heads": 1, "head_dim": 20, "num_local_experts": 2, "num_experts_per_tok": 1}
+        return AutoModelForCausalLM.from_config(MixtralConfig(**SIZES, **options))
+
+    tuned = make()
+    fine_tune(tuned)
+    base = save(make(), "base")
+    compress(base, save(tuned, "tuned"), tmp_path / "delta", ratio=2)
+    with pytest.raises(DeltacomeError, match="merge it instead"):
+        load(base, {"a": tmp_path / "delta"})
+
+
+def test_other_small_modules_run_once_a_tenant(save: Save, tmp_path: Path) -> None:
+    """torch's own RMSNorm takes no weight per row."""
+    base, (delta, _) = tenants_of(save, tmp_path, make_model)
+    model, alone = load(base), merged(base, delta, tmp_path / "merged")
+    for of in (model, alone):
+        norm = torch.nn.RMSNorm(60, eps=of.config.rms_norm_eps)
+        norm.weight = of.model.norm.weight
+        of.model.norm = norm
+    model.add_delta("a", delta)
+    with torch.no_grad():
+        logits = model(IDS[:2], tenants=[None, "a"]).logits
+        assert torch.allclose(logits[1], alone(IDS[1:2]).logits[0], rtol=1e-4, atol=1e-3)
 
 
 def test_bytes_are_those_of_the_artifact(save: Save, tmp_path: Path) -> None:

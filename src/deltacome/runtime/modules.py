@@ -100,7 +100,7 @@ class _Linear:
             [(weight, own) for weight, own, start in rows if start == 0],
             [(weight, own) for weight, own, start in rows if start],
             biases,
-            max([m, *(start + len(weight) for weight, _, start in rows)]),
+            max([m, *(start + len(weight) for weight, _, start in rows), *(delta.shape[0] for delta, _ in packed)]),
         )
 
     def _change(self, outputs: Tensor, inputs: Tensor, job: _Job) -> Tensor:
@@ -210,10 +210,12 @@ class _Exact:
             # Those of transformers multiply by the weight and nothing else, so that a weight per row broadcasts.
             own = batch.keep((self.name, x.ndim), lambda: self._stacked(batch, changes, x))
             return batch.keep((self.name, x.ndim, "module"), lambda: self._with(own)).forward(x, *arguments, **options)
-        y = self.forward(x, *arguments, **options)
+        if arguments or options:  # which may have a part for each row
+            raise DeltacomeError(f"{self.name} takes more than its input; this delta cannot be served, merge it")
+        y = self.forward(x)
         for number, (change, rows) in enumerate(changes):
             module = batch.keep((self.name, number), partial(self._with, change.exact))
-            y[rows] = module.forward(x[rows], *arguments, **options)
+            y[rows] = module.forward(x[rows])
         return y
 
     def _stacked(self, batch: Batch, changes: list[tuple[Change, list[int]]], x: Tensor) -> dict[str, Tensor]:

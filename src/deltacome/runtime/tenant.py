@@ -71,8 +71,8 @@ def load_tenant(name: str, artifact: Artifact, model: nn.Module, device: torch.d
         change = changes.setdefault(module_name, Change())
         if parameter == "weight" and isinstance(module, nn.Linear | nn.Embedding | Conv1D):
             _change_weight(change, module, entry, terms, device)
-        elif isinstance(terms[0], Dense) and not list(module.children()):
-            change.exact[parameter] = terms[0].value.to(device)
+        elif isinstance(terms[0], Dense) and terms[0].value.ndim == 1 and not list(module.children()):
+            change.exact[parameter] = terms[0].value.to(device, copy=True)  # or the file stays mapped
         else:
             raise DeltacomeError(
                 f"{artifact.folder} changes {entry.name}, which cannot be served beside the base; merge it instead"

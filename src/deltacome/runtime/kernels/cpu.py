@@ -3,8 +3,8 @@
 Numba compiles it; the inner loops are in `vectors`. It runs on the threads of PyTorch's own OpenMP: a second pool of
 threads beside them would wait for the same cores.
 
-What Python hands over is a table of int64 (`DATA`), a table per delta (`DELTA`, `TERM`, `PLANE`) and one row per delta
-of the batch (`SEGMENT`), addresses being int64 too.
+What Python hands over is a table of int64, a table per delta (`DELTA`, `TERM`, `PLANE`) and one row per delta of the
+batch (`SEGMENT`), addresses being int64 too.
 """
 
 import ctypes
@@ -57,7 +57,7 @@ from deltacome.runtime.kernels.vectors import words as words_at
 
 MOST_ROWS = 16  # of one delta; from there on, taking the codes apart once and two dense products are faster
 
-# Columns of the tables.
+# Places in the table of a call, in a segment, and in the table of a delta with its terms and their planes.
 X, Y, N, M, SEGMENTS, SEGMENT_COUNT, ROWS, ROW_COUNT = range(8)
 INPUTS, INPUT_STRIDE, T, T_STRIDE, SUMS, SUM_STRIDE, OUTPUTS, INVERSE = range(8, 16)
 RUNS, TASKS, ARRIVED = 16, 17, 21  # TASKS: one number for each of the four steps

@@ -163,7 +163,7 @@ butterfly, lane_hadamard = intrinsic(_butterfly), intrinsic(_lane_hadamard)
 def _lift(width: int) -> Any:
     """Build `lift_WIDTH(words, out, stride, weight)`.
 
-    The codes of LANES neighbouring words, times `weight`, are added to `32 / width` rows of LANES floats, the rows being
+    The codes of LANES neighbouring words, times `weight`, are added to `32 / width` rows of LANES floats that lie
     `stride` floats apart.
     """
 

@@ -178,3 +178,22 @@ def test_transposed() -> None:
         plain = add_terms(torch.zeros(30, 20, dtype=torch.float64), terms)
         turned = add_terms(torch.zeros(20, 30, dtype=torch.float64), transposed(terms))
         assert torch.equal(turned.T, plain)
+
+
+def test_delta_without_terms(kernels: Any) -> None:
+    check(kernels, [[], factored(40, 30, [(2, 5)])], [[0], [2]], 40, 30, 3)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [2, 30])
+def test_any_number_of_threads(threads: int, count: int) -> None:
+    from deltacome.runtime.kernels import cpu
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        terms = [factored(5000, 90, [(3, 2), (2, 20), (1, 9)], "v"), factored(5000, 90, [(4, 9)], "uv", seed=1)]
+        for _ in range(20):
+            check(cpu, terms, [list(range(count)), [count]], 5000, 90, count + 2)
+    finally:
+        torch.set_num_threads(before)

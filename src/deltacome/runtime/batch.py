@@ -46,11 +46,14 @@ class Batch:
         repeated = tuple(tenant for tenant in self.tenants for _ in range(size // count))
         return self.keep(("size", size), lambda: Batch(repeated))
 
+    def token_rows(self, rows: list[int], tokens: int, device: torch.device) -> Tensor:
+        """The numbers of the rows of a (batch * tokens, n) matrix that belong to those rows of the batch."""
 
-def token_rows(rows: list[int], tokens: int, device: torch.device) -> Tensor:
-    """The numbers of the rows of a (batch * tokens, n) matrix that belong to those rows of the batch."""
-    starts = torch.tensor(rows, device=device) * tokens
-    return (starts[:, None] + torch.arange(tokens, device=device)).reshape(-1)
+        def make() -> Tensor:
+            starts = torch.tensor(rows, device=device) * tokens
+            return (starts[:, None] + torch.arange(tokens, device=device)).reshape(-1)
+
+        return self.keep(("rows", *rows, tokens, device), make)
 
 
 running: ContextVar[Batch | None] = ContextVar("running", default=None)

@@ -12,7 +12,7 @@ from torch.nn.functional import layer_norm, linear
 from transformers.pytorch_utils import Conv1D
 
 from deltacome.errors import DeltacomeError
-from deltacome.runtime.batch import Batch, running, token_rows
+from deltacome.runtime.batch import Batch, running
 from deltacome.runtime.tenant import Change, embed
 
 FEW_ROWS = 16  # up to which the base's product is faster with the weight on the left
@@ -88,7 +88,7 @@ class _Linear:
         return weight.T if self.is_transposed else weight
 
     def _job(self, batch: Batch, tokens: int, device: torch.device) -> _Job | None:
-        found = [(change, token_rows(rows, tokens, device)) for change, rows in batch.changes(self.name)]
+        found = [(change, batch.token_rows(rows, tokens, device)) for change, rows in batch.changes(self.name)]
         if not found:
             return None
         m = self._weight().shape[0]

@@ -79,7 +79,8 @@ def test_a_mixed_batch_answers_as_the_merged_models_do(folder: Path) -> None:
     deltas = [
         part for name in ("rate-distortion", "low-rank") for part in ("--delta", f"{name}={folder / name}={data}")
     ]
-    run(EXAMPLES / "mixed_batch.py", folder / "base", *deltas, "--prompts", 12, "--new-tokens", 12)
+    printed = run(EXAMPLES / "mixed_batch.py", folder / "base", *deltas, "--prompts", 12, "--new-tokens", 12)
+    assert printed.count("12 of 12 answers are the merged model's") == 2
 
 
 def test_bytes_in_memory_are_those_of_the_artifact(folder: Path) -> None:

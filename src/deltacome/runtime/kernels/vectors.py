@@ -8,7 +8,7 @@ AVX2 or NEON. A word holds `32 // width` codes; the loops over those are unrolle
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -251,5 +251,65 @@ def _pointer(element: Any) -> Any:
     return pointer
 
 
-floats, integers, words = map(_pointer, (types.float32, types.int64, types.int32))
+floats, integers, integers32 = map(_pointer, (types.float32, types.int64, types.int32))
 yield_core = types.ExternalFunction("sched_yield", types.int32())
+
+
+@njit(error_model="numpy")
+def inner(width, words, stride, count, x, out):  # type: ignore[no-untyped-def]
+    """`inner_WIDTH`, whichever it is."""
+    if width == 1:
+        inner_1(words, stride, count, x, out)
+    elif width == 2:
+        inner_2(words, stride, count, x, out)
+    elif width == 4:
+        inner_4(words, stride, count, x, out)
+    elif width == 8:
+        inner_8(words, stride, count, x, out)
+    else:
+        inner_16(words, stride, count, x, out)
+
+
+@njit(error_model="numpy")
+def outer(width, words, stride, count, shift, t, out, out_stride, fresh):  # type: ignore[no-untyped-def]
+    """`outer_WIDTH`, whichever it is."""
+    if width == 1:
+        outer_1(words, stride, count, shift, t, out, out_stride, fresh)
+    elif width == 2:
+        outer_2(words, stride, count, shift, t, out, out_stride, fresh)
+    elif width == 4:
+        outer_4(words, stride, count, shift, t, out, out_stride, fresh)
+    elif width == 8:
+        outer_8(words, stride, count, shift, t, out, out_stride, fresh)
+    else:
+        outer_16(words, stride, count, shift, t, out, out_stride, fresh)
+
+
+@njit(error_model="numpy")
+def lift(width, words, out, stride, weight):  # type: ignore[no-untyped-def]
+    """`lift_WIDTH`, whichever it is."""
+    if width == 1:
+        lift_1(words, out, stride, weight)
+    elif width == 2:
+        lift_2(words, out, stride, weight)
+    elif width == 4:
+        lift_4(words, out, stride, weight)
+    elif width == 8:
+        lift_8(words, out, stride, weight)
+    else:
+        lift_16(words, out, stride, weight)
+
+
+@njit(error_model="numpy")
+def spread(width, word, out, weight):  # type: ignore[no-untyped-def]
+    """`spread_WIDTH`, whichever it is."""
+    if width == 1:
+        spread_1(word, out, weight)
+    elif width == 2:
+        spread_2(word, out, weight)
+    elif width == 4:
+        spread_4(word, out, weight)
+    elif width == 8:
+        spread_8(word, out, weight)
+    else:
+        spread_16(word, out, weight)

@@ -8,6 +8,7 @@ import ctypes
 import sys
 import threading
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from deltacome.runtime.kernels.steps import (
 )
 from deltacome.runtime.kernels.vectors import LANES, SHIFTS
 
-MOST_ROWS = 16  # of one delta; from there on, taking the codes apart once and two dense products are faster
+MOST_ROWS = 32  # of one delta; from there on, taking the codes apart once and two dense products are faster
 
 
 class _Table:
@@ -81,6 +82,7 @@ class _Table:
             table += entry + [0] * (TERM - len(entry))
         self.sum_length = m if packed.signs is not None else sum_offset.py_func(rows, self.widths, 32)
         self.content = np.array(table, dtype=np.int64)
+        self.address = _address(self.content)
         present = [width for width in (1, 2, 4, 8, 16) if self.widths & width]
         self.inner_tasks = sum(-(-term.rank // LANES) for term in packed.terms)
         if packed.signs is not None:
@@ -106,7 +108,7 @@ class Work:
         for packed, rows in deltas:
             if not _Table.of(packed).fast:
                 plain.append((packed, rows))
-            elif len(rows) > MOST_ROWS:
+            elif rows.numel() > MOST_ROWS:
                 self.many.append((packed, rows))
             else:
                 few.append((packed, rows))
@@ -130,28 +132,30 @@ class _Few:
         self.deltas = [packed for packed, _ in deltas]  # the tables have their addresses
         tables = [_Table.of(packed) for packed in self.deltas]
         self.rows = torch.cat([rows for _, rows in deltas])
-        counts = [len(rows) for _, rows in deltas]
-        starts = np.cumsum([0, *counts[:-1]])
-        addresses = [table.content.ctypes.data for table in tables]
-        self.segments = np.array(list(zip(addresses, starts, counts, strict=True)), dtype=np.int64)
+        counts = [rows.numel() for _, rows in deltas]
+        starts = [0, *accumulate(counts)]
+        self.segments = np.array(
+            [(table.address, start, count) for table, start, count in zip(tables, starts, counts, strict=False)],
+            dtype=np.int64,
+        )
         n = self.deltas[0].shape[1]
         self.data = np.zeros(FLAGS, dtype=np.int64)
         self.data[:INVERSE] = (
-            0, 0, n, 0, self.segments.ctypes.data, len(deltas), self.rows.data_ptr(), len(self.rows),
+            0, 0, n, 0, _address(self.segments), len(deltas), self.rows.data_ptr(), starts[-1],
             0, -(-n // 64) * 64 + 64,
             0, max(table.t_length for table in tables),
             0, max(table.sum_length for table in tables),
             0,
         )  # fmt: skip
         self.data[TASKS : TASKS + 4] = [
-            len(self.rows),
+            starts[-1],
             sum(table.inner_tasks for table in tables),
             sum(table.outer_tasks for table in tables),
             sum(table.output_tasks * count for table, count in zip(tables, counts, strict=True)),
         ]
-        rows = len(self.rows)
-        self.n, self.input_floats = n, 2 * rows * int(self.data[INPUT_STRIDE])
-        self.t_floats, self.sum_floats = rows * int(self.data[T_STRIDE]), rows * int(self.data[SUM_STRIDE])
+        self.n, self.input_floats = n, 2 * starts[-1] * int(self.data[INPUT_STRIDE])
+        self.t_floats = starts[-1] * int(self.data[T_STRIDE])
+        self.sum_floats = starts[-1] * int(self.data[SUM_STRIDE])
 
     def add(self, y: Tensor, x: Tensor) -> None:
         target = y if y.dtype == torch.float32 and y.is_contiguous() else torch.zeros(y.shape)
@@ -162,12 +166,18 @@ class _Few:
         data[:FLAGS] = self.data
         data[X], data[Y], data[M] = x.data_ptr(), target.data_ptr(), outputs
         data[INPUTS] = _scratch(self.n, self.input_floats).data_ptr()
-        start = _scratch(0, self.t_floats + self.sum_floats + len(self.rows) * outputs).data_ptr()
+        start = _scratch(0, self.t_floats + self.sum_floats + int(self.data[ROW_COUNT]) * outputs).data_ptr()
         data[T], data[SUMS] = start, start + 4 * self.t_floats
         data[OUTPUTS] = start + 4 * (self.t_floats + self.sum_floats)
         _on_threads(add_worker(), data)
         if target is not y:
             y += target.to(y.dtype)
+
+
+def _address(array: np.ndarray) -> int:
+    """Where a contiguous array lies."""
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 _local = threading.local()
@@ -192,7 +202,7 @@ def _add_many(y: Tensor, x: Tensor, packed: Packed, rows: Tensor) -> None:
         rotate_rows(inputs, inverse=False)
     u, v = torch.empty(packed.rank, m), torch.empty(n, packed.rank)
     data = _table_for_threads()
-    data[[X, Y, N, M, SEGMENTS]] = v.data_ptr(), u.data_ptr(), n, m, _Table.of(packed).content.ctypes.data
+    data[[X, Y, N, M, SEGMENTS]] = v.data_ptr(), u.data_ptr(), n, m, _Table.of(packed).address
     data[TASKS : TASKS + 2] = sum(-(-n // BLOCK) for _ in packed.terms), packed.rank
     _on_threads(expand_worker(), data)
     scale = torch.cat([term.scale for term in packed.terms])
@@ -223,8 +233,8 @@ def columns(packed: Packed, places: Tensor) -> Tensor:
     found = torch.empty(packed.rank, len(places))
     data = _table_for_threads()
     data[[X, Y, N, M]] = places.data_ptr(), found.data_ptr(), len(places), packed.factored_rows
-    data[SEGMENTS] = table.content.ctypes.data
-    columns_worker().ctypes(data.ctypes.data)
+    data[SEGMENTS] = table.address
+    columns_worker().ctypes(_address(data))
     return found
 
 
@@ -259,9 +269,9 @@ def _on_threads(worker: Any, data: np.ndarray) -> None:
     data[RUNS] = RUNS_PER_THREAD * threads
     library = _openmp() if threads > 1 else None
     if library is None:
-        worker.ctypes(data.ctypes.data)
+        worker.ctypes(_address(data))
     else:
-        library.GOMP_parallel(worker.address, data.ctypes.data, threads, 0)
+        library.GOMP_parallel(worker.address, _address(data), threads, 0)
 
 
 NOTICE = "compiling the CPU kernel for this machine; this takes half a minute and is done once"

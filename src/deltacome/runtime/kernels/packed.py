@@ -77,7 +77,7 @@ class PackedTerm:
 
     @property
     def rank(self) -> int:
-        return len(self.scale)
+        return self.scale.numel()
 
     @property
     def middle(self) -> float:
@@ -106,7 +106,7 @@ class Packed:
     @property
     def factored_rows(self) -> int:
         """Rows of U."""
-        return self.shape[0] if self.rows is None else len(self.rows)
+        return self.shape[0] if self.rows is None else self.rows.numel()
 
     @property
     def rank(self) -> int:

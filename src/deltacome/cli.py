@@ -1,6 +1,7 @@
 """The command line. Heavy imports are inside the commands, so that help comes at once."""
 
 import json
+import re
 import signal
 import sys
 from pathlib import Path
@@ -265,6 +266,13 @@ def _conversation(base: str, deltas: list[str], chat_template: str | None, dtype
     from deltacome.runtime.conversation import Conversation
     from deltacome.runtime.model import load
 
+    folders = _folders(deltas)
+    model = load(base, folders, dtype=DTYPES[dtype])
+    return Conversation(model, Checkpoint(base), list(folders) or [None], chat_template)
+
+
+def _folders(deltas: list[str]) -> dict[str, str]:
+    """The deltas of the command line by name."""
     folders: dict[str, str] = {}
     for item in deltas:
         name, equals, folder = item.partition("=")
@@ -273,8 +281,76 @@ def _conversation(base: str, deltas: list[str], chat_template: str | None, dtype
         if not name or name in folders:
             raise DeltacomeError(f"--delta {item}: write NAME=DELTA, each name once")
         folders[name] = folder
-    model = load(base, folders, dtype=DTYPES[dtype])
-    return Conversation(model, Checkpoint(base), list(folders) or [None], chat_template)
+    return folders
+
+
+@app.command(epilog="Example: deltacome serve base/ --delta math=math-delta/ --delta intent=intent-delta/")
+def serve(
+    base: Base,
+    delta: Annotated[
+        list[str] | None, typer.Option(metavar="[NAME=]DELTA", help="A compressed delta to serve; may be repeated.")
+    ] = None,
+    delta_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Serve every delta in this folder, come when it may; others may be loaded."),
+    ] = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="For deltas, such as 500MB or 2GB; the longest unused are dropped for room."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0 to serve other machines too.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    name: Annotated[str | None, typer.Option(help="The base's, as a model. [default: its folder's or hub id]")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="DELTACOME_API_KEY", help="Asked of everybody; better in the environment.")
+    ] = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help='Keys for some models each: {"KEY": ["MODEL", ...]}.')
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Answers in the running batch.")] = 32,
+    max_queue: Annotated[int, typer.Option(min=1, help="Answers that may wait; others get 429.")] = 256,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a prompt and its answer. [default: what the base has room for]")
+    ] = None,
+    cache_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens whose keys and values are kept, padding too.")
+    ] = 32768,
+    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 600.0,
+    chat_template: Template = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda where there is one]")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="To compute in. [default: float32 on the CPU]")] = None,
+) -> None:
+    """Serve a base and any number of its deltas through OpenAI's API, all of them in one running batch."""
+    from deltacome.merging import DTYPES
+    from deltacome.serve.engine import Limits
+    from deltacome.serve.keys import Keys
+    from deltacome.serve.server import build, run
+
+    _quiet()
+    application = build(
+        base,
+        _folders(delta or []),
+        name=name,
+        folder=delta_dir,
+        memory_limit=_bytes(memory_limit) if memory_limit else None,
+        keys=Keys(api_key, api_keys),
+        limits=Limits(max_batch, max_queue, cache_tokens),
+        max_length=max_length,
+        deadline=deadline,
+        chat_template=chat_template,
+        device=device,
+        dtype=DTYPES[dtype] if dtype else None,
+    )
+    run(application, host, port)
+
+
+def _bytes(size: str) -> int:
+    """Bytes that 500MB, 2GB or 1.5GiB stands for."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", size.strip().upper())
+    if not found:
+        raise DeltacomeError(f"{size} is no size; write it like 500MB or 2GB")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))
 
 
 @app.command(epilog="Example: deltacome evaluate base/ --finetuned math/ --delta math=math-delta/ --data test.jsonl")

@@ -17,12 +17,21 @@ class Batch:
     def __init__(self, tenants: tuple[Tenant | None, ...]) -> None:
         self.tenants = tenants
         self._kept: dict[Hashable, Any] = {}
+        self._of_prompts: dict[Hashable, Any] = {}
+        self._tokens = 1
 
-    def keep(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` returned when the key was first asked for."""
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]
+    def keep(self, key: Hashable, make: Callable[[], Any], tokens: int = 1) -> Any:
+        """What `make` returned when the key was first asked for.
+
+        tokens: in a row, if it depends on that: of prompts, whose lengths are many, only the last length's is kept.
+        """
+        if tokens > 1 and tokens != self._tokens:
+            self._of_prompts.clear()
+            self._tokens = tokens
+        kept = self._kept if tokens == 1 else self._of_prompts
+        if key not in kept:
+            kept[key] = make()
+        return kept[key]
 
     def changes(self, module_name: str) -> list[tuple[Change, list[int]]]:
         """The changes of the batch's tenants in a module, each with the rows that it is for."""
@@ -53,7 +62,7 @@ class Batch:
             starts = torch.tensor(rows, device=device) * tokens
             return (starts[:, None] + torch.arange(tokens, device=device)).reshape(-1)
 
-        return self.keep(("rows", *rows, tokens, device), make)
+        return self.keep(("rows", *rows, device), make, tokens)
 
 
 running: ContextVar[Batch | None] = ContextVar("running", default=None)

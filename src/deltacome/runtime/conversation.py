@@ -17,23 +17,29 @@ from deltacome.runtime.tenant import Tenant
 Messages = tuple[dict[str, str], ...]
 
 
-def load_tokenizer(base: Checkpoint, tenant: Tenant | None) -> Any:
-    """The tokenizer, chat template included, of a tenant, or of the base for None.
+def load_language(base: Checkpoint, tenant: Tenant | None) -> tuple[Any, set[int]]:
+    """The tokenizer of a tenant, or of the base for None, and the tokens that end an answer of its.
 
     Raises:
-        DeltacomeError: if transformers cannot load it.
+        DeltacomeError: if transformers cannot load them.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, GenerationConfig
 
-    try:
-        if tenant is None or tenant.artifact is None:
-            return AutoTokenizer.from_pretrained(base.folder)
-        with TemporaryDirectory() as folder:
-            copy_sidecars(tenant.artifact, base, Path(folder))
-            return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise DeltacomeError(f"transformers cannot load the tokenizer of {base.source}: {reason}") from error
+    with TemporaryDirectory() as temporary:
+        folder = base.folder
+        if tenant is not None and tenant.artifact is not None:
+            folder = Path(temporary)
+            copy_sidecars(tenant.artifact, base, folder)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            ends = {tokenizer.eos_token_id}
+            if (folder / "generation_config.json").is_file():
+                found = GenerationConfig.from_pretrained(folder).eos_token_id
+                ends.update(found if isinstance(found, list) else [found])
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise DeltacomeError(f"transformers cannot load the tokenizer of {base.source}: {reason}") from error
+    return tokenizer, ends - {None}
 
 
 class Conversation:
@@ -47,7 +53,9 @@ class Conversation:
     ) -> None:
         self.model, self.tenants = model, list(tenants)
         deltas = model.deltas
-        self.tokenizers = [load_tokenizer(base, None if name is None else deltas[name]) for name in self.tenants]
+        languages = [load_language(base, None if name is None else deltas[name]) for name in self.tenants]
+        self.tokenizers = [tokenizer for tokenizer, _ in languages]
+        self.ends: set[int] = set().union(*(ends for _, ends in languages))
         self.encoders = [Encoder(tokenizer, chat_template) for tokenizer in self.tokenizers]
         self.reset()
 
@@ -74,15 +82,14 @@ class Conversation:
                 f"{longest}; begin a new one, or ask for a shorter answer"
             )
         ids, mask = pad(prompts, left=True)
-        ends = {tokenizer.eos_token_id for tokenizer in self.tokenizers} - {None}
         output = self.model.generate(
             input_ids=ids.to(self.model.device),
             attention_mask=mask.to(self.model.device),
             tenants=self.tenants,
             max_new_tokens=new_tokens,
             do_sample=False,
-            eos_token_id=sorted(ends) or None,
-            pad_token_id=min(ends, default=0),
+            eos_token_id=sorted(self.ends) or None,
+            pad_token_id=min(self.ends, default=0),
             streamer=TextStreamer(self.tokenizers[0], skip_prompt=True, skip_special_tokens=True) if stream else None,
         )
         answers = [

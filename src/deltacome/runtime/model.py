@@ -18,7 +18,7 @@ from deltacome.runtime.kernels import kernels_for
 from deltacome.runtime.modules import install
 from deltacome.runtime.tenant import Tenant, load_tenant
 
-Names = Sequence[str | None]
+Names = Sequence[str | Tenant | None]
 KEPT_BATCHES = 8  # combinations of tenants whose preparations are kept for the next call
 
 
@@ -32,8 +32,9 @@ def load(
     """Load a base as a transformers model that serves compressed deltas of it beside each other.
 
     `model.generate(..., tenants=["math", None])` and `model(..., tenants=[...])` take the name of a delta, or None for
-    the base, for each row of the batch; without `tenants` every row is the base's. `model.add_delta(name, folder)` and
-    `model.remove_delta(name)` change what is there at any time, from any thread; `model.deltas` lists it.
+    the base, for each row of the batch (or, instead of a name, what `model.deltas` has for it); without `tenants` every
+    row is the base's. `model.add_delta(name, folder)` and `model.remove_delta(name)` change what is there at any time,
+    from any thread; `model.deltas` lists it.
 
     Args:
         base: a checkpoint folder or hub id.
@@ -73,23 +74,41 @@ class Tenants:
 
     def add(self, name: str, folder: str | Path) -> None:
         """See `add_delta` below."""
+        self.put(self.read(name, folder))
+
+    def read(self, name: str, folder: str | Path) -> Tenant:
+        """Load a compressed delta and make the model ready for it, without making its name known.
+
+        Raises:
+            DeltacomeError: as `add_delta`.
+        """
         assert self.checkpoint is not None
         artifact = open_checked(self.checkpoint, folder)
         try:
-            self.put(load_tenant(name, artifact, self.model, self.model.device))
+            tenant = load_tenant(name, artifact, self.model, self.model.device)
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
             raise DeltacomeError(f"not enough memory for {folder}; remove another delta first") from error
+        self._install(tenant)
+        return tenant
 
     def put(self, tenant: Tenant) -> None:
         """Make a tenant known under its name."""
-        kernels = kernels_for(self.model.device.type)
-        for module_name in tenant.changes:
-            install(module_name, self.model.get_submodule(module_name), kernels)
+        self._install(tenant)
         with self.lock:
             self.by_name[tenant.name] = tenant
             self._batches.clear()  # they would keep a replaced one alive
+
+    def _install(self, tenant: Tenant) -> None:
+        kernels = kernels_for(self.model.device.type)
+        for module_name in tenant.changes:
+            install(module_name, self.model.get_submodule(module_name), kernels)
+
+    def forget_batches(self) -> None:
+        """Drop what is kept for the next calls, and with it tenants that nobody knows any more."""
+        with self.lock:
+            self._batches.clear()
 
     def remove(self, name: str) -> None:
         """See `remove_delta` below."""
@@ -110,7 +129,7 @@ class Tenants:
     def batch(self, tenants: Names) -> Iterator[None]:
         """The batch of those tenants is the running one."""
         with self.lock:
-            found = tuple(None if name is None else self._get(name) for name in tenants)
+            found = tuple(self._get(name) if isinstance(name, str) else name for name in tenants)
             used = {tenant for tenant in found if tenant is not None}
             self.in_use.update(used)
             batch = self._batches.pop(found, None) or Batch(found)

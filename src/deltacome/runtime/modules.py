@@ -76,7 +76,7 @@ class _Linear:
                 f"{self.name} was given {len(inputs)} rows for a batch of {len(batch.tenants)}; "
                 "this model cannot be shared"
             )
-        job: _Job | None = batch.keep((self.name, tokens), lambda: self._job(batch, tokens, x.device))
+        job: _Job | None = batch.keep(self.name, lambda: self._job(batch, tokens, x.device), tokens)
         if job is not None:
             outputs = self._change(outputs, inputs, job)
         return outputs.view(*x.shape[:-1], -1)

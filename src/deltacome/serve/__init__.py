@@ -1,0 +1,1 @@
+"""The embedded server: OpenAI's API over many tenants in one running batch."""

@@ -1,0 +1,82 @@
+"""Keys and values of several sequences of different lengths, which come and go."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+ROOM = 64  # positions that a full layer grows by
+
+
+class _Layer(DynamicLayer):  # type: ignore[misc]
+    """A layer of transformers' cache with room behind the last position, so that a step copies nothing but its own."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.all_keys, self.all_values = (_with_room(x[:, :, :0], x.shape[2]) for x in (key_states, value_states))
+        self.show(0)
+        self.is_initialized = True
+
+    def show(self, length: int) -> None:
+        """Let the first positions be the valid ones."""
+        self.length = length
+        self.keys, self.values = self.all_keys[:, :, :length], self.all_values[:, :, :length]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, end = self.length, self.length + key_states.shape[2]
+        if end > self.all_keys.shape[2]:
+            self.all_keys, self.all_values = (_with_room(x, end) for x in (self.keys, self.values))
+        self.all_keys[:, :, start:end] = key_states
+        self.all_values[:, :, start:end] = value_states
+        self.show(end)
+        return self.keys, self.values
+
+
+def _with_room(x: Tensor, length: int) -> Tensor:
+    """Keys or values (rows, heads, positions, size) at the front of a tensor for `length` positions and more."""
+    rows, heads, positions, size = x.shape
+    found = x.new_empty(rows, heads, length + ROOM, size)
+    found[:, :, :positions] = x
+    return found
+
+
+def new_cache() -> Cache:
+    """An empty cache for one or several sequences, the shorter ones padded on the left."""
+    return Cache(layer_class_to_replicate=_Layer)
+
+
+def join(parts: Sequence[tuple[Cache, list[int]]], length: int) -> Cache:
+    """One cache of some rows of several, in that order, for `length` positions, the longest row's.
+
+    What lies further left than that in a part is padding and dropped.
+    """
+    joined = new_cache()
+    for number in range(len(parts[0][0].layers)):
+        layers = [cache.layers[number] for cache, _ in parts]
+        layer = _Layer()
+        layer.dtype, layer.device = layers[0].dtype, layers[0].device
+        found: list[Tensor] = []
+        for kind in ("keys", "values"):
+            like: Tensor = getattr(layers[0], kind)
+            rows = sum(len(rows) for _, rows in parts)
+            whole = like.new_zeros(rows, like.shape[1], length + ROOM, like.shape[3])
+            first = 0
+            for part, (_, own) in zip(layers, parts, strict=True):
+                old: Tensor = getattr(part, kind)
+                kept = min(length, old.shape[2])
+                source = old[:, :, old.shape[2] - kept :]
+                if own != list(range(old.shape[0])):
+                    source = source[torch.tensor(own, device=old.device)]
+                whole[first : first + len(own), :, length - kept : length] = source
+                first += len(own)
+            found.append(whole)
+        layer.all_keys, layer.all_values = found
+        layer.show(length)
+        layer.is_initialized = True
+        joined.layers.append(layer)
+    return joined

@@ -1,0 +1,47 @@
+"""Prometheus metrics of a server."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Metrics:
+    """`tenant` is the model that was asked for, the base's name included."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        own = self.registry
+        tenant = ["tenant"]
+        self.requests = Counter("deltacome_requests", "Requests that ended.", ["tenant", "status"], registry=own)
+        self.prompt_tokens = Counter("deltacome_prompt_tokens", "Tokens of prompts.", tenant, registry=own)
+        self.tokens = Counter("deltacome_tokens", "Tokens generated.", tenant, registry=own)
+        self.queue = Gauge("deltacome_queue_sequences", "Sequences that wait for a place in the batch.", registry=own)
+        self.rows = Gauge("deltacome_batch_rows", "Sequences in the running batch.", registry=own)
+        self.tenants = Gauge("deltacome_batch_tenants", "Different tenants in the running batch.", registry=own)
+        self.cache = Gauge("deltacome_cache_tokens", "Positions of the batch's cache, padding counted.", registry=own)
+        self.steps = Histogram(
+            "deltacome_step_rows", "Rows of each step.", buckets=[2**i for i in range(9)], registry=own
+        )
+        self.first = Histogram(
+            "deltacome_time_to_first_token_seconds",
+            "From request to first token.",
+            tenant,
+            buckets=SECONDS,
+            registry=own,
+        )
+        self.each = Histogram(
+            "deltacome_time_per_token_seconds",
+            "Between tokens of an answer, mean.",
+            tenant,
+            buckets=SECONDS,
+            registry=own,
+        )
+        self.bytes = Gauge(
+            "deltacome_delta_bytes", "Bytes of a delta in memory, 0 when it is not.", tenant, registry=own
+        )
+        self.loads = Counter("deltacome_delta_loads", "Deltas read from disk.", tenant, registry=own)
+        self.evictions = Counter("deltacome_delta_evictions", "Deltas dropped for room.", tenant, registry=own)
+
+    def text(self) -> bytes:
+        """In Prometheus' format."""
+        return generate_latest(self.registry)

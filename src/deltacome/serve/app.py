@@ -41,6 +41,7 @@ from deltacome.serve.protocol import (
 from deltacome.serve.registry import Loaded, NoRoomError, Registry, UnknownModelError
 from deltacome.serve.sampling import Sampling
 
+ERROR_SCHEMA = "#/components/schemas/ErrorBody"
 WATCH_SECONDS = 2.0  # between two looks at the watched folder
 log = logging.getLogger("deltacome.serve")
 Format = Callable[[Answers], chunks.Chunks]
@@ -348,6 +349,9 @@ def _describe_errors(app: FastAPI) -> None:
         for methods in document["paths"].values():
             for operation in methods.values():
                 operation["responses"].pop("422", None)
+                for status, response in operation["responses"].items():
+                    if status != "200":  # also of operations that answer in plain text
+                        response["content"] = {"application/json": {"schema": {"$ref": ERROR_SCHEMA}}}
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

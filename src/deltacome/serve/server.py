@@ -41,7 +41,7 @@ def build(
     device: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> FastAPI:
-    """The server's application, as `deltacome serve` has it; see its options. Those of `folder` are loaded when first asked for.
+    """The server's application, as `deltacome serve` has it; see its options. `folder`'s deltas are loaded on demand.
 
     Raises:
         DeltacomeError: if the base cannot be loaded, or a delta is broken in a way that shows at once.

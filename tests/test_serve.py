@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 import deltacome
 from conftest import Save, fine_tune, make_model, make_tokenizer
 from deltacome import DeltacomeError
+from deltacome.benchmark.load import plan
+from deltacome.benchmark.serve import CACHE, DELTAS, DISK
 from deltacome.checkpoint import Checkpoint
 from deltacome.data import Encoder
 from deltacome.merging import load_merged, open_checked
@@ -409,24 +412,7 @@ def test_deltas_are_loaded_and_unloaded(folder: Path, merged: dict[str, tuple[An
         assert ask("b") == expected["b"]
 
 
-@pytest.mark.parametrize(
-    ("name", "path"),
-    [
-        ("x", "../base"),
-        ("x", "/"),
-        ("x", "."),
-        ("x", "nothing"),
-        ("x", "link"),
-        ("x", "a\0b"),
-        ("x", "a" * 5000),
-        ("../x", "a"),
-        ("x/y", "a"),
-        ("", "a"),
-        ("base", "a"),
-        ("x", "broken"),
-    ],
-)
-def test_nothing_outside_the_folder_is_read(folder: Path, tmp_path: Path, name: str, path: str) -> None:
+def test_nothing_outside_the_folder_is_read(folder: Path, tmp_path: Path) -> None:
     deltas = tmp_path / "deltas"
     shutil.copytree(folder / "deltas", deltas)
     (deltas / "link").symlink_to(folder / "deltas" / "a")
@@ -435,11 +421,15 @@ def test_nothing_outside_the_folder_is_read(folder: Path, tmp_path: Path, name: 
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    registry_app = make_app(folder, deltas={}, folder=deltas)
-    with serving(registry_app) as address:
-        status, answer = post_json(address, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
-        assert status == 400 and answer["error"]["message"]
+    paths = ["../base", "/", ".", "", "nothing", "link", "a\0b", "a" * 5000, str(folder / "deltas/a"), "broken"]
+    names = ["../x", "x/y", "", "base", "a b", "é", "x" * 97]
+    with serving(make_app(folder, deltas={}, folder=deltas)) as address:
+        for name, path in [*(("x", path) for path in paths), *((name, "a") for name in names)]:
+            status, answer = post_json(address, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+            assert status == 400 and answer["error"]["message"], (name, path)
         assert {model.id for model in client(address).models.list()} == {"base", "a", "b", "broken"}
+        status, answer = post_json(address, "/v1/completions", {"model": "broken", "prompt": "x"})
+        assert status == 500 and "files of broken are broken" in answer["error"]["message"]
 
 
 def test_without_a_folder_nothing_can_be_loaded(address: str, folder: Path) -> None:
@@ -539,7 +529,7 @@ def test_keys(folder: Path, tmp_path: Path) -> None:
         assert metric(address, 'deltacome_time_to_first_token_seconds_count{tenant="base"}', "master") == 2
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"k": "a"}', '{"": ["a"]}', '{"k": [1]}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"k": "a"}', '{"": ["a"]}', '{"clé": ["a"]}', '{"k": [1]}'])
 def test_bad_key_files(tmp_path: Path, content: str) -> None:
     file = tmp_path / "keys.json"
     file.write_text(content)
@@ -650,3 +640,53 @@ def test_churn(folder: Path, tmp_path: Path, merged: dict[str, tuple[Any, Any]],
     grown = sum(memory[-third:]) / third - sum(memory[third : 2 * third]) / third
     assert grown < 20 * 2**20, f"memory grew by {grown / 2**20:.1f} MiB"
     print(f"{answered[0]} answers, {changed[0]} changes, memory grew by {grown / 2**20:.1f} MiB")
+
+
+def test_benchmark(folder: Path, tmp_path: Path) -> None:
+    """The same requests to both servers: the same answers, and a model loaded whenever another's turn comes."""
+    data = tmp_path / "data.jsonl"
+    lines = [json.dumps({"prompt": f"Say {i}", "completion": str(i)}) for i in range(5)]
+    data.write_text("\n".join(lines))
+    deltas = [part for name in ("a", "b") for part in ("--delta", f"{name}={folder / 'deltas' / name}")]
+    options = [
+        "--data",
+        str(data),
+        "--rate",
+        "20",
+        "--requests",
+        "8",
+        "--max-new-tokens",
+        "6",
+        "--ignore-eos",
+        "--json",
+    ]
+    command = ["benchmark", "serve", str(folder / "base"), *deltas, *options, "-o", str(tmp_path / "out"), "--json"]
+    result = subprocess.run([sys.executable, "-m", "deltacome.cli", *command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = {row["system"]: row for row in json.loads(result.stdout)}
+    assert list(rows) == [DELTAS, DISK, CACHE]
+    for row in rows.values():
+        assert row["same"] == 8 and row["failed"] == 0
+        assert row["tokens_per_second"] == pytest.approx(6 * row["requests_per_second"], rel=0.05)
+        assert 0 < row["first_median"] <= row["first_p95"] <= row["first_p99"]
+    assert rows[DELTAS]["swaps"] == 0 and rows[DISK]["swaps"] >= 2
+    assert (tmp_path / "out/serve.png").stat().st_size > 10_000
+    assert (tmp_path / "out/serve.md").read_text().count("\n") == 5
+
+
+def test_the_plan_of_a_load() -> None:
+    prompts: Any = {name: [({"role": "user", "content": f"{name}{i}"},) for i in range(3)] for name in "xyz"}
+    planned = plan(prompts, 4000, 10.0, 1.0, 0)
+    assert planned == plan(prompts, 4000, 10.0, 1.0, 0) != plan(prompts, 4000, 10.0, 1.0, 1)
+    gaps = [after.seconds - before.seconds for before, after in pairwise(planned)]
+    assert min(gaps) > 0 and sum(gaps) / len(gaps) == pytest.approx(0.1, rel=0.1)
+    deviation = sum((gap - 0.1) ** 2 for gap in gaps) / len(gaps)
+    assert deviation == pytest.approx(0.01, rel=0.2)  # exponential
+    shares = [sum(request.model == name for request in planned) / 4000 for name in "xyz"]
+    assert shares == pytest.approx([6 / 11, 3 / 11, 2 / 11], abs=0.03)
+    assert [request.messages[0]["content"] for request in planned if request.model == "x"][:4] == [
+        "x0",
+        "x1",
+        "x2",
+        "x0",
+    ]

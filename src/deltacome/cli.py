@@ -516,6 +516,55 @@ def runtime(
     _print_table(list(KERNEL_COLUMNS.values()), table(results["kernels"], KERNEL_COLUMNS))
 
 
+@benchmarks.command(
+    "serve",
+    epilog="Example: deltacome benchmark serve base/ --delta math=math-delta/ --delta intent=intent-delta/ "
+    "--data math=math.jsonl --data intent=intent.jsonl -o serve/",
+)
+def serve_benchmark(
+    base: Base,
+    delta: Annotated[list[str], typer.Option(metavar="NAME=DELTA", help="A delta to serve; may be repeated.")],
+    data: Annotated[
+        list[str], typer.Option(metavar="[NAME=]FILE.jsonl", help="Prompts for a delta, or without a name for all.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
+    rate: Annotated[list[float] | None, typer.Option(help="Requests a second; may be repeated. [default: 1]")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="How many, at each rate.")] = 60,
+    max_new_tokens: NewTokens = 64,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Every answer is as long as it may be, as vLLM's benchmarks have it.")
+    ] = False,
+    skew: Annotated[float, typer.Option(help="Shares of the load as 1, 1/2^SKEW, 1/3^SKEW, ... of the deltas.")] = 1.0,
+    patience: Annotated[
+        float, typer.Option(help="Seconds that a request waits before the swapping server drops the model it has.")
+    ] = 5.0,
+    chat_template: Template = None,
+    as_json: Json = False,
+) -> None:
+    """Drive the server with a Poisson load over many deltas, and the same load on merged models swapped in and out."""
+    from deltacome.benchmark.serve import COLUMNS, benchmark_serve, table
+
+    _quiet()
+    files = dict((item.partition("=")[::2] if "=" in item else ("", item)) for item in data)
+    rows = benchmark_serve(
+        base,
+        _folders(delta),
+        {name: Path(file) for name, file in files.items()},
+        output,
+        rates=rate or [1.0],
+        requests=requests,
+        new_tokens=max_new_tokens,
+        ignore_eos=ignore_eos,
+        skew=skew,
+        patience=patience,
+        chat_template=chat_template,
+    )
+    if as_json:
+        print(json.dumps(rows))
+    else:
+        _print_table([column.strip() for column in COLUMNS.values()], table(rows))
+
+
 def _print_table(columns: list[str], rows: list[list[str]], stderr: bool = False) -> None:
     from rich.console import Console
     from rich.table import Table

@@ -19,6 +19,10 @@ class Batch:
         self._kept: dict[Hashable, Any] = {}
         self._of_prompts: dict[Hashable, Any] = {}
         self._tokens = 1
+        self._rows: dict[Tenant, list[int]] = {}
+        for row, tenant in enumerate(tenants):
+            if tenant is not None:
+                self._rows.setdefault(tenant, []).append(row)
 
     def keep(self, key: Hashable, make: Callable[[], Any], tokens: int = 1) -> Any:
         """What `make` returned when the key was first asked for.
@@ -35,11 +39,9 @@ class Batch:
 
     def changes(self, module_name: str) -> list[tuple[Change, list[int]]]:
         """The changes of the batch's tenants in a module, each with the rows that it is for."""
-        rows: dict[Tenant, list[int]] = {}
-        for row, tenant in enumerate(self.tenants):
-            if tenant is not None and module_name in tenant.changes:
-                rows.setdefault(tenant, []).append(row)
-        return [(tenant.changes[module_name], own) for tenant, own in rows.items()]
+        return [
+            (tenant.changes[module_name], own) for tenant, own in self._rows.items() if module_name in tenant.changes
+        ]
 
     def of_size(self, size: int) -> "Batch":
         """The batch with every row repeated so often that there are `size`: beams, or several answers to a prompt.

@@ -15,7 +15,7 @@ from deltacome.errors import DeltacomeError
 from deltacome.runtime.batch import Batch, running
 from deltacome.runtime.tenant import Change, embed
 
-FEW_ROWS = 16  # up to which the base's product is faster with the weight on the left
+FEW_ROWS = 64  # up to which the base's product is faster with the weight on the left
 
 
 def install(name: str, module: nn.Module, kernels: Any) -> None:
@@ -222,11 +222,11 @@ class _Exact:
         """Each parameter with a value per row: (batch, 1, ..., n)."""
         stacked = {}
         for key, value in self.module.named_parameters():
-            values = value.detach().expand(len(batch.tenants), -1).clone()
+            values = [value.detach()] * len(batch.tenants)
             for change, rows in changes:
-                if key in change.exact:
-                    values[rows] = change.exact[key].to(values.dtype)
-            stacked[key] = values.view(len(values), *[1] * (x.ndim - 2), -1)
+                for row in rows:
+                    values[row] = change.exact.get(key, value).to(value.dtype)
+            stacked[key] = torch.stack(values).view(len(values), *[1] * (x.ndim - 2), -1)
         return stacked
 
     def _with(self, values: dict[str, Tensor]) -> nn.Module:

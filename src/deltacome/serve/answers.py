@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 
-from deltacome.serve.engine import Engine, Event, Finish, QueueFullError, Sequence
+from deltacome.serve.engine import Engine, Event, Finish, Sequence
 from deltacome.serve.metrics import Metrics
 from deltacome.serve.protocol import ApiError, Usage
 from deltacome.serve.registry import Loaded, Registry
@@ -37,6 +37,7 @@ class Answers:
         max_tokens: list[int],
         sampling: Sampling,
         stop: list[str],
+        ends: set[int],
         started: float,
         deadline: float,
     ) -> None:
@@ -58,7 +59,7 @@ class Answers:
                 loaded.tenant,
                 list(prompts[index // choices]),
                 max_tokens[index // choices],
-                loaded.ends,
+                ends,
                 sampling,
                 TextStream(loaded.tokenizer, stop),
                 lambda event, index=index: self._from_engine(index, event),  # type: ignore[misc]
@@ -68,19 +69,10 @@ class Answers:
             for index in range(self._left)
         ]
 
-    async def submit(self) -> None:
-        """Put them in the engine's queue.
-
-        Raises:
-            ApiError: if that is full.
-        """
-        try:
-            self.engine.submit(self.sequences)
-        except QueueFullError as error:
-            self.status = "rejected"
-            self._finish()
-            headers = {"Retry-After": str(error.seconds)}
-            raise ApiError(429, str(error), code="queue_full", headers=headers) from error
+    def reject(self) -> None:
+        """The engine does not take them."""
+        self.status = "rejected"
+        self._finish()
 
     def _from_engine(self, index: int, event: Event) -> None:
         self._loop.call_soon_threadsafe(self._take, index, event)

@@ -20,7 +20,7 @@ from deltacome import __version__
 from deltacome.errors import DeltacomeError
 from deltacome.serve import chunks
 from deltacome.serve.answers import Answers
-from deltacome.serve.engine import Engine
+from deltacome.serve.engine import Engine, QueueFullError
 from deltacome.serve.guards import BodyGuard
 from deltacome.serve.keys import Allowed, Keys
 from deltacome.serve.metrics import Metrics
@@ -71,45 +71,47 @@ def create_app(
         version=__version__,
         description="Many fine-tunes of one base model, served from one batch.",
         lifespan=lifespan,
+        docs_url=None,  # their scripts would come from somebody else's server
+        redoc_url=None,
         responses=refused,  # type: ignore[arg-type]
     )
     app.add_middleware(BodyGuard)
     _describe_errors(app)
     bearer = HTTPBearer(auto_error=False)
 
-    def allowed(credentials: Annotated[Any, Depends(bearer)]) -> Allowed:
+    async def allowed(credentials: Annotated[Any, Depends(bearer)]) -> Allowed:
         found = keys.allowed(None if credentials is None else credentials.credentials)
         if found is None:
             headers = {"WWW-Authenticate": "Bearer"}
             raise ApiError(401, "no valid API key was given", code="invalid_api_key", headers=headers)
         return found
 
-    def master(found: Annotated[Allowed, Depends(allowed)]) -> None:
+    async def master(found: Annotated[Allowed, Depends(allowed)]) -> None:
         if not found.is_everything:
             raise ApiError(403, "this needs the server's own API key")
 
     Key = Annotated[Allowed, Depends(allowed)]  # noqa: N806
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    def page() -> str:
+    async def page() -> str:
         return (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 
     @app.get("/health")
-    def health() -> Health:
+    async def health() -> Health:
         if not engine.is_alive:
             raise ApiError(503, "the engine is not running")
         return Health()
 
     @app.get("/metrics", response_class=PlainTextResponse, dependencies=[Depends(master)])
-    def read_metrics() -> Response:
+    async def read_metrics() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
-    def models(key: Key) -> Models:
+    async def models(key: Key) -> Models:
         return Models(data=[_model(registry, name, max_length) for name in _names(registry) if name in key])
 
     @app.get("/v1/models/{model:path}")
-    def model(model: str, key: Key) -> Model:
+    async def model(model: str, key: Key) -> Model:
         if model not in _names(registry) or model not in key:
             raise _no_model(model)
         return _model(registry, model, max_length)
@@ -144,6 +146,9 @@ def create_app(
         started = time.monotonic()
         if asked.model not in key:
             raise _no_model(asked.model)
+        if len(arriving) + len(engine.waiting) >= engine.limits.waiting:
+            raise _queue_full(engine)
+        arriving.add(request)
         try:
             async with asyncio.timeout(deadline):
                 loaded = await registry.lease(asked.model)
@@ -156,6 +161,8 @@ def create_app(
         except DeltacomeError as error:
             log.error("delta broken", extra={"fields": {"tenant": asked.model, "reason": str(error)}})
             raise ApiError(500, f"the files of {asked.model} are broken; see the server's log") from error
+        finally:
+            arriving.discard(request)
         try:
             prompts = await asyncio.to_thread(encode, loaded)
             _check(prompts, max_tokens, max_length, loaded.vocabulary)
@@ -170,13 +177,18 @@ def create_app(
                     top,
                 ),
                 stop=asked.stops,
+                ends=set() if asked.ignore_eos else loaded.ends,
                 started=started,
                 deadline=started + deadline,
             )  # fmt: skip
         except BaseException:
             await registry.release(loaded)
             raise
-        await answers.submit()
+        try:
+            engine.submit(answers.sequences)
+        except QueueFullError as error:
+            answers.reject()
+            raise _queue_full(engine) from error
         made = form(answers)
         background.add(task := asyncio.create_task(_log(answers, made.id)))
         task.add_done_callback(background.discard)
@@ -186,6 +198,7 @@ def create_app(
         whole = await _unless_gone(request, made.whole())
         return Response(status_code=499) if whole is None else JSONResponse(whole.model_dump(exclude_none=False))
 
+    arriving: set[Request] = set()  # those that wait for their delta
     background: set[asyncio.Task[None]] = set()
     streamed: dict[int | str, dict[str, Any]] = {
         200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
@@ -223,6 +236,12 @@ def _names(registry: Registry) -> list[str]:
 def _no_model(name: str) -> ApiError:
     # The same for one that there is not and one that the key does not open.
     return ApiError(404, f"the model {name!r} does not exist or is not yours", code="model_not_found", param="model")
+
+
+def _queue_full(engine: Engine) -> ApiError:
+    seconds = engine.seconds_to_wait()
+    headers = {"Retry-After": str(seconds)}
+    return ApiError(429, f"the queue is full; try again in {seconds} s", code="queue_full", headers=headers)
 
 
 def _model(registry: Registry, name: str, max_length: int) -> Model:

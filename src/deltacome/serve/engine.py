@@ -20,6 +20,7 @@ from transformers import Cache
 
 from deltacome.metrics import pad
 from deltacome.runtime.tenant import Tenant
+from deltacome.serve.attention import share_keys
 from deltacome.serve.cache import join, new_cache
 from deltacome.serve.sampling import Likelihood, Sampling, choose, likelihood
 from deltacome.serve.text import TextStream
@@ -29,11 +30,7 @@ log = logging.getLogger("deltacome.serve")
 
 
 class QueueFullError(Exception):
-    """So many sequences wait already that another would wait in vain. seconds: when to try again."""
-
-    def __init__(self, seconds: int) -> None:
-        super().__init__(f"the queue is full; try again in {seconds} s")
-        self.seconds = seconds
+    """So many sequences wait already that another would wait in vain."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +91,7 @@ class Engine:
 
     def __init__(self, model: Any, limits: Limits, on_step: Callable[["Engine"], None] = lambda _: None) -> None:
         self.model, self.limits, self.on_step = model, limits, on_step
+        share_keys(model)
         self.keeps_few_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         self.waiting: deque[Sequence] = deque()
         self.reading: deque[Sequence] = deque()
@@ -116,7 +114,7 @@ class Engine:
         """
         with self.lock:
             if len(self.waiting) + len(sequences) > self.limits.waiting:
-                raise QueueFullError(self.seconds_to_wait())
+                raise QueueFullError
             self.waiting.extend(sequences)
             self.lock.notify()
 
@@ -200,15 +198,18 @@ class Engine:
     def _admit(self) -> None:
         """Take sequences from the queue while the batch and its cache have room."""
         with self.lock:
-            while self.waiting:
-                rows = len(self.running) + len(self.reading) + 1
-                active = [*self.running, *self.reading, self.waiting[0]]
-                longest = max(len(sequence.tokens) for sequence in active) + 1
-                if rows > self.limits.rows or (rows > 1 and rows * longest > self.limits.cache):
-                    return
-                sequence = self.waiting.popleft()
-                self._begun.setdefault(sequence, time.monotonic())
-                self.reading.append(sequence)
+            while self.waiting and self._has_room(self.waiting[0]):
+                self._take(self.waiting.popleft())
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        active = [*self.running, *self.reading, sequence]
+        longest = max(len(other.tokens) for other in active) + 1
+        fits = len(active) == 1 or len(active) * longest <= self.limits.cache
+        return fits and len(active) <= self.limits.rows
+
+    def _take(self, sequence: Sequence) -> None:
+        self._begun.setdefault(sequence, time.monotonic())
+        self.reading.append(sequence)
 
     def _next_to_read(self) -> list[Sequence]:
         """Short prompts that are read together, or a long one of which a part is: prompts take turns."""

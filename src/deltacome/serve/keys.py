@@ -3,6 +3,7 @@
 import hmac
 import json
 from pathlib import Path
+from typing import Any
 
 from deltacome.errors import DeltacomeError
 
@@ -19,17 +20,18 @@ class Keys:
     def __init__(self, master: str | None, file: Path | None) -> None:
         self.master = master
         self.models: dict[str, frozenset[str]] = {}
-        if master == "":
-            raise DeltacomeError("the API key is empty; give a key, or leave the option out")
+        if master is not None and not _is_key(master):
+            raise DeltacomeError("the API key is empty or has other than printable ASCII characters; take another")
         if file is None:
             return
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DeltacomeError(f"cannot read the keys in {file}: {error}") from error
-        for key, models in content.items() if isinstance(content, dict) else ((None, None),):
-            if not key or not isinstance(models, list) or not all(isinstance(model, str) for model in models):
-                raise DeltacomeError(f'{file} must be a JSON object of {{"KEY": ["MODEL", ...]}}')
+        pairs = content.items() if isinstance(content, dict) else [(None, None)]
+        for key, models in pairs:
+            if not _is_key(key) or not isinstance(models, list) or not all(isinstance(name, str) for name in models):
+                raise DeltacomeError(f'{file} must be a JSON object of {{"KEY": ["MODEL", ...]}}, keys in ASCII')
             self.models[key] = frozenset(models)
         if not self.models:
             raise DeltacomeError(f"{file} holds no key; leave the option out to open the server to everybody")
@@ -49,6 +51,11 @@ class Keys:
         if self.master is not None and hmac.compare_digest(given, self.master.encode()):
             found = Allowed(None)
         return found
+
+
+def _is_key(key: Any) -> bool:
+    """Whether it can be sent in a header."""
+    return isinstance(key, str) and key != "" and key.isascii() and key.isprintable()
 
 
 class Allowed:

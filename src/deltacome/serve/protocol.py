@@ -64,6 +64,7 @@ class Asked(BaseModel):
     stream_options: StreamOptions | None = None
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None
+    ignore_eos: bool = Field(False, description="Not OpenAI's but vLLM's, for benchmarks: go on behind an end token.")
     user: Text | None = Field(None, description="Taken and not used.")
     metadata: dict[str, Any] | None = Field(None, description="Taken and not used.")
     store: bool | None = Field(None, description="Taken and not used.")

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from deltacome.checkpoint import Checkpoint
 from deltacome.data import Encoder
 from deltacome.errors import DeltacomeError
 from deltacome.runtime.conversation import load_language
+from deltacome.runtime.kernels.cpu import compute_alone
 from deltacome.runtime.tenant import Tenant
 from deltacome.serve.metrics import Metrics
 
@@ -86,6 +88,7 @@ class Registry:
         self.entries: dict[str, Entry] = {}
         self.in_memory: set[Loaded] = set()  # replaced ones that are still used included
         self.loading = asyncio.Lock()
+        self._reader = ThreadPoolExecutor(1, "reader", compute_alone)
         self.released = asyncio.Condition()
         self._refused: dict[Path, tuple[int, int]] = {}
 
@@ -235,7 +238,9 @@ class Registry:
     async def _fill(self, name: str, entry: Entry) -> Loaded:
         """Read an entry's delta from disk."""
         await self._make_room(name, int(1.1 * entry.size))  # a bound on what it takes in memory
-        return self._hold(name, entry, await asyncio.to_thread(self._read, name, entry.folder))
+        return self._hold(
+            name, entry, await asyncio.get_running_loop().run_in_executor(self._reader, self._read, name, entry.folder)
+        )
 
     def preload(self, name: str) -> None:
         """Load a delta before the server starts, if the memory limit has room for it.

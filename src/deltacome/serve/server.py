@@ -4,7 +4,8 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,36 @@ def build(
     Raises:
         DeltacomeError: if the base cannot be loaded, or a delta is broken in a way that shows at once.
     """
+    return on_a_thread(
+        lambda: _build(
+            base, deltas, name, folder, memory_limit, keys, limits, max_length, deadline, chat_template, device, dtype
+        )
+    )
+
+
+def on_a_thread(make: Callable[[], FastAPI]) -> FastAPI:
+    """What `make` returns, made on a thread that ends: the engine's must be the only one with OpenMP threads.
+
+    See `compute_alone`.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(make).result()
+
+
+def _build(
+    base: str | Path,
+    deltas: Mapping[str, str | Path],
+    name: str | None,
+    folder: Path | None,
+    memory_limit: int | None,
+    keys: Keys | None,
+    limits: Limits | None,
+    max_length: int | None,
+    deadline: float,
+    chat_template: str | None,
+    device: str | None,
+    dtype: torch.dtype | None,
+) -> FastAPI:
     checkpoint = Checkpoint(base)
     model = load(base, device=device, dtype=dtype)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)

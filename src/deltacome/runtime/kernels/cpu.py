@@ -7,7 +7,7 @@ wait for the same cores.
 import ctypes
 import sys
 import threading
-from functools import cache
+from functools import cache, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,19 @@ from deltacome.runtime.kernels.packed import Packed
 from deltacome.runtime.kernels.steps import (
     BLOCK,
     CHUNK,
+    COUNT,
+    DELTA_OF,
     FLAGS,
-    INPUT_STRIDE,
     INPUTS,
     INVERSE,
     OUTPUTS,
     ROW_COUNT,
     RUNS,
     RUNS_PER_THREAD,
+    SEGMENT,
     SEGMENTS,
-    SUM_STRIDE,
+    START,
     SUMS,
-    T_STRIDE,
     TASKS,
     TERM,
     M,
@@ -131,31 +132,25 @@ class _Few:
     def __init__(self, deltas: list[tuple[Packed, Tensor]]) -> None:
         self.deltas = [packed for packed, _ in deltas]  # the tables have their addresses
         tables = [_Table.of(packed) for packed in self.deltas]
-        self.rows = torch.cat([rows for _, rows in deltas])
-        counts = [rows.numel() for _, rows in deltas]
-        starts = [0, *accumulate(counts)]
-        self.segments = np.array(
-            [(table.address, start, count) for table, start, count in zip(tables, starts, counts, strict=False)],
-            dtype=np.int64,
-        )
+        self.rows, segments, counts = _layout(tuple(rows for _, rows in deltas))
+        self.count = self.rows.numel()
+        self.segments = segments.copy()
+        self.segments[:, DELTA_OF] = [table.address for table in tables]
         n = self.deltas[0].shape[1]
+        stride = -(-n // 64) * 64 + 64
+        t_stride = max([table.t_length for table in tables])
+        sum_stride = max([table.sum_length for table in tables])
         self.data = np.zeros(FLAGS, dtype=np.int64)
-        self.data[:INVERSE] = (
-            0, 0, n, 0, _address(self.segments), len(deltas), self.rows.data_ptr(), starts[-1],
-            0, -(-n // 64) * 64 + 64,
-            0, max(table.t_length for table in tables),
-            0, max(table.sum_length for table in tables),
-            0,
+        self.data[: TASKS + 4] = (
+            0, 0, n, 0, _address(self.segments), len(tables), self.rows.data_ptr(), self.count,
+            0, stride, 0, t_stride, 0, sum_stride, 0, 0, 0,
+            self.count,
+            sum([table.inner_tasks for table in tables]),
+            sum([table.outer_tasks for table in tables]),
+            sum([table.output_tasks * count for table, count in zip(tables, counts, strict=True)]),
         )  # fmt: skip
-        self.data[TASKS : TASKS + 4] = [
-            starts[-1],
-            sum(table.inner_tasks for table in tables),
-            sum(table.outer_tasks for table in tables),
-            sum(table.output_tasks * count for table, count in zip(tables, counts, strict=True)),
-        ]
-        self.n, self.input_floats = n, 2 * starts[-1] * int(self.data[INPUT_STRIDE])
-        self.t_floats = starts[-1] * int(self.data[T_STRIDE])
-        self.sum_floats = starts[-1] * int(self.data[SUM_STRIDE])
+        self.n, self.input_floats = n, 2 * self.count * stride
+        self.t_floats, self.sum_floats = self.count * t_stride, self.count * sum_stride
 
     def add(self, y: Tensor, x: Tensor) -> None:
         target = y if y.dtype == torch.float32 and y.is_contiguous() else torch.zeros(y.shape)
@@ -166,12 +161,21 @@ class _Few:
         data[:FLAGS] = self.data
         data[X], data[Y], data[M] = x.data_ptr(), target.data_ptr(), outputs
         data[INPUTS] = _scratch(self.n, self.input_floats).data_ptr()
-        start = _scratch(0, self.t_floats + self.sum_floats + int(self.data[ROW_COUNT]) * outputs).data_ptr()
+        start = _scratch(0, self.t_floats + self.sum_floats + self.count * outputs).data_ptr()
         data[T], data[SUMS] = start, start + 4 * self.t_floats
         data[OUTPUTS] = start + 4 * (self.t_floats + self.sum_floats)
         _on_threads(add_worker(), data)
         if target is not y:
             y += target.to(y.dtype)
+
+
+@lru_cache(maxsize=64)
+def _layout(rows: tuple[Tensor, ...]) -> tuple[Tensor, np.ndarray, list[int]]:
+    """What the matrices of a batch have in common: all rows, the segments without their deltas, and rows of each."""
+    counts = [own.numel() for own in rows]
+    segments = np.zeros((len(rows), SEGMENT), dtype=np.int64)
+    segments[:, START], segments[:, COUNT] = [0, *accumulate(counts[:-1])], counts
+    return torch.cat(rows), segments, counts
 
 
 def _address(array: np.ndarray) -> int:
@@ -251,6 +255,18 @@ def _openmp() -> Any:
         except (OSError, AttributeError):
             continue
     return None
+
+
+def compute_alone() -> None:
+    """Let the calling thread compute on itself alone from now on.
+
+    With more OpenMP threads in a process than cores, all of them wait asleep for each other instead of awake, and every
+    step of the one thread that serves takes half as long again, or twice as long.
+    """
+    torch.get_num_threads()  # PyTorch sets the thread's number when it first looks
+    library = _openmp()
+    if library is not None:
+        library.omp_set_num_threads(1)
 
 
 def _table_for_threads() -> np.ndarray:

@@ -1,0 +1,263 @@
+"""`deltacome benchmark serve`: a load over many tenants, on deltas in one batch and on merged models swapped."""
+
+import asyncio
+import json
+import multiprocessing
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from fastapi import FastAPI
+
+from deltacome.benchmark.load import Answered, Planned, drive, plan
+from deltacome.data import read_examples
+from deltacome.errors import DeltacomeError
+from deltacome.files import new_folder
+from deltacome.merging import merge
+from deltacome.progress import bar
+from deltacome.summary import import_pyplot
+
+COLUMNS = {
+    "system": "system",
+    "rate": "requests a second, offered",
+    "requests_per_second": "answered",
+    "tokens_per_second": "tokens a second",
+    "failed": "failed",
+    "first_median": "first token, s, median",
+    "first_p95": "p95",
+    "first_p99": "p99",
+    "token_median": "per token, ms, median",
+    "token_p95": "p95 ",
+    "token_p99": "p99 ",
+    "swaps": "models loaded",
+    "gigabytes": "GB of memory, at most",
+    "same": "same answers",
+}
+DELTAS, DISK = "deltas in one batch", "merged models, swapped from disk"
+CACHE = "merged models, swapped from the page cache"  # more memory than counted: the files of all of them
+Row = dict[str, Any]
+Prompts = dict[str, list[tuple[dict[str, str], ...]]]
+
+
+def benchmark_serve(
+    base: str,
+    deltas: Mapping[str, str],
+    data: Mapping[str, Path],
+    output: Path,
+    *,
+    rates: list[float],
+    requests: int,
+    new_tokens: int,
+    ignore_eos: bool,
+    skew: float,
+    patience: float,
+    chat_template: str | None,
+    seed: int = 0,
+) -> list[Row]:
+    """Drive both servers with the same requests at each rate; write `serve.json`, `serve.md` and `serve.png`.
+
+    data: prompts of each delta, or under the name "" of all of them. patience: of the swapping server.
+
+    Raises:
+        DeltacomeError: if a file or checkpoint is broken, or the output exists.
+    """
+    import_pyplot()
+    prompts: Prompts = {}
+    for name in deltas:
+        if name not in data and "" not in data:
+            raise DeltacomeError(f"there are no prompts for {name}; give --data {name}=FILE.jsonl, or one for all")
+        examples = read_examples(data.get(name, data.get("", Path())))
+        prompts[name] = [example.messages for example in examples if example.messages]
+        if not prompts[name]:
+            raise DeltacomeError(f"the data for {name} holds no prompts, only text")
+    plans = {rate: plan(prompts, requests, rate, skew, seed) for rate in rates}
+    folders = {name: Path(folder).resolve() for name, folder in deltas.items()}
+    with new_folder(output) as folder, TemporaryDirectory(dir=folder) as temporary:
+        merged = {name: Path(temporary) / name for name in deltas}
+        with bar("benchmark", len(deltas) + 3 * len(rates)) as advance:
+            for name, place in merged.items():
+                merge(base, folders[name], place, torch.float32)  # the dtype that it is computed in: no conversion
+                advance(1)
+            ways: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {
+                DELTAS: (_serve_deltas, (base, folders, chat_template)),
+                DISK: (_serve_merged, (base, folders, merged, patience, True, chat_template)),
+                CACHE: (_serve_merged, (base, folders, merged, patience, False, chat_template)),
+            }
+            rows, answers = [], {}
+            for system, (run, arguments) in ways.items():
+                for rate, planned in plans.items():
+                    answers[system, rate], more = _measure(run, arguments, planned, new_tokens, ignore_eos)
+                    rows.append({"system": system, "rate": rate, **_figures(answers[system, rate]), **more})
+                    advance(1)
+        for row in rows:
+            pairs = zip(answers[DELTAS, row["rate"]], answers[row["system"], row["rate"]], strict=True)
+            row["same"] = sum(one.text == other.text for one, other in pairs)
+        results = {
+            "tenants": len(deltas),
+            "requests": requests,
+            "new_tokens": new_tokens,
+            "ignore_eos": ignore_eos,
+            "skew": skew,
+            "patience": patience,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "rows": rows,
+        }
+        (folder / "serve.json").write_text(json.dumps(results, indent=1))
+        lines = [list(COLUMNS.values()), ["---"] * len(COLUMNS), *table(rows)]
+        (folder / "serve.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+        _plot(answers, folder / "serve.png")
+    return rows
+
+
+def table(rows: list[Row]) -> list[list[str]]:
+    """The rows as text, without a heading."""
+    return [["" if row[key] is None else f"{row[key]}" for key in COLUMNS] for row in rows]
+
+
+def _serve_deltas(port: int, base: str, deltas: Mapping[str, Path], chat_template: str | None) -> None:
+    from deltacome.serve.server import build, run
+
+    run(build(base, deltas, chat_template=chat_template, deadline=3600.0), "127.0.0.1", port)
+
+
+def _serve_merged(
+    port: int,
+    base: str,
+    deltas: Mapping[str, Path],
+    merged: Mapping[str, Path],
+    patience: float,
+    from_disk: bool,
+    chat_template: str | None,
+) -> None:
+    from deltacome.benchmark.swapping import build_swapping
+    from deltacome.serve.server import on_a_thread, run
+
+    def make() -> FastAPI:
+        return build_swapping(base, deltas, merged, patience=patience, from_disk=from_disk, chat_template=chat_template)
+
+    run(on_a_thread(make), "127.0.0.1", port)
+
+
+def _measure(
+    run: Callable[..., None], arguments: tuple[Any, ...], planned: list[Planned], new_tokens: int, ignore_eos: bool
+) -> tuple[list[Answered], Row]:
+    """The answers of a server of its own, and what it took."""
+    models = {request.model: request for request in planned}
+    warm = [Planned(0.0, name, request.messages) for name, request in models.items()]
+    with _server(run, arguments) as (port, process):
+        asyncio.run(drive("127.0.0.1", port, warm, 2, ignore_eos))  # everything is loaded and compiled
+        before = _loads(port)
+        with _memory(process) as most:
+            found = asyncio.run(drive("127.0.0.1", port, planned, new_tokens, ignore_eos))
+        return found, {"swaps": _loads(port) - before, "gigabytes": round(most[0] / 1e9, 2)}
+
+
+@contextmanager
+def _server(run: Callable[..., None], arguments: tuple[Any, ...]) -> Iterator[tuple[int, psutil.Process]]:
+    """A server in a process of its own, when it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = multiprocessing.get_context("spawn").Process(target=run, args=(port, *arguments), daemon=True)
+    process.start()
+    try:
+        while not _is_up(port):
+            if not process.is_alive():
+                raise DeltacomeError("the server did not start; what it said is above")
+            time.sleep(0.1)
+        yield port, psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _is_up(port: int) -> bool:
+    try:
+        return _get(port, "/health").endswith('{"status":"ok"}')
+    except OSError:
+        return False
+
+
+def _get(port: int, path: str) -> str:
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+    return answer.decode()
+
+
+def _loads(port: int) -> int:
+    """Deltas or models that the server has loaded so far."""
+    lines = _get(port, "/metrics").splitlines()
+    return round(sum(float(line.split()[-1]) for line in lines if line.startswith("deltacome_delta_loads_total")))
+
+
+@contextmanager
+def _memory(process: psutil.Process) -> Iterator[list[int]]:
+    """The most bytes that a process has resident while the block runs."""
+    most, stop = [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.1):
+            most[0] = max(most[0], process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield most
+    finally:
+        stop.set()
+        watcher.join()
+
+
+def _figures(answers: list[Answered]) -> Row:
+    """Throughput, from the first request to the last answer, and latencies."""
+    done = [answer for answer in answers if answer.failed is None]
+    if not done:
+        raise DeltacomeError(f"no request was answered; the first: {answers[0].failed}")
+    seconds = max(answer.ended for answer in answers)
+    first = [answer.first for answer in done if answer.first is not None]
+    each = [1000 * answer.per_token for answer in done if answer.per_token is not None]
+    row: Row = {
+        "requests_per_second": round(len(done) / seconds, 2),
+        "tokens_per_second": round(sum(answer.tokens for answer in done) / seconds, 1),
+        "failed": len(answers) - len(done),
+    }
+    for name, values, digits in (("first", first, 2), ("token", each, 0)):
+        for label, percent in (("median", 50), ("p95", 95), ("p99", 99)):
+            row[f"{name}_{label}"] = round(float(np.percentile(values, percent)), digits)
+    return row
+
+
+def _plot(answers: dict[tuple[str, float], list[Answered]], path: Path) -> None:
+    """The share of requests that have their first token, and their whole answer, after so many seconds."""
+    pyplot = import_pyplot()
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
+    rates = sorted({rate for _, rate in answers})
+    for (system, rate), own in answers.items():
+        done = [answer for answer in own if answer.failed is None]
+        style = {
+            "linestyle": ("-", "--", ":", "-.")[rates.index(rate) % 4],
+            "color": f"C{(DELTAS, DISK, CACHE).index(system)}",
+        }
+        for place, values in enumerate(([answer.first or 0.0 for answer in done], [answer.last for answer in done])):
+            share = np.arange(1, len(done) + 1) / len(own)
+            axes[place].step(sorted(values), share, where="post", label=f"{system}, {rate:g}/s", **style)
+    for axis, label in zip(axes, ("to the first token", "to the whole answer"), strict=True):
+        axis.set(xscale="log", xlabel=f"seconds {label}", ylim=(0, 1.02))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("share of requests")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,123 @@
+"""What `benchmark serve` compares with: merged models on the same server, one in memory at a time."""
+
+import gc
+import os
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastapi import FastAPI
+
+from deltacome.artifact import Artifact
+from deltacome.checkpoint import Checkpoint
+from deltacome.runtime.model import share
+from deltacome.runtime.tenant import Tenant
+from deltacome.serve.app import create_app
+from deltacome.serve.attention import share_keys
+from deltacome.serve.engine import Engine, Limits, Sequence
+from deltacome.serve.keys import Keys
+from deltacome.serve.metrics import Metrics
+from deltacome.serve.registry import Loaded, Registry
+
+
+class SwappingEngine(Engine):
+    """The engine with one model in memory at a time.
+
+    It takes every sequence of that model that waits or comes, until the oldest of the others has waited for `patience`
+    seconds; then it finishes what runs and loads the oldest's model. from_disk: the operating system keeps no copy of
+    a checkpoint in memory that the server does not count.
+    """
+
+    def __init__(
+        self, model: Any, merged: Mapping[str, Path], metrics: Metrics, patience: float, from_disk: bool
+    ) -> None:
+        super().__init__(model, Limits())
+        self.merged, self.metrics, self.patience, self.from_disk = merged, metrics, patience, from_disk
+        self.current: str | None = None
+        self.came: dict[Sequence, float] = {}
+
+    def submit(self, sequences: list[Sequence]) -> None:
+        self.came.update(dict.fromkeys(sequences, time.monotonic()))
+        super().submit(sequences)
+
+    def _admit(self) -> None:
+        with self.lock:
+            others = [sequence for sequence in self.waiting if _name(sequence) != self.current]
+            has_own = len(others) < len(self.waiting)
+        is_late = bool(others) and time.monotonic() - self.came[others[0]] > self.patience
+        if others and not self.running and not self.reading and (is_late or not has_own):
+            self._swap(_name(others[0]))
+            is_late = False
+        with self.lock:
+            kept: deque[Sequence] = deque()
+            for sequence in self.waiting:
+                if _name(sequence) == self.current and not is_late and self._has_room(sequence):
+                    self._take(sequence)
+                    del self.came[sequence]
+                else:
+                    kept.append(sequence)
+            self.waiting = kept
+
+    def _swap(self, name: str | None) -> None:
+        from transformers import AutoModelForCausalLM
+
+        assert name is not None
+        self.model = None
+        gc.collect()
+        if self.from_disk and self.current is not None:
+            _forget_pages(self.merged[self.current])
+        self.model = AutoModelForCausalLM.from_pretrained(self.merged[name], dtype=torch.float32).eval()
+        share(self.model, None)
+        share_keys(self.model)
+        self.current = name
+        self.metrics.loads.labels(name).inc()
+
+
+def _forget_pages(folder: Path) -> None:
+    """Let the operating system drop the files of a checkpoint from its cache."""
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # what is not on disk yet stays
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _name(sequence: Sequence) -> str | None:
+    return None if sequence.tenant is None else sequence.tenant.name
+
+
+class _Names(Registry):
+    """The deltas as names alone, with their tokenizers; the weights are the merged models'."""
+
+    def _read(self, name: str, folder: Path) -> Loaded:
+        return self._loaded(Tenant(name, Artifact(folder), {}))
+
+
+def build_swapping(
+    base: str,
+    deltas: Mapping[str, Path],
+    merged: Mapping[str, Path],
+    *,
+    patience: float,
+    from_disk: bool,
+    chat_template: str | None,
+) -> FastAPI:
+    """The server's application over merged checkpoints."""
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = Checkpoint(base)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+    share(model, checkpoint)
+    metrics = Metrics()
+    registry = _Names(model, checkpoint, checkpoint.name, metrics, chat_template=chat_template)
+    for name, folder in deltas.items():
+        registry.add(name, folder)
+        registry.preload(name)
+    if from_disk:
+        for folder in merged.values():
+            _forget_pages(folder)
+    longest = model.config.get_text_config().max_position_embeddings
+    engine = SwappingEngine(model, merged, metrics, patience, from_disk)
+    return create_app(engine, registry, metrics, Keys(None, None), max_length=longest, deadline=3600.0)

@@ -42,7 +42,7 @@ class Answers:
         deadline: float,
     ) -> None:
         self.engine, self.registry, self.metrics = engine, registry, metrics
-        self.name, self.loaded, self.tokenizer = name, loaded, loaded.tokenizer
+        self.name, self.loaded, self.tokenizer = name, loaded, loaded.language.tokenizer
         self.prompt_tokens = sum(map(len, prompts))
         self.generated = 0
         self.status = "ok"
@@ -61,7 +61,7 @@ class Answers:
                 max_tokens[index // choices],
                 ends,
                 sampling,
-                TextStream(loaded.tokenizer, stop),
+                TextStream(loaded.language.tokenizer, stop),
                 lambda event, index=index: self._from_engine(index, event),  # type: ignore[misc]
                 deadline,
                 index,

@@ -177,7 +177,7 @@ def create_app(
                     top,
                 ),
                 stop=asked.stops,
-                ends=set() if asked.ignore_eos else loaded.ends,
+                ends=set() if asked.ignore_eos else loaded.language.ends,
                 started=started,
                 deadline=started + deadline,
             )  # fmt: skip
@@ -216,7 +216,7 @@ def create_app(
     async def chat(request: Request, asked: ChatRequest, key: Key) -> Response:
         def encode(loaded: Loaded) -> list[list[int]]:
             try:
-                return [loaded.encoder.prompt(tuple(message.plain for message in asked.messages))]
+                return [loaded.language.encoder.prompt(tuple(message.plain for message in asked.messages))]
             except DeltacomeError as error:
                 raise ApiError(400, str(error), param="messages") from error
 
@@ -264,7 +264,7 @@ def _completion_prompts(prompt: Any, loaded: Loaded) -> list[list[int]]:
         prompt = [prompt]
     elif isinstance(prompt[0], int):
         return [prompt]
-    return [loaded.tokenizer(one).input_ids if isinstance(one, str) else one for one in prompt]
+    return [loaded.language.tokenizer(one).input_ids if isinstance(one, str) else one for one in prompt]
 
 
 def _check(prompts: list[list[int]], max_tokens: int | None, max_length: int, vocabulary: int) -> None:

@@ -28,7 +28,7 @@ class Keys:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DeltacomeError(f"cannot read the keys in {file}: {error}") from error
-        pairs = content.items() if isinstance(content, dict) else [(None, None)]
+        pairs: Any = content.items() if isinstance(content, dict) else [(None, None)]
         for key, models in pairs:
             if not _is_key(key) or not isinstance(models, list) or not all(isinstance(name, str) for name in models):
                 raise DeltacomeError(f'{file} must be a JSON object of {{"KEY": ["MODEL", ...]}}, keys in ASCII')

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from deltacome.artifact import MANIFEST, Artifact
 from deltacome.checkpoint import Checkpoint
@@ -31,15 +32,23 @@ class NoRoomError(DeltacomeError):
 
 
 @dataclass(eq=False)
-class Loaded:
-    """A model in memory. tenant: None for the base. ends: tokens that end an answer. vocabulary: tokens that it knows.
-    uses: requests that it is being used by.
+class Language:
+    """What turns text into tokens and back: it takes more memory than many a delta, so models share it where they can.
+
+    ends: tokens that end an answer.
     """
 
-    tenant: Tenant | None
     tokenizer: Any
     encoder: Encoder
     ends: set[int]
+
+
+@dataclass(eq=False)
+class Loaded:
+    """A model in memory. tenant: None for the base. vocabulary: tokens that it knows. uses: requests that use it."""
+
+    tenant: Tenant | None
+    language: Language
     vocabulary: int
     uses: int = 0
     last_used: float = 0.0
@@ -84,6 +93,7 @@ class Registry:
         if self.folder is not None and not self.folder.is_dir():
             raise DeltacomeError(f"there is no folder {folder}")
         self.memory_limit, self.chat_template = memory_limit, chat_template
+        self._languages: WeakValueDictionary[frozenset[tuple[str, str]], Language] = WeakValueDictionary()
         self.base, self.created = self._loaded(None), int(time.time())
         self.entries: dict[str, Entry] = {}
         self.in_memory: set[Loaded] = set()  # replaced ones that are still used included
@@ -267,8 +277,25 @@ class Registry:
         return self._loaded(self.model._tenants.read(name, folder))
 
     def _loaded(self, tenant: Tenant | None) -> Loaded:
-        tokenizer, ends = load_language(self.base_checkpoint, tenant)
-        return Loaded(tenant, tokenizer, Encoder(tokenizer, self.chat_template), ends, self._vocabulary(tenant))
+        files = self._language_files(tenant)
+        language = self._languages.get(files)
+        if language is None:
+            tokenizer, ends = load_language(self.base_checkpoint, tenant)
+            language = Language(tokenizer, Encoder(tokenizer, self.chat_template), ends)
+            self._languages[files] = language
+        return Loaded(tenant, language, self._vocabulary(tenant))
+
+    def _language_files(self, tenant: Tenant | None) -> frozenset[tuple[str, str]]:
+        """Names and digests of the files that a model's tokenizer and template come from."""
+        if tenant is None or tenant.artifact is None:
+            base = self.base_checkpoint
+            files = {path.name: str(base.sidecar_digest(path.name)) for path in base.sidecars()}
+        else:
+            files = {**tenant.artifact.base_files, **tenant.artifact.files}
+        others = {"config.json", "README.md"}
+        return frozenset(
+            (name, digest) for name, digest in files.items() if name not in others and not name.endswith(".safetensors")
+        )
 
     def _vocabulary(self, tenant: Tenant | None) -> int:
         """Tokens that a model knows."""

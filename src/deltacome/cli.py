@@ -284,8 +284,12 @@ def _folders(deltas: list[str]) -> dict[str, str]:
     return folders
 
 
-@app.command(epilog="Example: deltacome serve base/ --delta math=math-delta/ --delta intent=intent-delta/")
+@app.command(
+    epilog="Example: deltacome serve base/ --delta math=math-delta/ --delta intent=intent-delta/",
+    context_settings={"allow_extra_args": True},
+)
 def serve(
+    context: typer.Context,
     base: Base,
     delta: Annotated[
         list[str] | None, typer.Option(metavar="[NAME=]DELTA", help="A compressed delta to serve; may be repeated.")
@@ -319,17 +323,40 @@ def serve(
     chat_template: Template = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda where there is one]")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="To compute in. [default: float32 on the CPU]")] = None,
+    engine: Annotated[
+        Literal["embedded", "vllm"], typer.Option(help="vllm: vLLM's own server; arguments behind -- are for it.")
+    ] = "embedded",
 ) -> None:
     """Serve a base and any number of its deltas through OpenAI's API, all of them in one running batch."""
     from deltacome.merging import DTYPES
     from deltacome.serve.engine import Limits
     from deltacome.serve.keys import Keys
     from deltacome.serve.server import build, run
+    from deltacome.vllm import command
 
     _quiet()
+    folders = _folders(delta or [])
+    if engine == "vllm":
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+        for option in ("memory_limit", "api_keys", "max_queue", "cache_tokens", "deadline", "device"):
+            if option in given:
+                raise DeltacomeError(f"--{option.replace('_', '-')} is not for vLLM; leave it out")
+        options = {
+            "host": host,
+            "port": port,
+            "served-model-name": name,
+            "max-num-seqs": max_batch if "max_batch" in given else None,
+            "max-model-len": max_length,
+            "chat-template": chat_template,
+            "dtype": dtype,
+        }
+        command.run(base, folders, folder=delta_dir, options=options, api_key=api_key, more=context.args)
+    if context.args:
+        raise DeltacomeError(f"{context.args[0]} is no option; arguments behind -- are for --engine vllm")
     application = build(
         base,
-        _folders(delta or []),
+        folders,
         name=name,
         folder=delta_dir,
         memory_limit=_bytes(memory_limit) if memory_limit else None,

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,6 +44,7 @@ COLUMNS = {
 }
 DELTAS, DISK = "deltas in one batch", "merged models, swapped from disk"
 CACHE = "merged models, swapped from the page cache"  # more memory than counted: the files of all of them
+SYSTEMS = (DELTAS, DISK, CACHE)
 Row = dict[str, Any]
 Prompts = dict[str, list[tuple[dict[str, str], ...]]]
 
@@ -110,6 +112,11 @@ def benchmark_serve(
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "rows": rows,
+            "answers": [
+                {"system": system, "rate": rate, **asdict(answer)}
+                for (system, rate), own in answers.items()
+                for answer in own
+            ],
         }
         (folder / "serve.json").write_text(json.dumps(results, indent=1))
         lines = [list(COLUMNS.values()), ["---"] * len(COLUMNS), *table(rows)]
@@ -248,7 +255,7 @@ def _plot(answers: dict[tuple[str, float], list[Answered]], path: Path) -> None:
         done = [answer for answer in own if answer.failed is None]
         style = {
             "linestyle": ("-", "--", ":", "-.")[rates.index(rate) % 4],
-            "color": f"C{(DELTAS, DISK, CACHE).index(system)}",
+            "color": f"C{SYSTEMS.index(system)}",
         }
         for place, values in enumerate(([answer.first or 0.0 for answer in done], [answer.last for answer in done])):
             share = np.arange(1, len(done) + 1) / len(own)
@@ -258,6 +265,7 @@ def _plot(answers: dict[tuple[str, float], list[Answered]], path: Path) -> None:
         axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("share of requests")
-    axes[0].legend(fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(SYSTEMS), fontsize=8)  # hides no data
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -16,7 +16,7 @@ from deltacome.merging import open_checked
 from deltacome.runtime.batch import Batch, running
 from deltacome.runtime.kernels import kernels_for
 from deltacome.runtime.modules import install
-from deltacome.runtime.tenant import Tenant, load_tenant
+from deltacome.runtime.tenant import Tenant, check_config, load_tenant
 
 Names = Sequence[str | Tenant | None]
 KEPT_BATCHES = 8  # combinations of tenants whose preparations are kept for the next call
@@ -84,6 +84,7 @@ class Tenants:
         """
         assert self.checkpoint is not None
         artifact = open_checked(self.checkpoint, folder)
+        check_config(artifact, self.checkpoint)
         try:
             tenant = load_tenant(name, artifact, self.model, self.model.device)
         except (MemoryError, RuntimeError) as error:

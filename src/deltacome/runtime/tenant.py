@@ -1,6 +1,7 @@
 """A compressed delta in memory: what it changes in each module of the base model."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +11,25 @@ from transformers.pytorch_utils import Conv1D
 
 from deltacome.artifact import Artifact, Entry
 from deltacome.bits import unpack
-from deltacome.checkpoint import OUTPUT_EMBEDDINGS
+from deltacome.checkpoint import OUTPUT_EMBEDDINGS, Checkpoint
 from deltacome.errors import DeltacomeError
 from deltacome.runtime.kernels.packed import Packed, pack_terms, transposed
 from deltacome.terms import Dense, Factored, Term
+
+# Settings of a model that change nothing in what it computes for a token, or are dealt with by what a delta holds.
+WITHOUT_EFFECT = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "initializer_range",
+    "max_position_embeddings",
+    "pretraining_tp",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "vocab_size",
+}
 
 
 @dataclass
@@ -92,12 +108,54 @@ def _change_weight(change: Change, module: nn.Module, entry: Entry, terms: list[
     if rest:
         change.packed = pack_terms(rest, (shape[0], shape[1]), device)
     if isinstance(module, nn.Embedding) and rest:
-        factored = [term for term in rest if isinstance(term, Factored)]
-        if any("u" in term.rotated for term in factored):
-            raise DeltacomeError(f"the rows of {entry.name} are rotated, so that tokens cannot be looked up; merge it")
-        if factored:
-            scaled = [term.right_vectors() * term.scale.float()[:, None] for term in factored]
-            change.vectors = torch.cat(scaled).to(device)
+        vectors = embedding_vectors(entry.name, rest)
+        change.vectors = None if vectors is None else vectors.to(device)
+
+
+def embedding_vectors(name: str, terms: Sequence[Term]) -> Tensor | None:
+    """`Change.vectors` of the factored terms of an embedding of that name, None if there are none.
+
+    Raises:
+        DeltacomeError: if rows of it cannot be looked up.
+    """
+    factored = [term for term in terms if isinstance(term, Factored)]
+    if any("u" in term.rotated for term in factored):
+        raise DeltacomeError(f"the rows of {name} are rotated, so that tokens cannot be looked up; merge it")
+    if not factored:
+        return None
+    return torch.cat([term.right_vectors() * term.scale.float()[:, None] for term in factored])
+
+
+def check_config(artifact: Artifact, base: Checkpoint) -> None:
+    """Compare how the fine-tuned model computes with how its base does, which computes for it.
+
+    Raises:
+        DeltacomeError: naming the first setting that differs.
+    """
+    if "config.json" not in artifact.files:
+        return
+    from transformers import AutoConfig
+
+    try:
+        ours, theirs = (AutoConfig.from_pretrained(folder).to_dict() for folder in (base.folder, artifact.folder))
+    except (OSError, ValueError, KeyError):  # a model that transformers does not know
+        ours, theirs = base.config, json.loads((artifact.folder / "config.json").read_text())
+    difference = next(_differences(ours, theirs), None)
+    if difference is not None:
+        name, values = difference
+        raise DeltacomeError(
+            f"{artifact.folder} cannot be served on {base.source}: {name} is {values[1]} in the fine-tuned model and "
+            f"{values[0]} in the base, which computes for both; merge it instead"
+        )
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    for key in sorted(ours.keys() & theirs.keys()):
+        one, other = ours[key], theirs[key]
+        if isinstance(one, dict) and isinstance(other, dict):
+            yield from _differences(one, other)
+        elif one != other and not (key in WITHOUT_EFFECT or "dropout" in key or key.endswith("_token_id")):
+            yield key, (one, other)
 
 
 def _tie(artifact: Artifact, model: Any, modules: dict[str, nn.Module], changes: dict[str, Change]) -> None:

@@ -233,7 +233,7 @@ def columns(packed: Packed, places: Tensor) -> Tensor:
     table = _Table.of(packed)
     if not table.fast:
         return reference.columns(packed, places)
-    places = places.contiguous()
+    places = places.to(torch.int64).contiguous()
     found = torch.empty(packed.rank, len(places))
     data = _table_for_threads()
     data[[X, Y, N, M]] = places.data_ptr(), found.data_ptr(), len(places), packed.factored_rows

@@ -39,6 +39,10 @@ class Tiled:
                 words.as_strided(shape, (rows * TILE, shape[2], 1), first * rows).copy_(part)
         return cls(words, rows, columns)
 
+    def to(self, device: torch.device) -> "Tiled":
+        """A copy on a device, or itself if it is there."""
+        return replace(self, words=self.words.to(device))
+
     def matrix(self) -> Tensor:
         """The matrix again."""
         whole = self.columns // TILE * TILE
@@ -74,6 +78,11 @@ class PackedTerm:
     bits: int
     scale: Tensor
     planes: tuple[Plane, ...]
+
+    def to(self, device: torch.device) -> "PackedTerm":
+        """A copy on a device."""
+        planes = tuple(replace(plane, u=plane.u.to(device), v=plane.v.to(device)) for plane in self.planes)
+        return replace(self, scale=self.scale.to(device), planes=planes)
 
     @property
     def rank(self) -> int:
@@ -111,6 +120,25 @@ class Packed:
     @property
     def rank(self) -> int:
         return sum(term.rank for term in self.terms)
+
+    def to(self, device: torch.device) -> "Packed":
+        """A copy on a device, or itself if it is there."""
+        if self.device == device:
+            return self
+        rows, scale = (None if tensor is None else tensor.to(device) for tensor in (self.rows, self.sign_scale))
+        return Packed(
+            self.shape,
+            tuple(term.to(device) for term in self.terms),
+            self.rotated,
+            rows,
+            None if self.signs is None else self.signs.to(device),
+            scale,
+            tuple(_to(term, device) for term in self.grouped),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors()[0].device
 
     def tensors(self) -> list[Tensor]:
         """Everything that it keeps in memory."""

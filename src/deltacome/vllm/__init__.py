@@ -1,0 +1,45 @@
+"""The plugin for stock vLLM: compressed deltas are adapters. vLLM imports it by the entry point of its plugins."""
+
+from pathlib import Path
+from typing import Any
+
+_kept: list[Any] = []  # what must live as long as the process
+
+
+def register() -> None:
+    """Put deltacome's layers and managers into vLLM; called by vLLM in each of its processes.
+
+    A vLLM of another version is left as it is, with a line in its log.
+    """
+    import vllm
+    from vllm.logger import init_logger
+
+    from deltacome import __version__
+
+    if _kept:
+        return
+    supported = "0.32"
+    if not vllm.__version__.startswith(f"{supported}."):
+        init_logger("vllm.deltacome").error(
+            "deltacome %s serves compressed deltas in vLLM %s.x, and this is %s: they cannot be loaded here; "
+            "install vLLM %s.x or a deltacome for this one",
+            __version__,
+            supported,
+            vllm.__version__,
+            supported,
+        )
+        return
+    from deltacome.vllm import internals
+    from deltacome.vllm.layers import Embedding, Logits, define_operator, linear_class
+    from deltacome.vllm.manager import WorkerManager
+    from deltacome.vllm.resolver import DeltaResolver
+
+    _kept.append(define_operator())
+    layers: dict[type, type] = {old: linear_class(old) for old in internals.LINEAR}
+    layers[internals.VocabParallelEmbeddingWithLoRA] = Embedding
+    internals.replace_classes(layers, Logits, WorkerManager)
+    internals.patch_prompt_logprobs()
+    internals.tolerate_llvmlite()
+    folder = internals.delta_folder()
+    if folder is not None:
+        internals.LoRAResolverRegistry.register_resolver("deltacome", DeltaResolver(Path(folder)))

@@ -1,0 +1,108 @@
+"""What an adapter changes in a layer of vLLM's, and the share of it that one of several GPUs computes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from deltacome.errors import DeltacomeError
+from deltacome.runtime.kernels.packed import Packed
+from deltacome.terms import Factored, Groups, Sign, Term
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is added to a matrix, or to one of several whose outputs a layer computes in one go.
+
+    packed: a delta's factored and sign terms. vectors: as in `runtime.tenant.Change`, of an input embedding.
+    matrices: a chain that the input goes through: LoRA's two factors (rank, n) and (m, rank), or one dense (m, n); of
+    an input embedding (vocabulary, rank) and (n, rank), or (vocabulary, n). bias: what is added to the outputs, (m,).
+    """
+
+    packed: Packed | None = None
+    vectors: Tensor | None = None
+    matrices: tuple[Tensor, ...] = ()
+    bias: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that it keeps in memory."""
+        found = [*self.matrices, *(tensor for tensor in (self.vectors, self.bias) if tensor is not None)]
+        return found + (self.packed.tensors() if self.packed is not None else [])
+
+    def to(self, device: torch.device) -> "Part":
+        """A copy on a device, or itself if it is there."""
+        vectors, bias = (None if tensor is None else tensor.to(device) for tensor in (self.vectors, self.bias))
+        packed = None if self.packed is None else self.packed.to(device)
+        return Part(packed, vectors, tuple(matrix.to(device) for matrix in self.matrices), bias)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What turns the outputs of the base's norm into those of the fine-tuned one: `y * ratio + shift`, (n,) each."""
+
+    ratio: Tensor
+    shift: Tensor | None
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that it keeps in memory."""
+        return [self.ratio] + ([] if self.shift is None else [self.shift])
+
+    def to(self, device: torch.device) -> "Gain":
+        """A copy on a device, or itself if it is there."""
+        return Gain(self.ratio.to(device), None if self.shift is None else self.shift.to(device))
+
+
+def gain(name: str, base: Sequence[Tensor], finetuned: Sequence[Tensor], offset: float) -> Gain:
+    """The change of a norm from its gains and, where it has them, biases.
+
+    For y = g x + β, with g₀ and β₀ the base's and r = g / g₀, it is y = r y₀ + (β − r β₀) (section 2 of the design).
+    offset: of the gain from its weight, 1 for Gemma.
+
+    Raises:
+        DeltacomeError: if the base's gain is zero where the fine-tuned one is not.
+    """
+    weights = [weights[0].double() + offset for weights in (base, finetuned)]
+    ratio = weights[1] / weights[0]
+    ratio[weights[0] == weights[1]] = 1.0
+    if not ratio.isfinite().all():
+        raise DeltacomeError(f"{name} is zero in the base and not in the fine-tuned model; merge the delta instead")
+    shift = None
+    if len(base) == 2:
+        shift = (finetuned[1].double() - ratio * base[1].double()).float()
+    return Gain(ratio.float(), shift)
+
+
+def share(terms: Sequence[Term], rank: int, size: int) -> list[Term]:
+    """The terms that the GPU of that rank computes: of each factored term a slice of its components.
+
+    The sum over all GPUs is the whole delta, for every matrix and whatever slice of its inputs or outputs a GPU has.
+    Slices of the vectors would not do: rotation mixes their entries.
+
+    Raises:
+        DeltacomeError: if there are sign terms, which have no components.
+    """
+    if size == 1:
+        return list(terms)
+    if any(isinstance(term, Sign) for term in terms):
+        raise DeltacomeError("a BitDelta cannot be split among several GPUs; serve it on one, or merge it instead")
+    factored = [term for term in terms if isinstance(term, Factored)]
+    found = []
+    for term in factored:
+        count = len(term.scale)
+        first, last = rank * count // size, (rank + 1) * count // size
+        if first < last:
+            found.append(_cut(term, first, last))
+    if factored and not found:  # all take part in the sum
+        nothing = _cut(factored[0], 0, 1)
+        found.append(replace(nothing, scale=torch.zeros_like(nothing.scale)))
+    return [*found, *(term for term in terms if not isinstance(term, Factored))]
+
+
+def _cut(term: Factored, first: int, last: int) -> Factored:
+    """The components from `first` to before `last`."""
+    own, groups = slice(first, last), term.groups
+    if groups is not None:
+        fields = (groups.u_scale, groups.u_zero, groups.v_scale, groups.v_zero)
+        groups = Groups(groups.size, *(tensor[own] for tensor in fields))
+    return replace(term, u=term.u[own], v=term.v[own], scale=term.scale[own], groups=groups)

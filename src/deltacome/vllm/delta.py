@@ -1,0 +1,138 @@
+"""A delta as vLLM's modules have it: read from its artifact, by the modules and the slices of their outputs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltacome.artifact import Artifact, Entry
+from deltacome.checkpoint import OUTPUT_EMBEDDINGS, Checkpoint
+from deltacome.errors import DeltacomeError
+from deltacome.runtime.kernels.packed import pack_terms
+from deltacome.runtime.tenant import check_config, embedding_vectors
+from deltacome.terms import Dense, Term
+from deltacome.vllm import internals
+from deltacome.vllm.changes import Part, gain, share
+from deltacome.vllm.layers import Content, Embedding, Linear, Logits, Norm
+
+CPU = torch.device("cpu")
+
+
+class Layers:
+    """The layers of a vLLM model that take adapters, found by the names that a checkpoint has for their weights.
+
+    packed: of layers that compute several matrices in one go, the names of those.
+    """
+
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], packed: Mapping[str, list[str]]) -> None:
+        self.model, self.modules = model, modules
+        self.places = {name: (name, 0) for name in modules if name not in packed}
+        for name, parts in packed.items():
+            if getattr(modules[name], "n_slices", 0) == len(parts):
+                self.places |= {part: (name, index) for index, part in enumerate(parts)}
+        missing = [name for name, module in model.named_modules() if isinstance(module, internals.PPMissingLayer)]
+        self._elsewhere = tuple(f"{name}." for name in missing)
+
+    def find(self, weight: str) -> tuple[str, int, str] | None:
+        """Module, slice of its outputs and parameter of a weight; None if another stage of a pipeline has it.
+
+        Raises:
+            DeltacomeError: if there is no such layer.
+        """
+        name, _, parameter = internals.rename(self.model, weight).rpartition(".")
+        if f"{name}.".startswith(self._elsewhere):
+            return None
+        if name not in self.places or parameter not in ("weight", "bias"):
+            raise _refusal(weight)
+        return (*self.places[name], parameter)
+
+
+def read(artifact: Artifact, base: Checkpoint, layers: Layers) -> dict[str, Content]:
+    """The contents of a checked artifact for the modules of a vLLM model, on the CPU.
+
+    Raises:
+        DeltacomeError: if it changes what they cannot change.
+    """
+    check_config(artifact, base)
+    parts: dict[str, dict[int, Part]] = {}
+    norms: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    for entry, terms in artifact.all_terms():
+        place = layers.find(entry.name) if terms else None
+        if place is None:
+            continue
+        name, index, parameter = place
+        module = layers.modules[name]
+        if isinstance(module, Norm) and entry.base is not None and isinstance(terms[0], Dense):
+            norms.setdefault(name, {})[parameter] = (base.read(entry.base), terms[0].value)
+        elif isinstance(module, Linear | Embedding | Logits):
+            own = parts.setdefault(name, {})
+            own[index] = _part(own.get(index, Part()), module, parameter, entry, terms, base)
+        else:
+            raise _refusal(entry.name)
+    _tie(artifact, base, layers, parts)
+    contents: dict[str, Content] = {
+        name: tuple(own.get(i) for i in range(getattr(layers.modules[name], "n_slices", 1)))
+        for name, own in parts.items()
+    }
+    for name, values in norms.items():
+        contents[name] = _gain(name, layers.modules[name], values, base)
+    return contents
+
+
+def _refusal(weight: str) -> DeltacomeError:
+    return DeltacomeError(f"{weight} is nothing that vLLM can change; serve the delta without vLLM, or merge it")
+
+
+def _part(part: Part, module: Any, parameter: str, entry: Entry, terms: list[Term], base: Checkpoint) -> Part:
+    """The part with what the terms of another parameter change."""
+    bias, matrices, packed, vectors = part.bias, part.matrices, part.packed, part.vectors
+    dense = next((term for term in terms if isinstance(term, Dense)), None)
+    if dense is not None and dense.start:
+        raise DeltacomeError(
+            f"{entry.name} has more rows than the base's, which vLLM has no room for; "
+            "serve the delta without vLLM, or merge it"
+        )
+    if parameter == "bias":
+        if dense is None:
+            raise DeltacomeError(f"{entry.name} is no bias as vLLM has it; merge the delta instead")
+        bias = _difference(entry, dense, base).float()
+    elif dense is not None:
+        matrices = (_difference(entry, dense, base),)
+    else:
+        sizes = (getattr(module, "tp_rank", 0), getattr(module, "tp_size", 1))
+        own = share(terms, *(sizes if not isinstance(module, Embedding) else internals.ranks()))
+        packed = pack_terms(own, (entry.shape[0], entry.shape[1]), CPU)
+        if isinstance(module, Embedding):
+            vectors = embedding_vectors(entry.name, own)
+    return Part(packed, vectors, matrices, bias)
+
+
+def _difference(entry: Entry, dense: Dense, base: Checkpoint) -> Tensor:
+    """What is added to the base's values, rounded to the fine-tuned model's dtype."""
+    if entry.base is None:
+        return dense.value
+    return (dense.value.float() - base.read(entry.base).float()).to(dense.value.dtype)
+
+
+def _tie(artifact: Artifact, base: Checkpoint, layers: Layers, parts: dict[str, dict[int, Part]]) -> None:
+    """Where the fine-tuned model has no output embedding of its own, the input embedding's changes are also its."""
+    if any(name.endswith(OUTPUT_EMBEDDINGS) for name in artifact.entries):
+        return
+    if any(name.endswith(OUTPUT_EMBEDDINGS) for name in base.tensors):
+        raise DeltacomeError(f"{artifact.folder} ties its embeddings and its base does not; merge it instead")
+    changed = [name for name in parts if isinstance(layers.modules[name], Embedding)]
+    heads = [name for name, module in layers.modules.items() if isinstance(module, Logits)]
+    if changed and heads:
+        part = parts[changed[0]][0]
+        parts[heads[0]] = {0: Part(part.packed, None, part.matrices)}
+
+
+def _gain(name: str, norm: Any, values: dict[str, tuple[Tensor, Tensor]], base: Checkpoint) -> Content:
+    is_gemma = isinstance(norm.base_layer, internals.GemmaRMSNorm)
+    has_bias = getattr(norm.base_layer, "bias", None) is not None
+    pairs = []
+    for parameter in ("weight", "bias") if has_bias else ("weight",):
+        kept = getattr(norm.base_layer, parameter).detach()
+        pairs.append(values.get(parameter, (kept, kept)))
+    return gain(name, [ours for ours, _ in pairs], [theirs for _, theirs in pairs], 1.0 if is_gemma else 0.0)

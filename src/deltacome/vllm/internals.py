@@ -1,0 +1,182 @@
+"""All that the plugin touches of vLLM: its public parts, and of its insides each with a word."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import vllm.lora.utils
+import vllm.triton_utils.dispatcher as dispatcher
+import vllm.v1.worker.lora_model_runner_mixin as runner_mixin
+from torch import Tensor
+from vllm.config import CUDAGraphMode
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+
+# The layers for LoRA, whose place ours take; they inherit which of a model's layers they fit, how a GPU's share of the
+# outputs is cut (`slice_lora_b`), and `forward`, which calls `_apply_lora_to_output` with inputs and outputs.
+from vllm.lora.layers import (
+    BaseLayerWithLoRA,
+    ColumnParallelLinearWithLoRA,
+    LogitsProcessorWithLoRA,
+    MergedColumnParallelLinearVariableSliceWithLoRA,
+    MergedColumnParallelLinearWithLoRA,
+    MergedQKVParallelLinearWithLoRA,
+    QKVParallelLinearWithLoRA,
+    ReplicatedLinearWithLoRA,
+    RowParallelLinearWithLoRA,
+    VocabParallelEmbeddingWithLoRA,
+)
+
+# What is registered under an adapter's number: `loras` gives by module what `set_lora` is called with.
+from vllm.lora.lora_model import LoRAModel
+
+# Slots and the least-recently-used order: `activate_adapter` fills a slot of every module by `set_lora`,
+# `_set_adapter_mapping` begins a step, `_create_lora_modules` replaces the layers.
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.request import LoRARequest
+from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
+
+# How a hub id becomes a folder.
+from vllm.lora.utils import get_adapter_absolute_path, replace_submodule
+
+# `_load_adapter` reads an adapter's files.
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, LayerNorm, RMSNorm
+from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.utils import PPMissingLayer
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+__all__ = [
+    "BaseLayerWithLoRA",
+    "GemmaRMSNorm",
+    "LRUCacheLoRAModelManager",
+    "LRUCacheWorkerLoRAManager",
+    "LayerNorm",
+    "LoRAModel",
+    "LoRARequest",
+    "LoRAResolver",
+    "LoRAResolverRegistry",
+    "LogitsProcessorWithLoRA",
+    "PPMissingLayer",
+    "ParallelLMHead",
+    "RMSNorm",
+    "ReplicatedLinear",
+    "RowParallelLinear",
+    "VocabParallelEmbedding",
+    "VocabParallelEmbeddingWithLoRA",
+    "get_adapter_absolute_path",
+    "replace_submodule",
+]
+
+LINEAR = (
+    ColumnParallelLinearWithLoRA,
+    MergedColumnParallelLinearWithLoRA,
+    QKVParallelLinearWithLoRA,
+    MergedQKVParallelLinearWithLoRA,
+    RowParallelLinearWithLoRA,
+    ReplicatedLinearWithLoRA,
+    MergedColumnParallelLinearVariableSliceWithLoRA,
+)
+logger = init_logger("vllm.deltacome")
+
+
+def replace_classes(layers: dict[type, type], logits: type, worker_manager: type) -> None:
+    """Let vLLM build the layers given by the class that they replace, ours for logits, and our manager.
+
+    Those for `fully_sharded_loras`, which cut LoRA's factors in a way of their own, are left out.
+    """
+    classes = vllm.lora.utils._all_lora_classes
+    kept = (old for old in classes if "Sharded" not in old.__name__)
+    vllm.lora.utils._all_lora_classes = tuple(layers.get(old, old) for old in kept)
+    vllm.lora.utils.LogitsProcessorWithLoRA = logits
+    runner_mixin.LRUCacheWorkerLoRAManager = worker_manager
+
+
+def patch_prompt_logprobs() -> None:
+    """Make the logits of prompts those of each request's own adapter.
+
+    vLLM asks for them request by request, with the mapping of the step's last tokens; so an adapter of the output
+    embedding would be applied to the wrong rows. Here one request at a time is left in the runner's list.
+    """
+    original = GPUModelRunner._get_prompt_logprobs_dict
+
+    def _get_prompt_logprobs_dict(self: Any, hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
+        manager = getattr(getattr(self, "lora_manager", None), "_adapter_manager", None)
+        if manager is None or not self.num_prompt_logprobs:
+            return original(self, hidden_states, num_scheduled_tokens)
+        asked, found = self.num_prompt_logprobs, {}
+        for request in list(asked):
+            if request not in self.input_batch.req_id_to_index:
+                continue
+            row = self.input_batch.req_id_to_index[request]
+            self.num_prompt_logprobs = {request: asked[request]}
+            with manager.step.sampling(int(self.input_batch.request_lora_mapping[row])):
+                found.update(original(self, hidden_states, num_scheduled_tokens))
+            if request not in self.num_prompt_logprobs:
+                del asked[request]
+        self.num_prompt_logprobs = asked
+        return found
+
+    GPUModelRunner._get_prompt_logprobs_dict = _get_prompt_logprobs_dict
+
+
+def tolerate_llvmlite() -> None:
+    """Let vLLM start where llvmlite has been imported, as our CPU kernel does.
+
+    Looking for Triton's kernels it takes `vars` of everything in every module, and of llvmlite's library that is no
+    dictionary; so a second engine in a process, or a first one after another use of Numba, would fail.
+    """
+
+    def plain_vars(value: Any) -> Any:
+        found = vars(value)
+        return found if isinstance(found, Mapping) else {}
+
+    dispatcher.vars = plain_vars
+
+
+def register_layer(config: Any, name: str, layer: Any) -> None:
+    """Let `running_layer` find a layer while the model of that `VllmConfig` runs."""
+    config.compilation_config.static_forward_context[f"deltacome.{name}"] = layer
+
+
+def running_layer(name: str) -> Any:
+    """A layer of the model that runs now."""
+    return get_forward_context().no_compile_layers[f"deltacome.{name}"]
+
+
+def has_graphs(config: Any) -> bool:
+    """Whether vLLM will record CUDA graphs."""
+    return bool(config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE)
+
+
+def gather(x: Tensor) -> Tensor:
+    """The whole of inputs whose columns are spread over the GPUs."""
+    return tensor_model_parallel_all_gather(x)
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    """The sum over the GPUs."""
+    return tensor_model_parallel_all_reduce(x)
+
+
+def ranks() -> tuple[int, int]:
+    """This GPU's number, and how many share each layer."""
+    return get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+
+
+def rename(model: Any, name: str) -> str:
+    """vLLM's name of a weight, before its merging of q, k, v and of gate and up."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    return name if mapper is None else mapper.get_rename_mapper()._map_name(name) or name
+
+
+def delta_folder() -> str | None:
+    """The folder in which deltas are looked up by name."""
+    return os.environ.get("DELTACOME_DELTA_DIR")

@@ -1,0 +1,330 @@
+"""The layers that take the place of vLLM's for LoRA: they hold what an adapter brings as it is, packed.
+
+vLLM's own copy adapters into buffers of `max_loras` times the largest rank. Here a slot has the adapter's own tensors,
+and `change` adds to each row what its adapter's do.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from deltacome.errors import DeltacomeError
+from deltacome.runtime.kernels import kernels_for
+from deltacome.runtime.tenant import embed
+from deltacome.vllm import internals
+from deltacome.vllm.changes import Gain, Part
+from deltacome.vllm.rows import Rows, Step
+
+Content = tuple[Part | None, ...] | Gain
+
+
+class Layer:
+    """What all have in common: a content per slot, for the rows of the running step.
+
+    Subclasses come before a class of vLLM's, which has `device`-independent methods of the same names.
+    """
+
+    step: Step
+    name: str
+
+    def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
+        """As vLLM's, without buffers."""
+        self.slots: list[Content | None] = [None] * max_loras
+
+    def join(self, name: str, step: Step) -> None:
+        """Take the module's name, and the step that all layers of a model share."""
+        self.name, self.step = name, step
+        self.kernels = kernels_for(step.device.type)
+
+    def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
+        """Fill a slot, with a delta's content in place of `lora_a` or with LoRA's factors."""
+        is_delta = isinstance(lora_a, Gain) or (isinstance(lora_a, tuple) and lora_b is None)
+        content = lora_a if is_delta else self.factors(lora_a, lora_b)
+        self.slots[index] = self.take(content)
+
+    def reset_lora(self, index: int) -> None:
+        """Empty a slot."""
+        self.slots[index] = None
+
+    def factors(self, lora_a: Any, lora_b: Any) -> Content:
+        """LoRA's factors, as vLLM's `set_lora` has them, as content of this layer."""
+        raise NotImplementedError
+
+    def take(self, content: Content) -> Content:
+        """The content on the layer's device."""
+        device = self.step.device
+        if isinstance(content, Gain):
+            return content.to(device)
+        return tuple(None if part is None else part.to(device) for part in content)
+
+    def change(self, y: Tensor, x: Any) -> None:
+        """Change the rows of y, in place, as their adapters have it; x is the layer's input, where that matters."""
+        raise NotImplementedError
+
+    def found(self, rows: Rows) -> list[tuple[Any, Tensor]]:
+        """The contents of the step's adapters, with their rows."""
+        return [(self.slots[slot], own) for slot, own in rows.by_slot.items() if self.slots[slot] is not None]
+
+
+def apply_change(layer: Layer, y: Tensor, x: Tensor | None) -> None:
+    """`layer.change`, by an operator that torch.compile does not look into."""
+    if torch.compiler.is_compiling():
+        torch.ops.deltacome.change(y, x, layer.name)
+    else:
+        layer.change(y, x)
+
+
+def define_operator() -> torch.library.Library:
+    """Define `torch.ops.deltacome.change`, for as long as the library lives."""
+    library = torch.library.Library("deltacome", "DEF")
+    library.define("change(Tensor(a!) y, Tensor? x, str layer) -> ()")
+    library.impl("change", lambda y, x, layer: internals.running_layer(layer).change(y, x), "CompositeExplicitAutograd")
+    torch.library.register_fake("deltacome::change", lambda y, x, layer: None, lib=library)
+    return library
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """What a step does for some outputs of a layer.
+
+    first: the first of them. own: of the whole slice's outputs those that this GPU has, None for all. work: the
+    kernels'. products: chains of matrices, biases: what is added, both with their rows and the number of outputs.
+    """
+
+    first: int
+    outputs: int
+    own: Tensor | None
+    work: Any
+    products: list[tuple[tuple[Tensor, ...], Tensor]]
+    biases: list[tuple[Tensor, Tensor]]
+
+
+class Linear(Layer):
+    """Before any of vLLM's linear layers for LoRA."""
+
+    def create_lora_weights(self: Any, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
+        super().create_lora_weights(max_loras, lora_config, model_config)
+        self._enable_aux_cuda_stream = False  # which works on vLLM's buffers
+        self.splits_input = isinstance(self.base_layer, internals.RowParallelLinear) and self.tp_size > 1
+        if self.n_slices == 1:
+            self.output_slices = (self.output_size,)
+
+    def factors(self: Any, lora_a: Any, lora_b: Any) -> Content:
+        if not isinstance(lora_a, list):
+            lora_a, lora_b = [lora_a] * self.n_slices, self._cut(lora_b)
+        elif len(lora_b) != self.n_slices:
+            lora_a, lora_b = self.expand_packed_lora(lora_a, lora_b)
+        pairs = zip(lora_a, lora_b, strict=True)
+        return tuple(None if a is None or b is None else Part(matrices=(a, b)) for a, b in pairs)
+
+    def _cut(self: Any, lora_b: Tensor) -> list[Tensor]:
+        return [lora_b] if self.n_slices == 1 else list(lora_b.split(self.base_layer.output_sizes))
+
+    def take(self: Any, content: Content) -> Content:
+        assert isinstance(content, tuple)
+        return Layer.take(self, tuple(None if part is None else self._own(i, part) for i, part in enumerate(content)))
+
+    def _own(self: Any, index: int, part: Part) -> Part:
+        """Of a part's dense tensors what this GPU has; components were shared out when the delta was read."""
+        if self.tp_size == 1:
+            return part
+        matrices, bias = part.matrices, part.bias
+        if self.splits_input:
+            bias = bias if self.tp_rank == 0 else None  # the sum over GPUs has it once
+            matrices = tuple(self.slice_lora_a(m) if i == 0 else m for i, m in enumerate(matrices))
+        else:
+            lengths = [len(tensor) for tensor in (*matrices[-1:], bias) if tensor is not None]
+            own = self.own_outputs(index, lengths[0]) if lengths else None
+            if own is not None:
+                bias = None if bias is None else bias[own]
+                matrices = (*matrices[:-1], matrices[-1][own]) if matrices else ()
+        return Part(part.packed, None, matrices, bias)
+
+    def own_outputs(self: Any, index: int, count: int) -> Tensor | None:
+        """Which of the outputs of a slice this GPU computes, None for all: vLLM's own slicing, of their numbers."""
+        if self.tp_size == 1 or self.splits_input or isinstance(self.base_layer, internals.ReplicatedLinear):
+            return None
+        numbers = torch.arange(count)[:, None]
+        if self.n_slices == 1:
+            return self.slice_lora_b(numbers)[:, 0]
+        numbers_of = [numbers if i == index else None for i in range(self.n_slices)]
+        return self.slice_lora_b(numbers_of)[index][:, 0]
+
+    def _apply_lora_to_output(self: Any, x: Tensor, output: Tensor) -> Tensor:
+        apply_change(self, output, x)
+        return output
+
+    def change(self: Any, y: Tensor, x: Any) -> None:
+        slices: list[_Slice] = self.step.tokens.keep(self.name, self._slices)
+        if not slices:
+            return
+        y, x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        for part in slices:
+            for matrices, rows in part.products:
+                product = x[rows]
+                for matrix in matrices:
+                    product = product @ matrix.T.to(product.dtype)
+                y[rows, part.first : part.first + product.shape[1]] += product
+            for bias, rows in part.biases:
+                y[rows, part.first : part.first + len(bias)] += bias.to(y.dtype)
+        if not any(part.work for part in slices):
+            return
+        inputs = internals.gather(x) if self.splits_input else x
+        inputs = inputs.float()
+        for part in slices:
+            if part.work is None:
+                continue
+            if self.tp_size == 1 or self.splits_input:  # the layer sums its outputs over GPUs itself
+                part.work.add(y[:, part.first : part.first + part.outputs], inputs)
+                continue
+            whole = torch.zeros(len(y), part.outputs, device=y.device)
+            part.work.add(whole, inputs)
+            whole = internals.all_reduce(whole)
+            mine = whole if part.own is None else whole[:, part.own]
+            y[:, part.first : part.first + mine.shape[1]] += mine.to(y.dtype)
+
+    def _slices(self: Any) -> list[_Slice]:
+        found = self.found(self.step.tokens)
+        slices, first = [], 0
+        for index, width in enumerate(self.output_slices):
+            parts = [(content[index], rows) for content, rows in found if content[index] is not None]
+            packed = [(part.packed, rows) for part, rows in parts if part.packed is not None]
+            outputs = packed[0][0].shape[0] if packed else width
+            own = self.own_outputs(index, outputs)
+            part_of_step = _Slice(
+                first,
+                outputs,
+                None if own is None else own.to(self.step.device),
+                self.kernels.Work(packed) if packed else None,
+                [(part.matrices, rows) for part, rows in parts if part.matrices],
+                [(part.bias, rows) for part, rows in parts if part.bias is not None],
+            )
+            if parts:
+                slices.append(part_of_step)
+            first += width
+        return slices
+
+
+class Embedding(Layer, internals.VocabParallelEmbeddingWithLoRA):
+    """The input embedding."""
+
+    def factors(self, lora_a: Tensor, lora_b: Tensor) -> Content:
+        return (Part(matrices=(lora_a.T, lora_b)),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base_layer.forward(x)
+        apply_change(self, y, x)
+        return y
+
+    def change(self, y: Tensor, x: Any) -> None:
+        found = self.step.tokens.keep(self.name, partial(self.found, self.step.tokens))
+        if not found:
+            return
+        y, ids = y.view(-1, y.shape[-1]), x.reshape(-1).long()  # vLLM has them in 32 bit
+        packed = [(part, rows) for (part,), rows in found if part.packed is not None]
+        if packed:
+            # One sum for all adapters: GPUs need not have them in the same slots.
+            added = torch.zeros(y.shape, device=y.device)
+            for part, rows in packed:
+                added[rows] = embed(part, ids[rows], y.shape[1], self.kernels)
+            y += internals.all_reduce(added).to(y.dtype)
+        for (part,), rows in found:
+            if part.matrices:
+                product = embedding(ids[rows], part.matrices[0])
+                for matrix in part.matrices[1:]:
+                    product = product @ matrix.T
+                y[rows] += product.to(y.dtype)
+
+
+class Logits(Layer, internals.LogitsProcessorWithLoRA):
+    """The output embedding, which vLLM computes in its logits processor."""
+
+    sharded_to_full_mapping_gpu = None  # vLLM's way of putting an enlarged vocabulary in order
+
+    def factors(self, lora_a: Tensor, lora_b: Tensor) -> Content:
+        return (Part(matrices=(lora_a, lora_b)),)
+
+    def _get_logits(
+        self, hidden_states: Tensor, lm_head: Any, embedding_bias: Tensor | None = None, skip_gather: bool = False
+    ) -> Tensor | None:
+        if skip_gather:
+            raise NotImplementedError("logits of one GPU alone, with deltas of the output embedding")
+        head = getattr(lm_head, "base_layer", lm_head)
+        logits = self.base_layer._get_logits(hidden_states, head, embedding_bias)
+        rows = self.step.of_logits(len(hidden_states))
+        work, products = rows.keep(self.name, partial(self._work, rows))
+        if work is None and not products:
+            return logits
+        if rows.count != len(hidden_states):
+            raise DeltacomeError(f"logits of {len(hidden_states)} tokens where the step has {rows.count}")
+        # In float32, as the sampler has them in the end: near 20, bfloat16 knows steps of 1/8.
+        logits = None if logits is None else logits.float()
+        if work is not None:
+            added = torch.zeros(len(hidden_states), self.base_layer.org_vocab_size, device=hidden_states.device)
+            work.add(added, hidden_states)
+            added = internals.all_reduce(added)
+            if logits is not None:
+                logits += added
+        for matrices, own in products:
+            product = hidden_states[own]
+            for matrix in matrices:
+                product = product @ matrix.T.to(product.dtype)
+            if logits is not None:
+                logits[own, : product.shape[1]] += product
+        return logits
+
+    def _work(self, rows: Rows) -> tuple[Any, list[tuple[tuple[Tensor, ...], Tensor]]]:
+        parts = [(part, own) for (part,), own in self.found(rows)]
+        packed = [(part.packed, own) for part, own in parts if part.packed is not None]
+        products = [(part.matrices, own) for part, own in parts if part.matrices]
+        return (self.kernels.Work(packed) if packed else None), products
+
+
+class Norm(Layer, internals.BaseLayerWithLoRA):
+    """A norm whose gain adapters change: scaling its outputs is the same, and leaves vLLM's fused kernels to it."""
+
+    def __init__(self, base_layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        if residual is None:
+            y = self.base_layer(x)
+            apply_change(self, y, None)
+            return y
+        y, residual = self.base_layer(x, residual)
+        apply_change(self, y, None)
+        return y, residual
+
+    def change(self, y: Tensor, x: Any) -> None:
+        rows = self.step.tokens
+        values = rows.keep((self.name, y.ndim), partial(self._values, rows, y.ndim))
+        if values is None:
+            return
+        all_rows, ratio, shift = values
+        own = y[all_rows].float() * ratio
+        y[all_rows] = (own if shift is None else own + shift).to(y.dtype)
+
+    def _values(self, rows: Rows, dimensions: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Row numbers, and of each row the ratio and the shift: (rows, 1, ..., n)."""
+        found = self.found(rows)
+        if not found:
+            return None
+        counts = torch.tensor([len(own) for _, own in found], device=self.step.device)
+
+        def stack(values: list[Tensor]) -> Tensor:
+            stacked = torch.stack(values).repeat_interleave(counts, dim=0)
+            return stacked.view(len(stacked), *[1] * (dimensions - 2), -1)
+
+        shifts = [torch.zeros_like(gain.ratio) if gain.shift is None else gain.shift for gain, _ in found]
+        shift = stack(shifts) if any(gain.shift is not None for gain, _ in found) else None
+        return torch.cat([own for _, own in found]), stack([gain.ratio for gain, _ in found]), shift
+
+
+def linear_class(vllm_class: type) -> type:
+    """The class that takes the place of one of vLLM's linear layers for LoRA."""
+    return type(vllm_class.__name__, (Linear, vllm_class), {"__module__": __name__})

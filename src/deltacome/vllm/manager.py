@@ -1,0 +1,159 @@
+"""Deltas among vLLM's adapters: read, registered, put into slots, and the rows of each step."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from deltacome.artifact import MANIFEST
+from deltacome.checkpoint import Checkpoint
+from deltacome.errors import DeltacomeError
+from deltacome.merging import open_checked
+from deltacome.vllm import internals
+from deltacome.vllm.delta import Layers, read
+from deltacome.vllm.layers import Content, Layer, Norm
+from deltacome.vllm.rows import Step
+
+
+class Given(NamedTuple):
+    """What vLLM hands to a layer's `set_lora`: a delta's content in the place of LoRA's first factor."""
+
+    lora_a: Content
+    lora_b: None = None
+
+
+class Delta(internals.LoRAModel):
+    """A delta under an adapter's number. contents: by the names of vLLM's modules."""
+
+    def __init__(self, number: int, contents: dict[str, Content]) -> None:
+        super().__init__(number, 0, {name: Given(content) for name, content in contents.items()})
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it takes in memory."""
+        parts = [part for given in self.loras.values() for part in _parts(given.lora_a)]
+        return sum({tensor.data_ptr(): tensor.nbytes for part in parts for tensor in part.tensors()}.values())
+
+
+def _parts(content: Content) -> list[Any]:
+    return [part for part in content if part is not None] if isinstance(content, tuple) else [content]
+
+
+class Manager(internals.LRUCacheLoRAModelManager):
+    """vLLM's manager of slots, with our layers.
+
+    Raises:
+        DeltacomeError: if vLLM runs in a way that they do not support.
+    """
+
+    def __init__(self, *, model: Any, lora_config: Any, device: torch.device, vllm_config: Any, **rest: Any) -> None:
+        if lora_config.fully_sharded_loras:
+            raise DeltacomeError("deltacome's layers do not support --fully-sharded-loras; leave it out")
+        if lora_config.enable_tower_connector_lora:
+            raise DeltacomeError("deltacome's layers do not support --enable-tower-connector-lora; leave it out")
+        if internals.has_graphs(vllm_config):
+            raise DeltacomeError("deltacome's layers do not run in CUDA graphs; add --enforce-eager")
+        self.step = Step(device)
+        self.config = vllm_config
+        if not model.embedding_modules:
+            model.embedding_modules = _embeddings(model)
+        super().__init__(model=model, lora_config=lora_config, device=device, vllm_config=vllm_config, **rest)
+
+    @cached_property
+    def base(self) -> Checkpoint:
+        """The base's checkpoint, whose fingerprint is taken once."""
+        return Checkpoint(self.config.model_config.model)
+
+    def read(self, number: int, folder: str) -> Delta:
+        """Read a delta and check it against the base.
+
+        Raises:
+            DeltacomeError: if it is broken, of another base, or changes what vLLM cannot change.
+        """
+        artifact = open_checked(self.base, folder)
+        layers = Layers(self.model, self.modules, self.packed_modules)
+        delta = Delta(number, read(artifact, self.base, layers))
+        internals.logger.info("%s takes %d bytes, its artifact %d", folder, delta.bytes, artifact.bytes)
+        for name in sorted(artifact.files):
+            if name.startswith(("tokenizer", "chat_template", "generation_config")):
+                internals.logger.warning("%s brings its own %s; vLLM goes on using the base's", folder, name)
+        return delta
+
+    def _create_lora_modules(self) -> None:
+        super()._create_lora_modules()
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, internals.RMSNorm | internals.GemmaRMSNorm | internals.LayerNorm):
+                if self._get_punica_wrapper(name) is None:  # of a vision tower
+                    continue
+                norm = Norm(module)
+                norm.create_lora_weights(self.lora_slots, self.lora_config)
+                self.register_module(name, internals.replace_submodule(self.model, name, norm))
+        for name, module in self.modules.items():
+            if isinstance(module, Layer):
+                module.join(name, self.step)
+                internals.register_layer(self.config, name, module)
+
+    def _create_merged_loras_inplace(self, lora_model: Any) -> None:
+        if lora_model.loras and not isinstance(lora_model, Delta):  # vLLM's dummies are empty
+            super()._create_merged_loras_inplace(lora_model)
+
+    def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: Any = None) -> Any:
+        """An adapter that changes nothing: there are no buffers whose use a trial run would measure."""
+        return internals.LoRAModel(lora_id, rank, {})
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        """As vLLM's."""
+        is_new = super().activate_adapter(lora_id)
+        if is_new:
+            self._forget()
+        return is_new
+
+    def _deactivate_adapter(self, lora_id: int) -> None:
+        if lora_id in self.lora_index_to_id:
+            self._empty(self.lora_index_to_id.index(lora_id))
+        super()._deactivate_adapter(lora_id)
+
+    def remove_all_adapters(self) -> None:
+        """As vLLM's."""
+        for index in range(self.lora_slots):
+            self._empty(index)
+        super().remove_all_adapters()
+
+    def _empty(self, index: int) -> None:
+        for module in self.modules.values():
+            if isinstance(module, Layer):
+                module.reset_lora(index)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.step.forget()
+        self._last_mapping = None
+
+    def _set_adapter_mapping(self, mapping: Any) -> None:
+        super()._set_adapter_mapping(mapping)
+        self.step.set(mapping.index_mapping, mapping.prompt_mapping, self.lora_index_to_id)
+
+
+class WorkerManager(internals.LRUCacheWorkerLoRAManager):
+    """vLLM's manager of adapters, which reads deltas too."""
+
+    _manager_cls = Manager
+
+    def _load_adapter(self, lora_request: Any) -> Any:
+        folder = internals.get_adapter_absolute_path(lora_request.lora_path)
+        if not (Path(folder) / MANIFEST).is_file():
+            return super()._load_adapter(lora_request)
+        return self._adapter_manager.read(lora_request.lora_int_id, folder)
+
+
+def _embeddings(model: Any) -> dict[str, str]:
+    """What `embedding_modules` of a model says in those that have it: the last parts of the embeddings' names."""
+    found = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        last = name.rpartition(".")[2]
+        if last == "lm_head":
+            found[last] = "output_embeddings"
+        elif type(module) is internals.VocabParallelEmbedding:
+            found[last] = "input_embeddings"
+    return found

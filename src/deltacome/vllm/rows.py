@@ -1,0 +1,77 @@
+"""Which rows of a step belong to which adapter, and what the layers worked out for them."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+KEPT = 8  # compositions of a batch whose preparations are kept
+
+
+class Rows:
+    """The rows of a matrix by the slot of their adapter.
+
+    Args:
+        adapters: the adapter's number of each row, 0 for the base.
+        slots: the adapter's number in each slot, None for an empty one.
+    """
+
+    def __init__(self, adapters: np.ndarray, slots: Sequence[int | None], device: torch.device) -> None:
+        self.count = len(adapters)
+        self.by_slot: dict[int, Tensor] = {}
+        for slot, adapter in enumerate(slots):
+            own = np.flatnonzero(adapters == adapter) if adapter is not None else ()
+            if len(own):
+                self.by_slot[slot] = torch.as_tensor(own, device=device)
+        self._kept: dict[Any, Any] = {}
+
+    def keep(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` returned when the key was first asked for."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+
+class Step:
+    """The running step: the rows of its tokens, and of those tokens whose logits are asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._sampling: int | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """An adapter came or went: nothing that was worked out holds."""
+        self._kept: OrderedDict[bytes, Rows] = OrderedDict()
+        self._slots: tuple[int | None, ...] = ()
+        self.tokens = self.samples = Rows(np.zeros(0), (), self.device)
+
+    def set(self, tokens: Sequence[int], samples: Sequence[int], slots: Sequence[int | None]) -> None:
+        """Begin a step, given the adapters' numbers of both, and those in the slots."""
+        self._slots = tuple(slots)
+        self.tokens, self.samples = self._rows(np.asarray(tokens)), self._rows(np.asarray(samples))
+
+    @contextmanager
+    def sampling(self, adapter: int) -> Iterator[None]:
+        """While the block runs, logits are asked for of tokens of one adapter."""
+        self._sampling = adapter
+        try:
+            yield
+        finally:
+            self._sampling = None
+
+    def of_logits(self, count: int) -> Rows:
+        """The rows of so many tokens whose logits are asked for."""
+        return self.samples if self._sampling is None else self._rows(np.full(count, self._sampling))
+
+    def _rows(self, adapters: np.ndarray) -> Rows:
+        key = adapters.tobytes()
+        rows = self._kept.pop(key, None) or Rows(adapters, self._slots, self.device)
+        self._kept[key] = rows
+        while len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return rows

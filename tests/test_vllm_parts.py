@@ -1,0 +1,158 @@
+"""Of the plugin for vLLM, what does without vLLM: rows, shares, norms, arguments."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from deltacome import DeltacomeError, compress, vllm
+from deltacome.artifact import Artifact
+from deltacome.runtime.kernels import reference
+from deltacome.runtime.kernels.packed import pack_terms
+from deltacome.terms import Sign, add_terms
+from deltacome.vllm import command
+from deltacome.vllm.changes import gain, share
+from deltacome.vllm.rows import KEPT, Rows, Step
+
+CPU = torch.device("cpu")
+
+
+def test_rows_are_found_by_slot() -> None:
+    rows = Rows(np.array([7, 0, 3, 7, 9]), (3, None, 7), CPU)
+    assert {slot: own.tolist() for slot, own in rows.by_slot.items()} == {0: [2], 2: [0, 3]}
+    assert rows.count == 5
+
+
+def test_preparations_are_kept_until_an_adapter_comes_or_goes() -> None:
+    step, made = Step(CPU), []
+
+    def prepare() -> int:
+        made.append(None)
+        return len(made)
+
+    step.set([1, 2], [2], (1, 2))
+    assert step.tokens.keep("layer", prepare) == 1
+    step.set([2, 1], [2], (1, 2))
+    assert step.tokens.keep("layer", prepare) == 2
+    step.set([1, 2], [2], (1, 2))
+    assert step.tokens.keep("layer", prepare) == 1
+    for adapter in range(3, 3 + KEPT):
+        step.set([adapter], [adapter], (1, 2))
+    step.set([1, 2], [2], (1, 2))
+    assert step.tokens.keep("layer", prepare) == 3  # pushed out
+    step.forget()
+    assert step.tokens.count == 0
+    step.set([1, 2], [2], (2, 1))
+    assert step.tokens.keep("layer", prepare) == 4
+    assert step.tokens.by_slot[0].tolist() == [1]
+
+
+def test_logits_of_a_prompt_are_its_own_adapters() -> None:
+    step = Step(CPU)
+    step.set([1, 1, 2], [1, 2], (1, 2))
+    assert step.of_logits(2) is step.samples
+    with step.sampling(2):
+        assert {slot: own.tolist() for slot, own in step.of_logits(3).by_slot.items()} == {1: [0, 1, 2]}
+    assert step.of_logits(2) is step.samples
+
+
+@pytest.mark.parametrize("method", ["rate-distortion", "delta-come", "low-rank"])
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_shares_add_up_to_the_whole(base: Path, finetuned: Path, tmp_path: Path, method: str, size: int) -> None:
+    options: dict[str, Any] = {"scale": "minmax"} if method == "delta-come" else {}  # with groups
+    compress(base, finetuned, tmp_path / "delta", ratio=4, method=method, **options)
+    split = 0
+    for entry, terms in Artifact(tmp_path / "delta").all_terms():
+        if not entry.factored:
+            continue
+        whole = add_terms(torch.zeros(entry.shape), terms)
+        shares = [share(terms, rank, size) for rank in range(size)]
+        assert all(shares)  # all take part in the sum
+        assert torch.allclose(sum(add_terms(torch.zeros(entry.shape), own) for own in shares), whole, atol=1e-5)
+        packed = [pack_terms(own, (entry.shape[0], entry.shape[1]), CPU) for own in shares]
+        x = torch.randn(3, entry.shape[1])
+        if packed[0].rows is None:
+            product = sum(reference.multiply(x, own) for own in packed)
+            assert torch.allclose(product, x @ whole.T, atol=1e-4 * float(whole.abs().max()) * entry.shape[1])
+        split += max(sum(len(term.scale) for term in own) for own in shares) < sum(rank for _, rank in entry.factored)
+    assert split > 5
+
+
+def test_signs_cannot_be_shared_out() -> None:
+    terms = [Sign((3, 4), torch.zeros(3, 1, dtype=torch.int32), torch.ones(1))]
+    assert share(terms, 0, 1) == terms
+    with pytest.raises(DeltacomeError, match="BitDelta cannot be split among several GPUs; serve it on one"):
+        share(terms, 0, 2)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_gain_turns_one_norm_into_another(offset: float, has_bias: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 8)
+    base, finetuned = ([torch.randn(8) for _ in range(1 + has_bias)] for _ in range(2))
+    base[0][3] = finetuned[0][3] = -offset  # a gain of zero in both
+
+    def norm(weights: list[torch.Tensor]) -> torch.Tensor:
+        return x * (weights[0] + offset) + (weights[1] if has_bias else 0)
+
+    found = gain("norm", base, finetuned, offset)
+    y = norm(base) * found.ratio + (0 if found.shift is None else found.shift)
+    assert torch.allclose(y, norm(finetuned), atol=1e-5)
+    assert (found.shift is not None) == has_bias
+
+
+def test_a_gain_of_zero_cannot_grow() -> None:
+    with pytest.raises(DeltacomeError, match="norm is zero in the base and not in the fine-tuned model"):
+        gain("norm", [torch.tensor([1.0, 0.0])], [torch.ones(2)], 0.0)
+
+
+def test_arguments_of_vllm(tmp_path: Path) -> None:
+    options = {"port": 8001, "dtype": None}
+    found = command.arguments("base", {"math": str(tmp_path / "m"), "code": str(tmp_path / "c")}, None, options)
+    modules = ["--lora-modules", f"math={tmp_path / 'm'}", f"code={tmp_path / 'c'}"]
+    assert found == ["--model", "base", "--enable-lora", "--max-loras", "2", "--port", "8001", *modules]
+    assert command.arguments("base", {}, tmp_path, {})[-2:] == ["--max-loras", "16"]
+
+
+def test_vllm_is_started_with_whole_deltas_alone(
+    base: Path, finetuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(command, "find_spec", lambda name: name)
+    monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
+    compress(base, finetuned, tmp_path / "delta", ratio=8)
+    start: dict[str, Any] = {"folder": tmp_path, "options": {}, "api_key": "secret", "more": ["--max-loras", "3"]}
+    command.run(str(base), {"a": str(tmp_path / "delta")}, **start)
+    [(_, arguments, environment)] = started
+    assert arguments[-2:] == ["--max-loras", "3"] and "secret" not in " ".join(arguments)
+    assert environment["VLLM_API_KEY"] == "secret" and environment["DELTACOME_DELTA_DIR"] == str(tmp_path)
+    with pytest.raises(DeltacomeError, match="fingerprint differs"):
+        command.run(str(finetuned), {"a": str(tmp_path / "delta")}, **start)
+    with pytest.raises(DeltacomeError, match="there is no folder"):
+        command.run(str(base), {}, **{**start, "folder": tmp_path / "none"})
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    with pytest.raises(DeltacomeError, match="vLLM is not installed in this environment"):
+        command.run(str(base), {}, **start)
+    assert len(started) == 1
+
+
+def test_another_vllm_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    import logging
+    import sys
+    from types import ModuleType
+
+    lines: list[str] = []
+    fake, logger = ModuleType("vllm"), ModuleType("vllm.logger")
+    fake.__version__ = "0.99.1"  # type: ignore[attr-defined]
+    recorder = logging.Logger("recorder")
+    recorder.error = lambda message, *values: lines.append(message % values)  # type: ignore[assignment]
+    logger.init_logger = lambda name: recorder  # type: ignore[attr-defined]
+    monkeypatch.setattr(vllm, "_kept", [])
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.setitem(sys.modules, "vllm.logger", logger)
+    vllm.register()
+    assert "in vLLM 0.32.x, and this is 0.99.1" in lines[0] and not vllm._kept

@@ -9,7 +9,7 @@ import pytest
 from deltacome import DeltacomeError
 from deltacome.benchmark.runtime import SHAPES, benchmark_runtime
 
-COMMANDS = ("compress", "inspect", "verify", "merge", "generate", "chat", "evaluate", "search")
+COMMANDS = ("compress", "inspect", "verify", "merge", "export", "generate", "chat", "evaluate", "search")
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -77,6 +77,14 @@ def test_verify(delta: Path, base: Path, finetuned: Path, tmp_path: Path) -> Non
     content = (delta / "delta.safetensors").read_bytes()
     (tmp_path / "copy" / "delta.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     fail("SHA-256 differs", "verify", tmp_path / "copy")
+
+
+def test_export(delta: Path, base: Path, tmp_path: Path) -> None:
+    result = run("export", base, delta, "-o", tmp_path / "adapter", "--max-rank", 2, "--json")
+    assert result.returncode == 0 and json.loads(result.stdout)["rank"] == 2
+    assert "weights have more components than --max-rank 2" in result.stderr
+    assert "LoRA cannot express what changed in model.layers.0.input_layernorm.weight and 4 more" in result.stderr
+    fail("exists already", "export", base, delta, "-o", tmp_path / "adapter")
 
 
 def test_merge_and_generate(delta: Path, base: Path, tmp_path: Path) -> None:

@@ -202,6 +202,37 @@ def merge(
     print(json.dumps(report) if as_json else f"{output}: {report['bytes']:,} bytes")
 
 
+@app.command(epilog="Example: deltacome export base/ math-delta/ -o math-lora/ --max-rank 128")
+def export(
+    base: Base,
+    delta: DeltaFolder,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
+    format: Annotated[Literal["peft"], typer.Option(help="A PEFT adapter.")] = "peft",
+    max_rank: Annotated[int, typer.Option(min=1, help="Of every weight's factors.")] = 256,
+    dtype: Annotated[Dtype, typer.Option(help="Of the factors.")] = "bfloat16",
+    as_json: Json = False,
+) -> None:
+    """Write a delta as a LoRA adapter, the nearest of its rank, for what knows nothing of deltas."""
+    from deltacome.exporting import export as run
+    from deltacome.merging import DTYPES
+
+    report = run(base, delta, output, max_rank=max_rank, dtype=DTYPES[dtype])
+    if report["capped"]:
+        print(
+            f"warning: {report['capped']} weights have more components than --max-rank {max_rank}; "
+            f"the adapter's deltas are {report['error']:.2%} off (relative Frobenius error)",
+            file=sys.stderr,
+        )
+    if report["left_out"]:
+        first, more = report["left_out"][0], len(report["left_out"]) - 1
+        print(
+            f"warning: LoRA cannot express what changed in {first}{f' and {more} more' if more else ''}; "
+            "norms can be folded (compress --fold-norms), the rest is lost",
+            file=sys.stderr,
+        )
+    print(json.dumps(report) if as_json else f"{output}: rank {report['rank']}, {report['bytes']:,} bytes")
+
+
 Deltas = Annotated[
     list[str] | None,
     typer.Option("--delta", metavar="[NAME=]DELTA", help="A compressed delta; may be repeated. Without one: the base."),

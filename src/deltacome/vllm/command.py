@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from deltacome.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError
 from deltacome.merging import open_checked
@@ -37,7 +39,7 @@ def run(
         open_checked(checkpoint, delta)
     if folder is not None and not folder.is_dir():
         raise DeltacomeError(f"there is no folder {folder}")
-    environment = dict(os.environ)
+    environment = {**os.environ, "VLLM_USE_V2_MODEL_RUNNER": "0"}
     if api_key is not None:
         environment["VLLM_API_KEY"] = api_key  # arguments are for all to see
     if folder is not None:
@@ -52,6 +54,8 @@ def arguments(base: str, deltas: Mapping[str, str], folder: Path | None, options
     """vLLM's arguments."""
     slots = len(deltas) + (0 if folder is None else FOLDER_SLOTS)
     found = ["--model", base, "--enable-lora", "--max-loras", str(max(slots, 1))]
+    if torch.cuda.is_available():
+        found.append("--enforce-eager")
     for name, value in options.items():
         if value is not None:
             found += [f"--{name}", str(value)]

@@ -48,12 +48,14 @@ class Manager(internals.LRUCacheLoRAModelManager):
     """
 
     def __init__(self, *, model: Any, lora_config: Any, device: torch.device, vllm_config: Any, **rest: Any) -> None:
-        if lora_config.fully_sharded_loras:
-            raise DeltacomeError("deltacome's layers do not support --fully-sharded-loras; leave it out")
-        if lora_config.enable_tower_connector_lora:
-            raise DeltacomeError("deltacome's layers do not support --enable-tower-connector-lora; leave it out")
-        if internals.has_graphs(vllm_config):
-            raise DeltacomeError("deltacome's layers do not run in CUDA graphs; add --enforce-eager")
+        for is_so, advice in (
+            (lora_config.fully_sharded_loras, "leave out --fully-sharded-loras"),
+            (lora_config.enable_tower_connector_lora, "leave out --enable-tower-connector-lora"),
+            (internals.has_graphs(vllm_config), "they do not run in CUDA graphs: add --enforce-eager"),
+            (vllm_config.use_v2_model_runner, "set VLLM_USE_V2_MODEL_RUNNER=0 in the environment"),
+        ):
+            if is_so:
+                raise DeltacomeError(f"for deltacome's layers, {advice}; VLLM_PLUGINS= (empty) does without them")
         self.step = Step(device)
         self.config = vllm_config
         if not model.embedding_modules:

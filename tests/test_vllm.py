@@ -25,7 +25,7 @@ os.environ |= {
 
 import httpx
 from openai import APIConnectionError, NotFoundError, OpenAI
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
@@ -40,6 +40,7 @@ from vllm.lora.request import LoRARequest
 
 from conftest import Save, fine_tune, make_model
 from deltacome import compress, load, merge
+from deltacome.exporting import export
 
 SIZES: dict[str, Any] = {
     "vocab_size": 259,
@@ -247,6 +248,22 @@ def make_adapter(served: Served, folder: Path) -> Path:
 def test_peft_adapters_in_the_same_batch(served: Served, tmp_path: Path) -> None:
     served.deltas["peft"] = make_adapter(served, tmp_path / "peft")
     names = ["peft", "a", "base", "peft", "b"]
+    served.check(names, make_prompts(len(names)))
+
+
+def test_exported_deltas(served: Served, tmp_path: Path) -> None:
+    export(served.base, served.deltas["a"], tmp_path / "exported", max_rank=8, dtype=torch.float32)
+    served.deltas["exported"] = tmp_path / "exported"
+    model = AutoModelForCausalLM.from_pretrained(served.base, dtype=torch.float32).eval()
+    tensors = load_file(tmp_path / "exported" / "adapter_model.safetensors")
+    for name, module in model.named_modules():
+        start = f"base_model.model.{name}.lora_"
+        if f"{start}embedding_A" in tensors:  # and the head's, which is the same parameter
+            module.weight.data += (tensors[f"{start}embedding_B"] @ tensors[f"{start}embedding_A"]).T
+        elif f"{start}A.weight" in tensors and name != "lm_head":
+            module.weight.data += tensors[f"{start}B.weight"] @ tensors[f"{start}A.weight"]
+    served.models["exported"] = model
+    names = ["exported", "a", "base", "exported"]
     served.check(names, make_prompts(len(names)))
 
 

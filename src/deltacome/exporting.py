@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from deltacome.artifact import Artifact, Entry, rebuild
-from deltacome.checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Checkpoint, is_matrix
-from deltacome.files import new_folder
+from deltacome.checkpoint import OUTPUT_EMBEDDINGS, Checkpoint, is_matrix
+from deltacome.errors import DeltacomeError
+from deltacome.files import new_folder, write_safetensors
 from deltacome.merging import open_checked
 from deltacome.progress import bar, each
+from deltacome.runtime.tenant import Names
 from deltacome.svd import leading_components
 from deltacome.terms import Factored, Term
 
 PREFIX = "base_model.model."
-HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ def export(
     with new_folder(out) as folder:
         checkpoint = Checkpoint(base)
         artifact = open_checked(checkpoint, delta)
+        model = _skeleton(checkpoint)
+        names = Names(model)
         with bar("exporting", len(artifact.entries)) as advance:
             for entry, terms in each(artifact.all_terms(), advance):
                 if not terms:
@@ -71,11 +74,13 @@ def export(
                 adapter = _adapter(entry, terms, checkpoint, max_rank)
                 capped += adapter.error > 1e-6 * adapter.size
                 error, size = error + adapter.error, size + adapter.size
-                for module, pair in _modules(entry.name, adapter, artifact).items():
+                for module, pair in _modules(names.find(entry.name), adapter, artifact, model).items():
                     ranks[module] = len(adapter.a)
                     tensors |= {f"{PREFIX}{module}.{name}": tensor.to(dtype) for name, tensor in pair.items()}
-        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-        config = _config(ranks, artifact.base_name)
+        specs = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()}
+        write_safetensors(folder / "adapter_model.safetensors", specs, tensors.__getitem__)
+        is_transposed = any(isinstance(module, Conv1D) for module in model.modules())
+        config = {**_config(ranks, artifact.base_name), "fan_in_fan_out": is_transposed}
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
     return {
         "folder": str(out),
@@ -113,15 +118,30 @@ def _of_factors(terms: list[Factored], rank: int) -> tuple[Tensor, Tensor, Tenso
     return u @ q.T, s, v @ p.T, float(middle.square().sum())
 
 
-def _modules(name: str, adapter: Adapter, artifact: Artifact) -> dict[str, dict[str, Tensor]]:
+def _skeleton(base: Checkpoint) -> Any:
+    """The base as transformers builds it, without weights: PEFT goes by the names and kinds of its modules."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.folder))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise DeltacomeError(f"transformers cannot build the model of {base.source}: {reason}") from error
+
+
+def _modules(parameter: str, adapter: Adapter, artifact: Artifact, model: Any) -> dict[str, dict[str, Tensor]]:
     """The tensors of PEFT's modules that a weight belongs to: two, if it is both embeddings."""
-    module = name.removesuffix(".weight")
-    linear = {"lora_A.weight": adapter.a, "lora_B.weight": adapter.b}
-    if not name.endswith(INPUT_EMBEDDINGS):
-        return {module: linear}
-    found = {module: {"lora_embedding_A": adapter.b.T.contiguous(), "lora_embedding_B": adapter.a.T.contiguous()}}
-    if not any(other.endswith(OUTPUT_EMBEDDINGS) for other in artifact.entries):
-        found[HEAD] = {key: tensor.clone() for key, tensor in linear.items()}
+    name = parameter.removesuffix(".weight")
+    module = model.get_submodule(name)
+    a, b = (adapter.b.T, adapter.a.T) if isinstance(module, Conv1D) else (adapter.a, adapter.b)
+    linear = {"lora_A.weight": a, "lora_B.weight": b}
+    if not isinstance(module, nn.Embedding):
+        return {name: linear}
+    found = {name: {"lora_embedding_A": adapter.b.T, "lora_embedding_B": adapter.a.T}}
+    head = model.get_output_embeddings()
+    if head is not None and not any(other.endswith(OUTPUT_EMBEDDINGS) for other in artifact.entries):
+        found[next(name for name, other in model.named_modules() if other is head)] = linear
     return found
 
 

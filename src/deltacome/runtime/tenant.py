@@ -77,7 +77,7 @@ def load_tenant(name: str, artifact: Artifact, model: nn.Module, device: torch.d
         DeltacomeError: if it changes something that can only be merged.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    names = _Names(model)
+    names = Names(model)
     changes: dict[str, Change] = {}
     for entry, terms in artifact.all_terms():
         if not terms:
@@ -171,7 +171,7 @@ def _tie(artifact: Artifact, model: Any, modules: dict[str, nn.Module], changes:
         changes[names[head]] = Change(change.packed, change.rows, change.start)
 
 
-class _Names:
+class Names:
     """Finds a model's parameter by the name that a checkpoint has for it."""
 
     def __init__(self, model: Any) -> None:

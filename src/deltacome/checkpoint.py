@@ -45,6 +45,12 @@ INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "wor
 OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")
 
 
+def sidecars_in(folder: Path) -> list[Path]:
+    """The files in a folder that belong to a model besides its weights, by name."""
+    files = (path for path in folder.iterdir() if path.is_file() and not path.name.endswith(".index.json"))
+    return sorted(path for path in files if any(fnmatch.fnmatch(path.name, pattern) for pattern in SIDECARS))
+
+
 def is_embedding(name: str) -> bool:
     """Whether a tensor's name is that of an embedding or a language-model head."""
     return name.removesuffix(".weight").rpartition(".")[2] in EMBEDDINGS
@@ -90,6 +96,11 @@ class Checkpoint:
         return self.source if not Path(self.source).exists() else self.folder.resolve().name
 
     @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer is."""
+        return self.folder
+
+    @property
     def elements(self) -> int:
         """Number of weights."""
         return sum(info.elements for info in self.tensors.values())
@@ -118,8 +129,7 @@ class Checkpoint:
 
     def sidecars(self) -> list[Path]:
         """The files that belong to the model besides its weights, by name."""
-        files = (path for path in self.folder.iterdir() if path.is_file() and not path.name.endswith(".index.json"))
-        return sorted(path for path in files if any(fnmatch.fnmatch(path.name, pattern) for pattern in SIDECARS))
+        return sidecars_in(self.folder)
 
     def sidecar_digest(self, name: str) -> str | None:
         """SHA-256 of one such file, None if there is none."""

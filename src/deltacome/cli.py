@@ -22,7 +22,12 @@ app = typer.Typer(
 )
 
 Base = Annotated[str, typer.Argument(metavar="BASE", help="Base checkpoint: a folder or a hub id.")]
-Finetuned = Annotated[str, typer.Argument(metavar="FINETUNED", help="Fine-tuned checkpoint: a folder or a hub id.")]
+Finetuned = Annotated[
+    str,
+    typer.Argument(
+        metavar="FINETUNED", help="Fine-tuned checkpoint: a folder or a hub id, or a LoRA adapter's folder."
+    ),
+]
 DeltaFolder = Annotated[Path, typer.Argument(metavar="DELTA", help="Folder of a compressed delta.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Template = Annotated[

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deltacome import __version__
+from deltacome.adapter import Adapted, is_adapter
 from deltacome.allocation import Spectrum, allocate, spent_bits
 from deltacome.artifact import (
     FORMAT_VERSION,
@@ -77,7 +78,7 @@ def compress(
     """Compress the delta between two checkpoints into the folder `out`.
 
     Args:
-        base, finetuned: checkpoint folders or hub ids.
+        base, finetuned: checkpoint folders or hub ids; `finetuned` may be a folder with a LoRA adapter of the base.
         ratio: bytes of the fine-tuned weights in 16 bit over those of the artifact, 16 by default. A method or
             precision plan that fixes its own size must reach it, if it is given.
         method: one of `deltacome.methods.METHODS`; by default `delta-come` for a precision plan, else the first.
@@ -111,7 +112,7 @@ def compress(
         raise DeltacomeError(f"method {method} makes no use of data with these settings; leave out --calibration")
     with peak_memory() as peak:
         theirs, exact = Checkpoint(base), embeddings == "exact"
-        ours = Folded(theirs, finetuned, exact) if fold_norms else Checkpoint(finetuned)
+        ours = _open(theirs, finetuned, exact, fold_norms)
         run = _Run(theirs, ours, chosen, exact, ratio, warn)
         tokens = None
         if calibration is not None:
@@ -133,6 +134,13 @@ def compress(
         "seconds": round(time.monotonic() - started, 2),
         "peak_bytes": peak.bytes,
     }
+
+
+def _open(base: Checkpoint, finetuned: str | Path, exact_embeddings: bool, fold_norms: bool) -> Checkpoint:
+    """The fine-tuned side."""
+    if is_adapter(finetuned):
+        return Adapted(base, finetuned)  # whose norms are the base's
+    return Folded(base, finetuned, exact_embeddings) if fold_norms else Checkpoint(finetuned)
 
 
 class _Run:
@@ -441,7 +449,7 @@ def _read_tokens(finetuned: Checkpoint, calibration: str | Path, count: int, cha
 
     examples = read_examples(calibration, count)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(finetuned.folder)
+        tokenizer = AutoTokenizer.from_pretrained(finetuned.tokenizer_folder)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise DeltacomeError(f"calibration needs the tokenizer of {finetuned.source}: {reason}") from error

@@ -22,12 +22,7 @@ app = typer.Typer(
 )
 
 Base = Annotated[str, typer.Argument(metavar="BASE", help="Base checkpoint: a folder or a hub id.")]
-Finetuned = Annotated[
-    str,
-    typer.Argument(
-        metavar="FINETUNED", help="Fine-tuned checkpoint: a folder or a hub id, or a LoRA adapter's folder."
-    ),
-]
+Finetuned = Annotated[str, typer.Argument(metavar="FINETUNED", help="Fine-tuned checkpoint: a folder or a hub id.")]
 DeltaFolder = Annotated[Path, typer.Argument(metavar="DELTA", help="Folder of a compressed delta.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Template = Annotated[
@@ -49,7 +44,9 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command(epilog="Example: deltacome compress base/ math/ -o math-delta/ --ratio 16")
 def compress(
     base: Base,
-    finetuned: Finetuned,
+    finetuned: Annotated[
+        str, typer.Argument(metavar="FINETUNED", help="Checkpoint, a folder or a hub id; or a LoRA adapter's folder.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
     ratio: Annotated[
         float | None, typer.Option(help="Bytes of the fine-tuned weights in 16 bit over the artifact's. [default: 16]")

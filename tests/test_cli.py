@@ -79,6 +79,10 @@ def test_verify(delta: Path, base: Path, finetuned: Path, tmp_path: Path) -> Non
     fail("SHA-256 differs", "verify", tmp_path / "copy")
 
 
+def test_map_needs_two_sides(base: Path, finetuned: Path, tmp_path: Path) -> None:
+    fail("--map model has no =", "compress", base, finetuned, "-o", tmp_path / "delta", "--map", "model")
+
+
 def test_export(delta: Path, base: Path, tmp_path: Path) -> None:
     result = run("export", base, delta, "-o", tmp_path / "adapter", "--max-rank", 2, "--json")
     assert result.returncode == 0 and json.loads(result.stdout)["rank"] == 2

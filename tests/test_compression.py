@@ -11,6 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
 
 from conftest import Save, fine_tune, make_model, make_tokenizer
 from deltacome import Artifact, DeltacomeError, compress, merge
@@ -373,3 +380,60 @@ def test_tokenizer_fixture_is_a_real_one() -> None:
         [{"role": "user", "content": "hé"}], tokenize=False, add_generation_prompt=True
     )
     assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def make_llava(base: PreTrainedModel) -> LlavaForConditionalGeneration:
+    """A vision-language model whose language tower is a fine-tune of the base."""
+    vision = CLIPVisionConfig(
+        hidden_size=60, intermediate_size=109, num_hidden_layers=1, num_attention_heads=3, image_size=16, patch_size=8
+    )
+    config = LlavaConfig(vision_config=vision, text_config=base.config, image_token_index=258)
+    model = LlavaForConditionalGeneration(config)
+    model.model.language_model.load_state_dict(base.model.state_dict())
+    model.lm_head.load_state_dict(base.lm_head.state_dict())
+    fine_tune(model.model.language_model, size=0.1)
+    return model
+
+
+def test_a_vision_language_model_on_a_plain_base(save: Save, tmp_path: Path) -> None:
+    plain = make_model(head_dim=20)
+    base, tuned = save(plain, "base"), save(make_llava(plain), "llava")
+    compress(base, tuned, tmp_path / "delta", ratio=2)
+    entries = Artifact(tmp_path / "delta").entries
+    paired = {entry.base for entry in entries.values() if entry.base is not None}
+    assert paired == Checkpoint(base).tensors.keys()
+    factored = [name for name, entry in entries.items() if entry.factored]
+    assert len(factored) >= 15 and not any("vision" in name for name in factored)
+    assert all(entry.dense == 0 for name, entry in entries.items() if "vision" in name or "projector" in name)
+    merge(base, tmp_path / "delta", tmp_path / "merged", torch.float32)
+    theirs = Checkpoint(tuned)
+    for name in theirs.tensors:
+        found, wanted = Checkpoint(tmp_path / "merged").read(name), theirs.read(name).float()
+        assert float((found - wanted).norm()) <= 0.1 * float(wanted.norm())
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+
+
+def test_renamed_weights(base: Path, finetuned: Path, tmp_path: Path) -> None:
+    shutil.copytree(finetuned, tmp_path / "renamed")
+    tensors = load_file(finetuned / "model.safetensors")
+    renamed = {name.replace("model.", "decoder.inner."): tensor for name, tensor in tensors.items()}
+    save_file(renamed, tmp_path / "renamed" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DeltacomeError, match="cannot be the base of"):
+        compress(base, tmp_path / "renamed", tmp_path / "delta")
+    with pytest.raises(DeltacomeError, match="cannot be the base of"):
+        compress(base, tmp_path / "renamed", tmp_path / "delta", renames={"decoder.": "model."})
+    compress(base, tmp_path / "renamed", tmp_path / "delta", ratio=4, renames={"decoder.inner.": "model."})
+    compress(base, finetuned, tmp_path / "plain", ratio=4)
+    found, plain = (Artifact(tmp_path / name).entries for name in ("delta", "plain"))
+    assert {entry.base for entry in found.values()} == plain.keys()
+    assert sum(bool(entry.factored) for entry in found.values()) == sum(
+        bool(entry.factored) for entry in plain.values()
+    )
+
+
+def test_another_kind_of_model_is_refused_unless_mapped(save: Save, finetuned: Path, tmp_path: Path) -> None:
+    shutil.copytree(finetuned, tmp_path / "other")
+    config = json.loads((finetuned / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "model_type": "mistral"}))
+    with pytest.raises(DeltacomeError, match=r"is a mistral model and .* a llama model; .* \(--map\)"):
+        compress(finetuned, tmp_path / "other", tmp_path / "delta")

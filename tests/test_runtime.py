@@ -14,12 +14,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
+    Gemma2Config,
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MistralConfig,
     MixtralConfig,
+    Phi3Config,
     PreTrainedModel,
     Qwen3Config,
 )
@@ -43,6 +46,13 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+CONFIGS = {
+    "qwen3": Qwen3Config,
+    "gemma": GemmaConfig,
+    "gemma2": Gemma2Config,
+    "mistral": MistralConfig,
+    "phi3": Phi3Config,
+}
 
 
 def make_any(family: str) -> PreTrainedModel:
@@ -50,10 +60,9 @@ def make_any(family: str) -> PreTrainedModel:
     if family in ("llama", "qwen2", "gpt_neox"):
         return make_other(family)
     torch.manual_seed(0)
-    if family == "qwen3":
-        model = AutoModelForCausalLM.from_config(Qwen3Config(**SIZES, num_key_value_heads=1, head_dim=20))
-    elif family == "gemma":
-        model = AutoModelForCausalLM.from_config(GemmaConfig(**SIZES, num_key_value_heads=1, head_dim=20))
+    if family in CONFIGS:
+        config = CONFIGS[family](**SIZES, num_key_value_heads=1, head_dim=20, pad_token_id=0)
+        model = AutoModelForCausalLM.from_config(config)
     else:
         model = AutoModelForCausalLM.from_config(
             GPT2Config(vocab_size=259, n_embd=60, n_layer=2, n_head=3, n_positions=512, bos_token_id=0, eos_token_id=1)
@@ -103,7 +112,7 @@ IDS = torch.randint(2, 259, (6, 9), generator=torch.Generator().manual_seed(5))
 NAMES = ["a", None, "b", "b", None, "a"]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox", "qwen3", "gemma", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox", "gpt2", *CONFIGS])
 def test_logits_are_those_of_the_merged_models(family: str, save: Save, tmp_path: Path) -> None:
     base, deltas = tenants_of(save, tmp_path, lambda: make_any(family))
     model = load(base, {"a": deltas[0], "b": deltas[1]})

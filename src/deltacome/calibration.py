@@ -176,13 +176,16 @@ def _energies(x: Tensor, y: Tensor) -> Tensor:
 def _skeleton(checkpoint: Checkpoint) -> Any:
     """The model without weights, its buffers (rotary frequencies) in place."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder)
+        text_only = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        kind = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
         with init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # transformers initialises weights that are not there
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = kind.from_config(config, dtype=torch.float32)
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DeltacomeError(f"transformers cannot build {checkpoint.source} for calibration: {reason}") from error

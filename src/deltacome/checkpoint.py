@@ -4,6 +4,8 @@ import fnmatch
 import hashlib
 import json
 import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -187,22 +189,31 @@ def is_matrix(shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and min(shape) >= SMALLEST_SIDE
 
 
-def pair(base: Checkpoint, finetuned: Checkpoint) -> list[Pair]:
+def pair(base: Checkpoint, finetuned: Checkpoint, renames: Mapping[str, str] | None = None) -> list[Pair]:
     """Match the weights of the two checkpoints by name.
 
-    More rows than in the base (a grown vocabulary) and an output embedding that the base ties are understood.
+    More rows than in the base (a grown vocabulary) and an output embedding that the base ties are understood, and so is
+    a vision-language model on a plain language model: its language tower's names begin otherwise.
+
+    Args:
+        renames: beginnings of names in the fine-tuned checkpoint, and what stands for them in the base's. Without it
+            such a beginning is looked for where it is needed.
 
     Raises:
         DeltacomeError: if the architectures or shapes are not those of a base and its fine-tune.
     """
     kinds = [checkpoint.config.get("model_type") for checkpoint in (base, finetuned)]
-    if kinds[0] != kinds[1]:
-        raise DeltacomeError(
-            f"{finetuned.source} is a {kinds[1]} model and {base.source} a {kinds[0]} model; is this the right base?"
-        )
+    text = finetuned.config.get("text_config")
+    if renames is None and kinds[0] != kinds[1]:
+        if not isinstance(text, dict) or text.get("model_type") != kinds[0]:
+            raise DeltacomeError(
+                f"{finetuned.source} is a {kinds[1]} model and {base.source} a {kinds[0]} model; is this the right "
+                "base? If it is, say how its names correspond to the base's (--map)"
+            )
+        renames = _found_renames(base, finetuned)
     pairs = []
     for name, info in sorted(finetuned.tensors.items()):
-        base_name: str | None = name if name in base.tensors else None
+        base_name = _base_name(name, base, renames or {})
         if base_name is None and name.endswith(OUTPUT_EMBEDDINGS):
             base_name = base.input_embedding  # the base has no head of its own: it ties them
         rows = 0
@@ -227,6 +238,36 @@ def pair(base: Checkpoint, finetuned: Checkpoint) -> list[Pair]:
             f"{base.source} cannot be the base of {finetuned.source}: {what} the fine-tuned checkpoint{example}"
         )
     return pairs
+
+
+def _base_name(name: str, base: Checkpoint, renames: Mapping[str, str]) -> str | None:
+    """The base's name for a weight: by the longest beginning that is renamed, else the same."""
+    for old in sorted(renames, key=len, reverse=True):
+        renamed = renames[old] + name.removeprefix(old)
+        if name.startswith(old) and renamed in base.tensors:
+            return renamed
+    return name if name in base.tensors else None
+
+
+def _found_renames(base: Checkpoint, finetuned: Checkpoint) -> dict[str, str]:
+    """The one change of a beginning that gives most weights of the same shape, those of the same name left out.
+
+    Towers have layers of the same names, but fewer of them, and of other shapes.
+    """
+    ends: dict[str, list[str]] = {}
+    for name in base.tensors:
+        parts = name.split(".")
+        for start in range(len(parts) - 1):
+            ends.setdefault(".".join(parts[start:]), []).append(name)
+    counts: Counter[tuple[str, str]] = Counter()
+    for name in finetuned.tensors.keys() - base.tensors.keys():
+        parts = name.split(".")
+        known = (".".join(parts[start:]) for start in range(1, len(parts) - 1))
+        end = next((end for end in known if end in ends), None)
+        for other in ends.get(end or "", ()):
+            if base.tensors[other].shape == finetuned.tensors[name].shape:
+                counts[name.removesuffix(end or ""), other.removesuffix(end or "")] += 1
+    return dict([max(counts, key=lambda found: counts[found])]) if counts else {}
 
 
 def _by(shape: tuple[int, ...]) -> str:

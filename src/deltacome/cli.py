@@ -87,6 +87,10 @@ def compress(
             "--fold-norms", help="Put what changed in the norms into the matrices behind them; the base's norms serve."
         ),
     ] = False,
+    map: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OLD=NEW", help="Names that begin with OLD begin with NEW in the base; may be repeated."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compress the delta between a base and a fine-tuned checkpoint. Started again after a kill, it goes on."""
@@ -104,6 +108,7 @@ def compress(
         calibration_examples=calibration_examples,
         chat_template=chat_template,
         fold_norms=fold_norms,
+        renames=_renames(map) if map else None,
         precision=precision,
         scale=scale,
         group_size=group_size,
@@ -116,6 +121,13 @@ def compress(
             f"1/{report['artifact_ratio']:.1f} (linear weights 1/{report['linear_ratio']:.1f}), "
             f"{report['seconds']:.1f} s, peak memory {report['peak_bytes'] / 2**20:.0f} MiB"
         )
+
+
+def _renames(given: list[str]) -> dict[str, str]:
+    for item in given:
+        if "=" not in item:
+            raise DeltacomeError(f"--map {item} has no =; write it like --map language_model.model.=model.")
+    return dict(item.split("=", 1) for item in given)
 
 
 @app.command(epilog="Example: deltacome inspect math-delta/ --plot math-delta.png")

@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,6 +72,7 @@ def compress(
     calibration_examples: int = 128,
     chat_template: str | None = None,
     fold_norms: bool = False,
+    renames: Mapping[str, str] | None = None,
     warn: Warn = print_warning,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -89,6 +90,7 @@ def compress(
         chat_template: Jinja file, or `none`, in place of the tokenizer's own template.
         fold_norms: put what changed in a norm into the layers behind it, where that is exact; see
             `deltacome.folding.Folded`.
+        renames: beginnings of the fine-tuned weights' names and the base's for them, if they differ.
         warn: called with each warning.
         settings: the method's own; None keeps its default.
 
@@ -113,7 +115,7 @@ def compress(
     with peak_memory() as peak:
         theirs, exact = Checkpoint(base), embeddings == "exact"
         ours = _open(theirs, finetuned, exact, fold_norms)
-        run = _Run(theirs, ours, chosen, exact, ratio, warn)
+        run = _Run(theirs, ours, chosen, exact, ratio, renames, warn)
         tokens = None
         if calibration is not None:
             tokens = _read_tokens(run.finetuned, calibration, calibration_examples, chat_template)
@@ -153,10 +155,11 @@ class _Run:
         method: Method,
         exact_embeddings: bool,
         ratio: float | None,
+        renames: Mapping[str, str] | None,
         warn: Warn,
     ) -> None:
         self.base, self.finetuned, self.method, self.warn = base, finetuned, method, warn
-        self.pairs = {p.name: p for p in pair(base, finetuned)}
+        self.pairs = {p.name: p for p in pair(base, finetuned, renames)}
         self.kept = {name for name in self.pairs if exact_embeddings and is_embedding(name)}
         self.matrices = [p for p in self.pairs.values() if p.is_matrix and p.name not in self.kept]
         self.layers = Counter(module_kind(p.name) for p in self.matrices)
@@ -188,6 +191,7 @@ class _Run:
             "method": method,
             "ratio": self.asked_ratio,
             "exact": sorted(self.kept),
+            "base names": [p.base_name for p in self.pairs.values()],
             "calibration": hashlib.sha256(raw(tokens[0])).hexdigest() if tokens else None,
         }
         self.journal = Journal(out, job)

@@ -25,7 +25,9 @@ Content = tuple[Part | None, ...] | Gain
 class Layer:
     """What all have in common: a content per slot, for the rows of the running step.
 
-    Subclasses come before a class of vLLM's, which has `device`-independent methods of the same names.
+    A subclass comes before a class of vLLM's. `change(y, x)` changes the rows of y, in place, as their adapters have
+    it; x is the layer's input, where that matters. `factors(lora_a, lora_b)` makes of LoRA's factors, as vLLM's
+    `set_lora` has them, content of the layer.
     """
 
     step: Step
@@ -40,19 +42,13 @@ class Layer:
         self.name, self.step = name, step
         self.kernels = kernels_for(step.device.type)
 
-    def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
-        """Fill a slot, with a delta's content in place of `lora_a` or with LoRA's factors."""
-        is_delta = isinstance(lora_a, Gain) or (isinstance(lora_a, tuple) and lora_b is None)
-        content = lora_a if is_delta else self.factors(lora_a, lora_b)
-        self.slots[index] = self.take(content)
+    def set_lora(self: Any, index: int, lora_a: Any, lora_b: Any) -> None:
+        """Fill a slot, with LoRA's factors or, in place of the first, with a delta's content."""
+        self.slots[index] = self.take(lora_a if lora_b is None else self.factors(lora_a, lora_b))
 
     def reset_lora(self, index: int) -> None:
         """Empty a slot."""
         self.slots[index] = None
-
-    def factors(self, lora_a: Any, lora_b: Any) -> Content:
-        """LoRA's factors, as vLLM's `set_lora` has them, as content of this layer."""
-        raise NotImplementedError
 
     def take(self, content: Content) -> Content:
         """The content on the layer's device."""
@@ -61,16 +57,12 @@ class Layer:
             return content.to(device)
         return tuple(None if part is None else part.to(device) for part in content)
 
-    def change(self, y: Tensor, x: Any) -> None:
-        """Change the rows of y, in place, as their adapters have it; x is the layer's input, where that matters."""
-        raise NotImplementedError
-
     def found(self, rows: Rows) -> list[tuple[Any, Tensor]]:
         """The contents of the step's adapters, with their rows."""
         return [(self.slots[slot], own) for slot, own in rows.by_slot.items() if self.slots[slot] is not None]
 
 
-def apply_change(layer: Layer, y: Tensor, x: Tensor | None) -> None:
+def apply_change(layer: Any, y: Tensor, x: Tensor | None) -> None:
     """`layer.change`, by an operator that torch.compile does not look into."""
     if torch.compiler.is_compiling():
         torch.ops.deltacome.change(y, x, layer.name)
@@ -91,8 +83,9 @@ def define_operator() -> torch.library.Library:
 class _Slice:
     """What a step does for some outputs of a layer.
 
-    first: the first of them. own: of the whole slice's outputs those that this GPU has, None for all. work: the
-    kernels'. products: chains of matrices, biases: what is added, both with their rows and the number of outputs.
+    first: the first of them in the layer's. outputs: how many the whole slice has, and own: which of these this GPU
+    has, None for all. work: the kernels'. products: chains of matrices with the rows that go through them. biases: what
+    is added, with its rows.
     """
 
     first: int

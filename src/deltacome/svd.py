@@ -9,22 +9,30 @@ ROWS_AT_ONCE = 4096
 
 
 def leading_components(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The first `rank` components of a delta (m, n), fewer if the delta's rank is smaller.
+    """The first `rank` components of a delta (m, n), fewer if the delta's rank is smaller; as `split_components`."""
+    u, s, v, _ = split_components(delta, rank)
+    return u, s, v
+
+
+def split_components(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The first `rank` components of a delta (m, n), fewer if the delta's rank is smaller, and the rest's size.
 
     Through the eigenvectors of the smaller Gram matrix in float64: faster than a float32 SVD for the matrices of a
     layer, lighter in memory for tall ones, and as accurate, since squaring the singular values costs half of
     float64's digits and float32 has no more than the other half.
 
     Returns:
-        u (rank, m), s (rank,), v (rank, n), float32; the rows of u and v are unit singular vectors, s descends.
+        u (rank, m), s (rank,), v (rank, n), float32; the rows of u and v are unit singular vectors, s descends. And the
+        other singular values that are not negligible.
     """
     m, n = delta.shape
     if m < n:
-        v, s, u = leading_components(delta.T, rank)
-        return u, s, v
+        v, s, u, rest = split_components(delta.T, rank)
+        return u, s, v, rest
     values, vectors = torch.linalg.eigh(_gram(delta))
     s = values.flip(0).clamp_min_(0).sqrt_()
-    keep = min(rank, int((s > NEGLIGIBLE * s[0]).sum()))
+    s = s[s > NEGLIGIBLE * s[0]]
+    keep, rest = min(rank, len(s)), s[rank:].float()
     v = vectors.flip(1)[:, :keep]
     u = torch.empty(keep, m, dtype=torch.float32, device=delta.device)
     norms = torch.zeros(keep, dtype=torch.float64, device=delta.device)
@@ -33,7 +41,7 @@ def leading_components(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor
         norms += part.square().sum(0)
         u[:, start : start + part.shape[0]] = part.T
     s = norms.sqrt_().float()
-    return u.div_(s[:, None]), s, v.T.float()
+    return u.div_(s[:, None]), s, v.T.float(), rest
 
 
 def singular_values(delta: Tensor) -> Tensor:

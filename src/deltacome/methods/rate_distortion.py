@@ -14,13 +14,14 @@ from deltacome.bits import words_per_row
 from deltacome.methods.method import Delta, Statistics
 from deltacome.quantize import Quantized, feed_back_entries, fit_scale, quantize_rows
 from deltacome.rotation import rotate
-from deltacome.svd import leading_components, singular_values
+from deltacome.svd import singular_values, split_components
 from deltacome.terms import Factored, Term, component_bits
 
 SENSITIVITY_POWER = 0.5
 BIAS_POWER = 0.3  # 8 of 30 layers at 1/64 of the bytes, 6.5 at 1/32
 EMBEDDING_WEIGHT = 12.0  # KL of a unit of squared error in an embedding over that of one in another matrix
 ROW_ENERGY = 0.99  # of an embedding's delta that the rows which are kept hold
+ROWS_AT_ONCE = 1024
 FEW_ROWS = 7 / 8  # of all rows; with more of them, all are kept
 
 
@@ -58,11 +59,9 @@ class RateDistortion:
     def compress(self, delta: Delta, budget_bits: float) -> list[Term]:
         values, energy, rows = self._prepare(delta)
         root = energy.sqrt()
-        if delta.is_embedding:  # a copy of it, or more components than the budget holds, may not fit in memory
-            most = int(budget_bits // component_bits(1, *values.shape))
-            u, s, v = leading_components(values, max(1, min(most, *values.shape)))
-        else:
-            u, s, v = leading_components(values * root, min(values.shape))
+        most = max(1, min(int(budget_bits // component_bits(1, *values.shape)), *values.shape))
+        # A copy of an embedding may not fit in memory; its metric is plain.
+        u, s, v, rest = split_components(values if delta.is_embedding else values * root, most)
         v = v / root
         spectrum = self._spectrum(delta, values, s, rows is not None)
         spectrum = replace(spectrum, v_squares=v.square().sum(1) * energy.mean())
@@ -71,7 +70,7 @@ class RateDistortion:
         order = widths.argsort(descending=True, stable=True)[: int((widths > 0).sum())]
         if not len(order):
             return []
-        dropped = s[widths == 0]
+        dropped = torch.cat((s[widths == 0], rest))
         u, s, v, bits = u[order], s[order], v[order], widths[order][:, None]
         if not delta.is_embedding:
             s = s + self.restore * dropped.pow(3).sum() / s.square().sum()
@@ -118,6 +117,21 @@ class RateDistortion:
         """Codes of V (rank, n); with feedback where the metric is not the identity."""
         if not self.feedback or not self.rotate or bool((energy == energy[0]).all()):
             return quantize_rows(v, bits)
-        # The metric of rotated inputs is R diag(energy) RT, so its inverse needs no inversion.
-        inverse = rotate(rotate(torch.diag(energy.double().reciprocal())).T)
-        return feed_back_entries(v, torch.linalg.cholesky(inverse, upper=True), bits)
+        return feed_back_entries(v, torch.linalg.cholesky(_rotated_diagonal(energy.reciprocal()), upper=True), bits)
+
+
+def _rotated_diagonal(values: Tensor) -> Tensor:
+    """R diag(values) RT, (n, n), in float32 and a few rows at a time: it may be larger than the matrix it is for.
+
+    The metric of rotated inputs is that of their energies, so its inverse, that of the reciprocals, needs no inversion.
+    """
+    n = len(values)
+    half, whole = values.new_empty(n, n), values.new_empty(n, n)
+    for first in range(0, n, ROWS_AT_ONCE):
+        own = values[first : first + ROWS_AT_ONCE]
+        rows = values.new_zeros(len(own), n)
+        rows[:, first : first + len(own)] = torch.diag(own)
+        half[first : first + len(own)] = rotate(rows)
+    for first in range(0, n, ROWS_AT_ONCE):
+        whole[first : first + ROWS_AT_ONCE] = rotate(half[:, first : first + ROWS_AT_ONCE].T)
+    return whole

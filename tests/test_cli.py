@@ -81,6 +81,7 @@ def test_verify(delta: Path, base: Path, finetuned: Path, tmp_path: Path) -> Non
 
 def test_map_needs_two_sides(base: Path, finetuned: Path, tmp_path: Path) -> None:
     fail("--map model has no =", "compress", base, finetuned, "-o", tmp_path / "delta", "--map", "model")
+    assert not (tmp_path / "delta").exists()
 
 
 def test_export(delta: Path, base: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from deltacome.benchmark.serve import CACHE, DELTAS, DISK
 from deltacome.checkpoint import Checkpoint
 from deltacome.data import Encoder
 from deltacome.merging import load_merged, open_checked
-from deltacome.serve.engine import Limits
+from deltacome.serve.engine import Engine, Limits
 from deltacome.serve.guards import BodyGuard
 from deltacome.serve.keys import Keys
 from deltacome.serve.server import build
@@ -367,13 +367,22 @@ def test_a_client_that_goes_away_frees_its_place(address: str, stream: bool) -> 
     assert metric(address, 'deltacome_tokens_total{tenant="a"}') - before < 500
 
 
-def test_deadlines(folder: Path) -> None:
+def test_deadlines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Engine.step
+
+    def slow_step(self: Engine) -> None:  # however fast the machine, 400 tokens take longer than the deadline
+        time.sleep(0.002)
+        step(self)
+
+    monkeypatch.setattr(Engine, "step", slow_step)
     with serving(make_app(folder, deadline=0.3)) as address:
-        status, answer = post_json(
-            address, "/v1/completions", {"model": "a", "prompt": "x", "max_tokens": 500, "temperature": 0}
-        )
+        body = {"model": "a", "prompt": "x", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
+        status, answer = post_json(address, "/v1/completions", body)
         assert (status, answer["error"]["code"]) == (504, "deadline_exceeded")
-        parts = client(address).completions.create(model="a", prompt="x", max_tokens=500, temperature=0, stream=True)
+        more: dict[str, Any] = {"ignore_eos": True}
+        parts = client(address).completions.create(
+            model="a", prompt="x", max_tokens=400, temperature=0, stream=True, extra_body=more
+        )
         with pytest.raises(openai.APIError, match="longer than this server allows"):
             list(parts)
         assert post_json(address, "/v1/completions", {"model": "a", "prompt": "x", "max_tokens": 1})[0] == 200

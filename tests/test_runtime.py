@@ -254,6 +254,19 @@ def test_vision_language_model(save: Save, tmp_path: Path) -> None:
     assert not torch.allclose(logits[1], expected[1], rtol=1e-4, atol=1e-1)
 
 
+def test_a_fine_tune_that_computes_otherwise_is_refused(save: Save, tmp_path: Path) -> None:
+    base = save(make_model(), "base")
+    tuned = make_model(rope_parameters={"rope_type": "default", "rope_theta": 5e5}, max_position_embeddings=1024)
+    fine_tune(tuned)
+    compress(base, save(tuned, "tuned"), tmp_path / "delta", ratio=4)
+    with pytest.raises(DeltacomeError, match=r"rope_theta is 500000\.0 in the fine-tuned model"):
+        load(base, {"a": tmp_path / "delta"})
+    tuned = make_model(max_position_embeddings=1024)  # which changes nothing in what is computed
+    fine_tune(tuned)
+    compress(base, save(tuned, "longer"), tmp_path / "longer", ratio=4)
+    assert "a" in load(base, {"a": tmp_path / "longer"}).deltas
+
+
 def test_stacked_experts_are_refused(save: Save, tmp_path: Path) -> None:
     def make() -> PreTrainedModel:
         torch.manual_seed(0)

@@ -96,6 +96,13 @@ def test_tied_embeddings(save: Save, tmp_path: Path) -> None:
         Adapted(Checkpoint(base), tmp_path / "other")
 
 
+def test_norms_of_an_adapter_are_not_folded(save: Save, tmp_path: Path) -> None:
+    base = save(make_other("llama"), "base", torch.float32)
+    make_adapter(base, tmp_path / "adapter")
+    with pytest.raises(DeltacomeError, match="norms cannot be folded in"):
+        compress(base, tmp_path / "adapter", tmp_path / "delta", fold_norms=True)
+
+
 def set_in_config(**values: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         path = folder / "adapter_config.json"

@@ -75,10 +75,6 @@ class Adapted(Checkpoint):
         found = {path.name: path for path in (*sidecars_in(self.folder), *sidecars_in(self.adapter))}
         return [found[name] for name in sorted(found)]
 
-    def sidecar_digest(self, name: str) -> str | None:
-        """SHA-256 of one such file, None if there is none."""
-        raise NotImplementedError("of a base alone")
-
     def stamp(self) -> list[list[Any]]:
         """Name, size and time of every weight file."""
         file = self.adapter / WEIGHTS

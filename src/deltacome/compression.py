@@ -141,7 +141,9 @@ def compress(
 def _open(base: Checkpoint, finetuned: str | Path, exact_embeddings: bool, fold_norms: bool) -> Checkpoint:
     """The fine-tuned side."""
     if is_adapter(finetuned):
-        return Adapted(base, finetuned)  # whose norms are the base's
+        if fold_norms:
+            raise DeltacomeError(f"norms cannot be folded in {finetuned}, a LoRA adapter; leave out --fold-norms")
+        return Adapted(base, finetuned)
     return Folded(base, finetuned, exact_embeddings) if fold_norms else Checkpoint(finetuned)
 
 

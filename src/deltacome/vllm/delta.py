@@ -76,7 +76,7 @@ def read(artifact: Artifact, base: Checkpoint, layers: Layers) -> dict[str, Cont
         for name, own in parts.items()
     }
     for name, values in norms.items():
-        contents[name] = _gain(name, layers.modules[name], values, base)
+        contents[name] = _gain(name, layers.modules[name], values)
     return contents
 
 
@@ -128,7 +128,7 @@ def _tie(artifact: Artifact, base: Checkpoint, layers: Layers, parts: dict[str, 
         parts[heads[0]] = {0: Part(part.packed, None, part.matrices)}
 
 
-def _gain(name: str, norm: Any, values: dict[str, tuple[Tensor, Tensor]], base: Checkpoint) -> Content:
+def _gain(name: str, norm: Any, values: dict[str, tuple[Tensor, Tensor]]) -> Content:
     is_gemma = isinstance(norm.base_layer, internals.GemmaRMSNorm)
     has_bias = getattr(norm.base_layer, "bias", None) is not None
     pairs = []

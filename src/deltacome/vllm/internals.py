@@ -49,7 +49,7 @@ from vllm.lora.utils import get_adapter_absolute_path, replace_submodule
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, LayerNorm, RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -65,7 +65,6 @@ __all__ = [
     "LoRAResolverRegistry",
     "LogitsProcessorWithLoRA",
     "PPMissingLayer",
-    "ParallelLMHead",
     "RMSNorm",
     "ReplicatedLinear",
     "RowParallelLinear",

@@ -367,14 +367,20 @@ def test_a_client_that_goes_away_frees_its_place(address: str, stream: bool) -> 
     assert metric(address, 'deltacome_tokens_total{tenant="a"}') - before < 500
 
 
-def test_deadlines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However fast the machine, a step takes 2 ms or more."""
     step = Engine.step
 
-    def slow_step(self: Engine) -> None:  # however fast the machine, 400 tokens take longer than the deadline
+    def slow_step(self: Engine) -> None:
         time.sleep(0.002)
         step(self)
 
     monkeypatch.setattr(Engine, "step", slow_step)
+
+
+@pytest.mark.usefixtures("slow_steps")
+def test_deadlines(folder: Path) -> None:
     with serving(make_app(folder, deadline=0.3)) as address:
         body = {"model": "a", "prompt": "x", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
         status, answer = post_json(address, "/v1/completions", body)
@@ -476,6 +482,7 @@ def test_a_watched_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
         until(lambda: names() == {"base"})
 
 
+@pytest.mark.usefixtures("slow_steps")
 def test_memory_limit(folder: Path) -> None:
     size = deltacome.load(folder / "base", {"a": folder / "deltas/a"}).deltas["a"].bytes
     with serving(make_app(folder, deltas={}, folder=folder / "deltas", memory_limit=int(1.5 * size))) as address:
@@ -492,12 +499,13 @@ def test_memory_limit(folder: Path) -> None:
         other = ask("b")
         assert loaded() == {"b"} and other != first
         assert ask("a") == first
-        running = api.completions.create(model="a", prompt="x", max_tokens=100, stream=True)
+        more: dict[str, Any] = {"ignore_eos": True}
+        running = api.completions.create(model="a", prompt="x", max_tokens=450, stream=True, extra_body=more)
         next(iter(running))
         with ThreadPoolExecutor() as pool:
             waiting = pool.submit(ask, "b")  # until the running request lets go of "a"
             time.sleep(0.1)
-            assert loaded() == {"a"}
+            assert loaded() == {"a"} and not waiting.done()
             list(running)
             assert waiting.result() == other
         assert metric(address, 'deltacome_delta_evictions_total{tenant="a"}') == 2

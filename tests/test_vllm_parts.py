@@ -14,7 +14,7 @@ from deltacome.runtime.kernels import reference
 from deltacome.runtime.kernels.packed import pack_terms
 from deltacome.terms import Sign, add_terms
 from deltacome.vllm import command
-from deltacome.vllm.changes import gain, share
+from deltacome.vllm.changes import share
 from deltacome.vllm.rows import KEPT, Rows, Step
 
 CPU = torch.device("cpu")
@@ -86,28 +86,6 @@ def test_signs_cannot_be_shared_out() -> None:
     assert share(terms, 0, 1) == terms
     with pytest.raises(DeltacomeError, match="BitDelta cannot be split among several GPUs; serve it on one"):
         share(terms, 0, 2)
-
-
-@pytest.mark.parametrize("offset", [0.0, 1.0])
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_a_gain_turns_one_norm_into_another(offset: float, has_bias: bool) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(5, 8)
-    base, finetuned = ([torch.randn(8) for _ in range(1 + has_bias)] for _ in range(2))
-    base[0][3] = finetuned[0][3] = -offset  # a gain of zero in both
-
-    def norm(weights: list[torch.Tensor]) -> torch.Tensor:
-        return x * (weights[0] + offset) + (weights[1] if has_bias else 0)
-
-    found = gain("norm", base, finetuned, offset)
-    y = norm(base) * found.ratio + (0 if found.shift is None else found.shift)
-    assert torch.allclose(y, norm(finetuned), atol=1e-5)
-    assert (found.shift is not None) == has_bias
-
-
-def test_a_gain_of_zero_cannot_grow() -> None:
-    with pytest.raises(DeltacomeError, match="norm is zero in the base and not in the fine-tuned model"):
-        gain("norm", [torch.tensor([1.0, 0.0])], [torch.ones(2)], 0.0)
 
 
 def test_arguments_of_vllm(tmp_path: Path) -> None:

@@ -38,39 +38,19 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Gain:
-    """What turns the outputs of the base's norm into those of the fine-tuned one: `y * ratio + shift`, (n,) each."""
+class Gains:
+    """A norm's own gains and, where it has them, biases, (n,) each."""
 
-    ratio: Tensor
-    shift: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
 
     def tensors(self) -> list[Tensor]:
         """Everything that it keeps in memory."""
-        return [self.ratio] + ([] if self.shift is None else [self.shift])
+        return [self.weight] + ([] if self.bias is None else [self.bias])
 
-    def to(self, device: torch.device) -> "Gain":
+    def to(self, device: torch.device) -> "Gains":
         """A copy on a device, or itself if it is there."""
-        return Gain(self.ratio.to(device), None if self.shift is None else self.shift.to(device))
-
-
-def gain(name: str, base: Sequence[Tensor], finetuned: Sequence[Tensor], offset: float) -> Gain:
-    """The change of a norm from its gains and, where it has them, biases.
-
-    For y = g x + β, with g₀ and β₀ the base's and r = g / g₀, it is y = r y₀ + (β − r β₀) (section 2 of the design).
-    offset: of the gain from its weight, 1 for Gemma.
-
-    Raises:
-        DeltacomeError: if the base's gain is zero where the fine-tuned one is not.
-    """
-    weights = [weights[0].double() + offset for weights in (base, finetuned)]
-    ratio = weights[1] / weights[0]
-    ratio[weights[0] == weights[1]] = 1.0
-    if not ratio.isfinite().all():
-        raise DeltacomeError(f"{name} is zero in the base and not in the fine-tuned model; merge the delta instead")
-    shift = None
-    if len(base) == 2:
-        shift = (finetuned[1].double() - ratio * base[1].double()).float()
-    return Gain(ratio.float(), shift)
+        return Gains(self.weight.to(device), None if self.bias is None else self.bias.to(device))
 
 
 def share(terms: Sequence[Term], rank: int, size: int) -> list[Term]:

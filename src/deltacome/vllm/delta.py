@@ -13,7 +13,7 @@ from deltacome.runtime.kernels.packed import pack_terms
 from deltacome.runtime.tenant import check_config, embedding_vectors
 from deltacome.terms import Dense, Term
 from deltacome.vllm import internals
-from deltacome.vllm.changes import Part, gain, share
+from deltacome.vllm.changes import Gains, Part, share
 from deltacome.vllm.layers import Content, Embedding, Linear, Logits, Norm
 
 CPU = torch.device("cpu")
@@ -56,15 +56,15 @@ def read(artifact: Artifact, base: Checkpoint, layers: Layers) -> dict[str, Cont
     """
     check_config(artifact, base)
     parts: dict[str, dict[int, Part]] = {}
-    norms: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    norms: dict[str, dict[str, Tensor]] = {}
     for entry, terms in artifact.all_terms():
         place = layers.find(entry.name) if terms else None
         if place is None:
             continue
         name, index, parameter = place
         module = layers.modules[name]
-        if isinstance(module, Norm) and entry.base is not None and isinstance(terms[0], Dense):
-            norms.setdefault(name, {})[parameter] = (base.read(entry.base), terms[0].value)
+        if isinstance(module, Norm) and isinstance(terms[0], Dense):
+            norms.setdefault(name, {})[parameter] = terms[0].value
         elif isinstance(module, Linear | Embedding | Logits):
             own = parts.setdefault(name, {})
             own[index] = _part(own.get(index, Part()), module, parameter, entry, terms, base)
@@ -76,7 +76,9 @@ def read(artifact: Artifact, base: Checkpoint, layers: Layers) -> dict[str, Cont
         for name, own in parts.items()
     }
     for name, values in norms.items():
-        contents[name] = _gain(name, layers.modules[name], values)
+        norm: Any = layers.modules[name]
+        weight, bias = (values.get(parameter, norm.own(parameter)) for parameter in ("weight", "bias"))
+        contents[name] = Gains(weight, bias)
     return contents
 
 
@@ -126,13 +128,3 @@ def _tie(artifact: Artifact, base: Checkpoint, layers: Layers, parts: dict[str, 
     if changed and heads:
         part = parts[changed[0]][0]
         parts[heads[0]] = {0: Part(part.packed, None, part.matrices)}
-
-
-def _gain(name: str, norm: Any, values: dict[str, tuple[Tensor, Tensor]]) -> Content:
-    is_gemma = isinstance(norm.base_layer, internals.GemmaRMSNorm)
-    has_bias = getattr(norm.base_layer, "bias", None) is not None
-    pairs = []
-    for parameter in ("weight", "bias") if has_bias else ("weight",):
-        kept = getattr(norm.base_layer, parameter).detach()
-        pairs.append(values.get(parameter, (kept, kept)))
-    return gain(name, [ours for ours, _ in pairs], [theirs for _, theirs in pairs], 1.0 if is_gemma else 0.0)

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, layer_norm, rms_norm
 
 from deltacome.errors import DeltacomeError
 from deltacome.runtime.kernels import kernels_for
 from deltacome.runtime.tenant import embed
 from deltacome.vllm import internals
-from deltacome.vllm.changes import Gain, Part
+from deltacome.vllm.changes import Gains, Part
 from deltacome.vllm.rows import Rows, Step
 
-Content = tuple[Part | None, ...] | Gain
+Content = tuple[Part | None, ...] | Gains
 
 
 class Layer:
@@ -53,7 +53,7 @@ class Layer:
     def take(self, content: Content) -> Content:
         """The content on the layer's device."""
         device = self.step.device
-        if isinstance(content, Gain):
+        if isinstance(content, Gains):
             return content.to(device)
         return tuple(None if part is None else part.to(device) for part in content)
 
@@ -278,19 +278,31 @@ class Logits(Layer, internals.LogitsProcessorWithLoRA):
 
 
 class Norm(Layer, internals.BaseLayerWithLoRA):
-    """A norm whose gain adapters change: scaling its outputs is the same, and leaves vLLM's fused kernels to it."""
+    """A norm that adapters have their own of.
 
-    def __init__(self, base_layer: torch.nn.Module) -> None:
+    The rows of adapters are normalised a second time, in float32: scaling what the base's norm gives would round twice.
+    """
+
+    def __init__(self, base_layer: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.is_layer_norm = isinstance(base_layer, internals.LayerNorm)
+        self.epsilon = base_layer.eps if self.is_layer_norm else base_layer.variance_epsilon
+        self.offset = 1.0 if isinstance(base_layer, internals.GemmaRMSNorm) else 0.0
+
+    def own(self, parameter: str) -> Tensor | None:
+        """A parameter of the base's norm, on the CPU."""
+        value = getattr(self.base_layer, parameter, None)
+        return None if value is None else value.detach().cpu()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         if residual is None:
             y = self.base_layer(x)
-            apply_change(self, y, None)
+            apply_change(self, y, x)
             return y
+        total = x.float() + residual.float()  # before the base's norm, which may write over both
         y, residual = self.base_layer(x, residual)
-        apply_change(self, y, None)
+        apply_change(self, y, total)
         return y, residual
 
     def change(self, y: Tensor, x: Any) -> None:
@@ -298,24 +310,25 @@ class Norm(Layer, internals.BaseLayerWithLoRA):
         values = rows.keep((self.name, y.ndim), partial(self._values, rows, y.ndim))
         if values is None:
             return
-        all_rows, ratio, shift = values
-        own = y[all_rows].float() * ratio
-        y[all_rows] = (own if shift is None else own + shift).to(y.dtype)
+        own, weight, bias = values
+        normalise = layer_norm if self.is_layer_norm else rms_norm
+        changed = normalise(x[own].float(), x.shape[-1:], eps=self.epsilon) * weight
+        y[own] = (changed if bias is None else changed + bias).to(y.dtype)
 
     def _values(self, rows: Rows, dimensions: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Row numbers, and of each row the ratio and the shift: (rows, 1, ..., n)."""
+        """Row numbers, and of each row the gains and the biases: (rows, 1, ..., n)."""
         found = self.found(rows)
         if not found:
             return None
         counts = torch.tensor([len(own) for _, own in found], device=self.step.device)
 
         def stack(values: list[Tensor]) -> Tensor:
-            stacked = torch.stack(values).repeat_interleave(counts, dim=0)
+            stacked = torch.stack(values).float().repeat_interleave(counts, dim=0)
             return stacked.view(len(stacked), *[1] * (dimensions - 2), -1)
 
-        shifts = [torch.zeros_like(gain.ratio) if gain.shift is None else gain.shift for gain, _ in found]
-        shift = stack(shifts) if any(gain.shift is not None for gain, _ in found) else None
-        return torch.cat([own for _, own in found]), stack([gain.ratio for gain, _ in found]), shift
+        biases = [gains.bias for gains, _ in found if gains.bias is not None]
+        weight = stack([gains.weight for gains, _ in found]) + self.offset
+        return torch.cat([own for _, own in found]), weight, stack(biases) if biases else None
 
 
 def linear_class(vllm_class: type) -> type:

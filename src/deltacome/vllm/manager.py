@@ -86,8 +86,8 @@ class Manager(internals.LRUCacheLoRAModelManager):
         super()._create_lora_modules()
         for name, module in list(self.model.named_modules()):
             if isinstance(module, internals.RMSNorm | internals.GemmaRMSNorm | internals.LayerNorm):
-                if self._get_punica_wrapper(name) is None:  # of a vision tower
-                    continue
+                if self._get_punica_wrapper(name) is None or getattr(module, "variance_size_override", None):
+                    continue  # of a vision tower, or over a part of the inputs only
                 norm = Norm(module)
                 norm.create_lora_weights(self.lora_slots, self.lora_config)
                 self.register_module(name, internals.replace_submodule(self.model, name, norm))

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 if not Path("/dev/nvidia0").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
@@ -14,12 +15,21 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
+    GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MixtralConfig,
+    Phi3Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from deltacome.terms import Factored, Sign
@@ -96,15 +106,70 @@ def make_other(family: str, seed: int = 0, **options: object) -> PreTrainedModel
     return model
 
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 259,
+    "hidden_size": 60,
+    "intermediate_size": 109,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+CONFIGS = {
+    "qwen3": Qwen3Config,
+    "gemma": GemmaConfig,
+    "gemma2": Gemma2Config,
+    "mistral": MistralConfig,
+    "phi3": Phi3Config,
+    "mixtral": MixtralConfig,
+    "qwen3_moe": Qwen3MoeConfig,
+    "gpt_oss": GptOssConfig,
+}
+EVEN: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 112}  # grouped products in torch ask for that
+MORE: dict[str, dict[str, Any]] = {
+    "mixtral": {**EVEN, "num_local_experts": 3, "num_experts_per_tok": 2},
+    # 17 experts make the router a matrix that is compressed.
+    "qwen3_moe": {**EVEN, "num_experts": 17, "num_experts_per_tok": 3, "moe_intermediate_size": 40},
+    "gpt_oss": {**EVEN, "num_local_experts": 3, "num_experts_per_tok": 2},  # its stacks lie the other way round
+}
+
+
+def make_any(family: str) -> PreTrainedModel:
+    """A random model of a family, with biases and norms that are not all alike."""
+    if family in ("llama", "qwen2", "gpt_neox"):
+        return make_other(family)
+    torch.manual_seed(0)
+    if family in CONFIGS:
+        options = {**SIZES, "num_key_value_heads": 1, "head_dim": 20, "pad_token_id": 0, **MORE.get(family, {})}
+        config = CONFIGS[family](**options)
+        model = AutoModelForCausalLM.from_config(config)
+    else:
+        model = AutoModelForCausalLM.from_config(
+            GPT2Config(vocab_size=259, n_embd=60, n_layer=2, n_head=3, n_positions=512, bos_token_id=0, eos_token_id=1)
+        )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name or "ln_" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
 def fine_tune(model: PreTrainedModel, seed: int = 1, size: float = 0.05) -> None:
-    """Change every parameter a little, matrices by deltas whose singular values decay as those of real ones do."""
+    """Change every parameter a little, matrices by deltas whose singular values decay as those of real ones do.
+
+    Only the sinks of gpt-oss stay: deltas of them can be merged, and not served.
+    """
     torch.manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                continue
             change = torch.randn_like(parameter)
-            if parameter.ndim == 2:
+            if parameter.ndim in (2, 3):
                 u, s, v = torch.linalg.svd(change, full_matrices=False)
-                change = (u * s * torch.arange(1, len(s) + 1) ** -0.7) @ v
+                change = (u * (s * torch.arange(1, s.shape[-1] + 1) ** -0.7)[..., None, :]) @ v
             parameter += size * change * parameter.norm() / change.norm()
 
 

@@ -12,13 +12,22 @@ DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I32": "<i4", "U8": "u1", "I
 
 
 def read_safetensors(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
-    """Dtype, shape and bytes of every tensor."""
+    """Dtype, shape and bytes of every tensor, the matrices of stacks by themselves."""
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
     header.pop("__metadata__", None)
     data = content[8 + length :]
-    return {name: (info["dtype"], info["shape"], data[slice(*info["data_offsets"])]) for name, info in header.items()}
+    found = {}
+    for name, info in header.items():
+        shape, own = info["shape"], data[slice(*info["data_offsets"])]
+        if len(shape) == 3 and min(shape[1:]) >= 16:
+            size = len(own) // shape[0]
+            parts = {f"{name}[{i}]": own[i * size : (i + 1) * size] for i in range(shape[0])}
+            found |= {part: (info["dtype"], shape[1:], content) for part, content in parts.items()}
+        else:
+            found[name] = (info["dtype"], shape, own)
+    return found
 
 
 def array(dtype: str, shape: list[int], data: bytes) -> np.ndarray:
@@ -78,7 +87,7 @@ class Reader:
         assert text.startswith(b'{"sha256":"')
         assert hashlib.sha256(text[:11] + b"0" * 64 + text[75:]).hexdigest().encode() == text[11:75]
         self.manifest: dict[str, Any] = json.loads(text)
-        assert self.manifest["format_version"] == 2
+        assert self.manifest["format_version"] == 3
         for name, digest in self.manifest["files"].items():
             assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
         for name, digest in self.manifest["base_files"].items():

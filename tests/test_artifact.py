@@ -2,12 +2,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from deltacome import Artifact, DeltacomeError, compress
+from deltacome import Artifact, DeltacomeError, compress, merge
 from deltacome.artifact import MANIFEST, MODEL_CARD, rebuild, write_manifest
 from deltacome.checkpoint import Checkpoint
 from format_reader import Reader
@@ -44,6 +46,60 @@ def test_a_reader_written_from_the_specification_agrees(name: str, base: Path, f
     size = sum(path.stat().st_size for path in (tmp_path / "delta").glob("delta*"))
     assert artifact.bytes == size  # the weights and the manifest, by their names
     assert artifact.manifest["ratio"] == pytest.approx(artifact.finetuned_bytes / size, abs=1e-3)
+
+
+@pytest.fixture
+def stacks(base: Path, finetuned: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A base and a fine-tune with a stack of three matrices, one of them unchanged."""
+    folders = []
+    torch.manual_seed(0)
+    stack = torch.randn(3, 40, 24)
+    for source in (base, finetuned):
+        shutil.copytree(source, tmp_path / f"stacked-{source.name}")
+        path = tmp_path / f"stacked-{source.name}" / "model.safetensors"
+        save_file({**load_file(path), "model.layers.1.mlp.experts.down_proj": stack}, path, {"format": "pt"})
+        stack = stack + 0.05 * torch.randn(3, 40, 24) * torch.tensor([1.0, 0.0, 1.0])[:, None, None]
+        folders.append(path.parent)
+    return folders[0], folders[1]
+
+
+def test_a_stack_is_so_many_matrices(stacks: tuple[Path, Path], tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.experts.down_proj"
+    base, finetuned = stacks
+    compress(base, finetuned, tmp_path / "delta", ratio=2)
+    artifact, reader = Artifact(tmp_path / "delta"), Reader(tmp_path / "delta", base)
+    merge(base, tmp_path / "delta", tmp_path / "merged")
+    merged, before, after = (load_file(f / "model.safetensors")[name] for f in (tmp_path / "merged", *stacks))
+    assert merged.shape == (3, 40, 24) and torch.equal(merged[1], before[1])
+    for i in (0, 2):
+        assert artifact.entries[f"{name}[{i}]"].factored
+        assert 0 < float((merged[i] - after[i]).norm()) < 0.7 * float((after[i] - before[i]).norm())
+        np.testing.assert_allclose(merged[i].numpy(), reader.weight(f"{name}[{i}]"), rtol=1e-5, atol=1e-6)
+    binary = tmp_path / "binary"
+    shutil.copytree(finetuned, binary)
+    torch.save(load_file(binary / "model.safetensors"), binary / "pytorch_model.bin")
+    (binary / "model.safetensors").unlink()
+    compress(base, binary, tmp_path / "of-binary", ratio=2)
+    weights = [(tmp_path / folder / "delta.safetensors").read_bytes() for folder in ("delta", "of-binary")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda entries, name: entries.update({f"{name}[5]": entries.pop(f"{name}[1]")}), "numbered from 0"),
+        (lambda entries, name: entries.update({name: entries.pop(f"{name}[1]")}), "numbered from 0"),
+        (lambda entries, name: entries[f"{name}[1]"].update(shape=[41, 24]), "differ in shape"),
+    ],
+)
+def test_a_stack_with_a_gap_does_not_open(change: Any, message: str, stacks: Any, tmp_path: Path) -> None:
+    compress(*stacks, tmp_path / "delta", ratio=2)
+    manifest = json.loads((tmp_path / "delta" / MANIFEST).read_bytes())
+    del manifest["sha256"], manifest["ratio"]
+    change(manifest["weights"], "model.layers.1.mlp.experts.down_proj")
+    write_manifest(tmp_path / "delta", manifest, 1)
+    with pytest.raises(DeltacomeError, match=message):
+        Artifact(tmp_path / "delta")
 
 
 def test_exact_parts_are_exact(artifact: Path, base: Path, finetuned: Path) -> None:
@@ -145,15 +201,13 @@ def test_a_manifest_that_lies_does_not_open_even_with_a_right_digest(
 
 def test_other_format_versions_are_refused(artifact: Path, tmp_path: Path) -> None:
     shutil.copytree(artifact, tmp_path / "copy")
-    text = (artifact / MANIFEST).read_text().replace('"format_version":2', '"format_version":3')
+    text = (artifact / MANIFEST).read_text().replace('"format_version":3', '"format_version":4')
     (tmp_path / "copy" / MANIFEST).write_text(text)
-    with pytest.raises(DeltacomeError, match="format version 3, and this deltacome reads version 2"):
+    with pytest.raises(DeltacomeError, match="format version 4, and this deltacome reads version 3"):
         Artifact(tmp_path / "copy")
 
 
 def test_nan_in_a_scale_is_refused(artifact: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(artifact, tmp_path / "copy")
     tensors = load_file(artifact / "delta.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight.scales"][1] = float("nan")

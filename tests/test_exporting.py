@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
-from conftest import Save, fine_tune, make_other
+from conftest import Save, fine_tune, make_any, make_other
 from deltacome import DeltacomeError, compress, merge
 from deltacome.artifact import Artifact, rebuild
 from deltacome.checkpoint import Checkpoint
@@ -103,3 +103,15 @@ def test_what_lora_cannot_express_is_named(base: Path, finetuned: Path, tmp_path
     with pytest.raises(DeltacomeError, match="fingerprint differs"):
         export(finetuned, tmp_path / "delta", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_experts_are_left_out_and_named(save: Save, tmp_path: Path) -> None:
+    tuned = make_any("mixtral")
+    fine_tune(tuned)
+    base = save(make_any("mixtral"), "base")
+    compress(base, save(tuned, "tuned"), tmp_path / "delta", ratio=4)
+    left_out = export(base, tmp_path / "delta", tmp_path / "adapter")["left_out"]
+    assert sum(".experts." in name for name in left_out) == 2 * 3 * 3
+    assert sum(name.endswith("block_sparse_moe.gate.weight") for name in left_out) == 2
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert "model.layers.1.self_attn.q_proj" in config["target_modules"]

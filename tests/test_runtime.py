@@ -14,64 +14,19 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
-    Gemma2Config,
-    GemmaConfig,
-    GPT2Config,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    MistralConfig,
-    MixtralConfig,
-    Phi3Config,
     PreTrainedModel,
-    Qwen3Config,
 )
 
 import deltacome
-from conftest import Save, fine_tune, make_model, make_other
+from conftest import CONFIGS, SIZES, Save, fine_tune, make_any, make_model
 from deltacome import DeltacomeError, compress, load, merge
 from deltacome.checkpoint import Checkpoint
 from deltacome.data import Encoder
 from deltacome.metrics import answer
 from deltacome.runtime.conversation import Conversation
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 259,
-    "hidden_size": 60,
-    "intermediate_size": 109,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.1,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-CONFIGS = {
-    "qwen3": Qwen3Config,
-    "gemma": GemmaConfig,
-    "gemma2": Gemma2Config,
-    "mistral": MistralConfig,
-    "phi3": Phi3Config,
-}
-
-
-def make_any(family: str) -> PreTrainedModel:
-    """A random model of a family, with biases and norms that are not all alike."""
-    if family in ("llama", "qwen2", "gpt_neox"):
-        return make_other(family)
-    torch.manual_seed(0)
-    if family in CONFIGS:
-        config = CONFIGS[family](**SIZES, num_key_value_heads=1, head_dim=20, pad_token_id=0)
-        model = AutoModelForCausalLM.from_config(config)
-    else:
-        model = AutoModelForCausalLM.from_config(
-            GPT2Config(vocab_size=259, n_embd=60, n_layer=2, n_head=3, n_positions=512, bos_token_id=0, eos_token_id=1)
-        )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name or "ln_" in name:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
 
 
 def tenants_of(
@@ -267,18 +222,15 @@ def test_a_fine_tune_that_computes_otherwise_is_refused(save: Save, tmp_path: Pa
     assert "a" in load(base, {"a": tmp_path / "longer"}).deltas
 
 
-def test_stacked_experts_are_refused(save: Save, tmp_path: Path) -> None:
-    def make() -> PreTrainedModel:
-        torch.manual_seed(0)
-        options = {"num_key_value_heads": 1, "head_dim": 20, "num_local_experts": 2, "num_experts_per_tok": 1}
-        return AutoModelForCausalLM.from_config(MixtralConfig(**SIZES, **options))
-
-    tuned = make()
+def test_a_parameter_of_attention_itself_is_refused(save: Save, tmp_path: Path) -> None:
+    base, tuned = (make_any("gpt_oss") for _ in range(2))
     fine_tune(tuned)
-    base = save(make(), "base")
-    compress(base, save(tuned, "tuned"), tmp_path / "delta", ratio=2)
-    with pytest.raises(DeltacomeError, match="merge it instead"):
-        load(base, {"a": tmp_path / "delta"})
+    with torch.no_grad():
+        tuned.model.layers[1].self_attn.sinks.add_(1)
+    folder = save(base, "base")
+    compress(folder, save(tuned, "tuned"), tmp_path / "delta", ratio=4)
+    with pytest.raises(DeltacomeError, match=r"changes model\.layers\.1\.self_attn\.sinks.*merge it instead"):
+        load(folder, {"a": tmp_path / "delta"})
 
 
 def test_other_small_modules_run_once_a_tenant(save: Save, tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deltacome.bits import BIT_WIDTHS, pack, unpack, words_per_row
-from deltacome.checkpoint import TORCH_DTYPES, Checkpoint, is_embedding, is_matrix
+from deltacome.checkpoint import TORCH_DTYPES, Checkpoint, is_embedding, is_matrix, split_stack
 from deltacome.errors import DeltacomeError
 from deltacome.files import SAFETENSORS_DTYPES, sha256
 from deltacome.terms import Dense, Factored, Groups, Sign, Term, add_terms, groups_per_row
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "deltacome.json"
 WEIGHTS = "delta"
 MODEL_CARD = "README.md"
@@ -277,6 +277,24 @@ class Artifact:
                 self.entries[name] = Entry.parse(name, fields)
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{name}: {error}") from error
+        self._check_stacks()
+
+    def _check_stacks(self) -> None:
+        self.stored: dict[str, list[Entry]] = {}
+        for name in sorted(self.entries, key=lambda name: (split_stack(name)[0], split_stack(name)[1] or 0)):
+            self.stored.setdefault(split_stack(name)[0], []).append(self.entries[name])
+        for stored, entries in self.stored.items():
+            numbers = [split_stack(entry.name)[1] for entry in entries]
+            if numbers != [None] and numbers != list(range(len(numbers))):
+                raise ValueError(f"the matrices of {stored} are not numbered from 0")
+            if len({(entry.shape, entry.dtype) for entry in entries}) > 1:
+                raise ValueError(f"the matrices of {stored} differ in shape or dtype")
+
+    def stored_shape(self, name: str) -> list[int]:
+        """The shape of a weight of that name in `stored`, which has the entries by the names of a checkpoint."""
+        entries = self.stored[name]
+        shape = list(entries[0].shape)
+        return shape if split_stack(entries[0].name)[1] is None else [len(entries), *shape]
 
     def _check_headers(self) -> None:
         """Every tensor that the manifest implies is there with its dtype and shape, and no other."""
@@ -387,6 +405,15 @@ class Artifact:
 
     def _broken(self, why: str) -> DeltacomeError:
         return DeltacomeError(f"{self.folder} is a broken artifact: {why}; fetch or compress it again")
+
+
+def rebuild_stored(name: str, artifact: Artifact, base: Checkpoint, dtype: torch.dtype | None = None) -> Tensor:
+    """A fine-tuned weight or stack of a name in `artifact.stored`; dtype: of those in floating point, else its own."""
+    entries = artifact.stored[name]
+    own = entries[0].dtype
+    chosen = dtype if dtype is not None and own.is_floating_point else own
+    parts = [rebuild(entry, artifact.terms(entry.name), base).to(chosen) for entry in entries]
+    return parts[0] if split_stack(entries[0].name)[1] is None else torch.stack(parts)
 
 
 def rebuild(entry: Entry, terms: list[Term], base: Checkpoint) -> Tensor:

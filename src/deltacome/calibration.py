@@ -206,7 +206,8 @@ def _checkpoint_name(name: str, prefix: str, checkpoint: Checkpoint) -> str:
         if candidate in checkpoint.tensors:
             return candidate
     raise DeltacomeError(
-        f"calibration cannot find the weights of {name} in {checkpoint.source}; compress it without --calibration"
+        f"no data can be taken through {checkpoint.source}, which has {name} in another form; compress it without "
+        "--calibration"
     )
 
 

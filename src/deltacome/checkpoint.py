@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,14 @@ def is_embedding(name: str) -> bool:
 
 
 def module_kind(name: str) -> str:
-    """A weight's name with its layer's number left out: `model.layers.*.mlp.up_proj.weight`."""
-    return re.sub(r"\.\d+\.", ".*.", name)
+    """A weight's name with the numbers of its layer and expert left out: `model.layers.*.mlp.up_proj.weight`."""
+    return re.sub(r"\.\d+\.", ".*.", split_stack(name)[0])
+
+
+def split_stack(name: str) -> tuple[str, int | None]:
+    """The name of the stack that a matrix is part of, and its number there; the name itself and None if of none."""
+    found = re.fullmatch(r"(.+)\[(\d+)\]", name)
+    return (found[1], int(found[2])) if found else (name, None)
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,8 @@ class TensorInfo:
 class Checkpoint:
     """A checkpoint folder: its weights by name, read on demand, its configuration and the files beside the weights.
 
+    A stack (k, m, n), the weights of k experts, counts as so many matrices: `experts.down_proj[0]` and so on.
+
     Raises:
         DeltacomeError: if the folder is missing, holds no weights, or its files are broken.
     """
@@ -90,7 +98,9 @@ class Checkpoint:
         self._fingerprint: str | None = None
         self.tensors: dict[str, TensorInfo] = {}
         for file in _weight_files(self.folder):
-            self.tensors.update(_bin_header(file) if file.suffix == ".bin" else _safetensors_header(file))
+            header = _bin_header(file) if file.suffix == ".bin" else _safetensors_header(file)
+            for name, info in header.items():
+                self.tensors.update(_matrices(name, info))
 
     @property
     def name(self) -> str:
@@ -110,11 +120,13 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """One tensor, in its stored dtype. The file is opened for this tensor alone, so nothing stays mapped."""
         info = self.tensors[name]
+        stored, index = split_stack(name)
         if info.file.suffix == ".bin":
-            return _load_bin(info.file)[name]
+            tensor = _load_bin(info.file)[stored]
+            return tensor if index is None else tensor[index]
         try:
             with safe_open(info.file, "pt") as file:
-                return file.get_tensor(name)
+                return file.get_tensor(stored) if index is None else file.get_slice(stored)[index : index + 1][0]
         except (SafetensorError, OSError) as error:
             raise DeltacomeError(f"cannot read {name} from {info.file}: {error}") from error
 
@@ -336,6 +348,13 @@ def _safetensors_header(path: Path) -> dict[str, TensorInfo]:
     except (SafetensorError, OSError) as error:
         raise DeltacomeError(f"{path} is damaged or no safetensors file: {error}") from error
     return found
+
+
+def _matrices(name: str, info: TensorInfo) -> dict[str, TensorInfo]:
+    """A weight by its name, or the matrices of a stack by theirs."""
+    if len(info.shape) != 3 or not is_matrix(info.shape[1:]):
+        return {name: info}
+    return {f"{name}[{i}]": replace(info, shape=info.shape[1:]) for i in range(info.shape[0])}
 
 
 def _bin_header(path: Path) -> dict[str, TensorInfo]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 import shutil
 import sys
 import time
@@ -164,7 +165,8 @@ class _Run:
         self.pairs = {p.name: p for p in pair(base, finetuned, renames)}
         self.kept = {name for name in self.pairs if exact_embeddings and is_embedding(name)}
         self.matrices = [p for p in self.pairs.values() if p.is_matrix and p.name not in self.kept]
-        self.layers = Counter(module_kind(p.name) for p in self.matrices)
+        # Of each kind, how many layers have it: the experts of one count once.
+        self.layers = Counter(kind for kind, _ in {(module_kind(p.name), _layer(p.name)) for p in self.matrices})
         self.asked_ratio = ratio
         self.ratio = (ratio or DEFAULT_RATIO) if method.spends_a_budget else None
         self.group_size = getattr(method, "group_size", None) or 0
@@ -269,7 +271,7 @@ class _Run:
                 measured.append(stream.energies(names.__contains__, self.finetuned.read_float, advance))
             except Exception as error:
                 # Models fail to be built or run in many ways, and the method can do without.
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                reason = str(error).splitlines()[0].split(";")[0] if str(error) else type(error).__name__
                 self.warn(f"the inputs of the layers could not be measured, so all count alike: {reason}")
             if calibration is not None:
                 measured.append(calibration.energies(names.__contains__, self.finetuned.read_float, advance))
@@ -448,6 +450,12 @@ class _Run:
             self._compress_matrix(self.pairs[name], None)
         entry = self.journal.entries[name]
         return rebuild(entry, entry.terms(self.journal.read), self.base)
+
+
+def _layer(name: str) -> str:
+    """A weight's name up to its layer's number, which comes before that of an expert."""
+    found = re.match(r".*?\.\d+\.", name)
+    return found[0] if found else ""
 
 
 def _read_tokens(finetuned: Checkpoint, calibration: str | Path, count: int, chat_template: str | None) -> Tokens:

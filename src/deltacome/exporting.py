@@ -15,8 +15,8 @@ from deltacome.checkpoint import OUTPUT_EMBEDDINGS, Checkpoint, is_matrix
 from deltacome.errors import DeltacomeError
 from deltacome.files import new_folder, write_safetensors
 from deltacome.merging import open_checked
+from deltacome.names import Names
 from deltacome.progress import bar, each
-from deltacome.runtime.tenant import Names
 from deltacome.svd import leading_components
 from deltacome.terms import Factored, Term
 
@@ -67,9 +67,10 @@ def export(
             for entry, terms in each(artifact.all_terms(), advance):
                 if not terms:
                     continue
-                if entry.base is None or not is_matrix(entry.shape) or entry.dense:
+                fits = entry.base is not None and is_matrix(entry.shape) and _is_layer(entry.name, names, model)
+                if not fits or entry.dense:
                     left_out.append(entry.name)
-                if entry.base is None or not is_matrix(entry.shape):
+                if not fits:
                     continue
                 adapter = _adapter(entry, terms, checkpoint, max_rank)
                 capped += adapter.error > 1e-6 * adapter.size
@@ -128,6 +129,14 @@ def _skeleton(base: Checkpoint) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise DeltacomeError(f"transformers cannot build the model of {base.source}: {reason}") from error
+
+
+def _is_layer(name: str, names: Names, model: Any) -> bool:
+    """Whether PEFT has a layer for a weight; stacks of experts and their routers are no modules of torch's."""
+    if names.find_expert(name) is not None:
+        return False
+    module, _, parameter = names.find(name).rpartition(".")
+    return parameter == "weight" and isinstance(model.get_submodule(module), nn.Linear | nn.Embedding | Conv1D)
 
 
 def _modules(parameter: str, adapter: Adapter, artifact: Artifact, model: Any) -> dict[str, dict[str, Tensor]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from deltacome.artifact import Artifact, rebuild
+from deltacome.artifact import Artifact, rebuild_stored
 from deltacome.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError
 from deltacome.files import new_folder, shard_names, shards, write_safetensors
@@ -35,10 +35,10 @@ def merge(base: str | Path, delta: str | Path, out: str | Path, dtype: torch.dty
     with new_folder(out) as folder:
         checkpoint = Checkpoint(base)
         artifact = open_checked(checkpoint, delta)
-        specs = {
-            name: (dtype if dtype is not None and entry.dtype.is_floating_point else entry.dtype, list(entry.shape))
-            for name, entry in artifact.entries.items()
-        }
+        specs = {}
+        for name, (first, *_) in artifact.stored.items():
+            own = dtype if dtype is not None and first.dtype.is_floating_point else first.dtype
+            specs[name] = (own, artifact.stored_shape(name))
         sizes = {name: d.itemsize * torch.Size(shape).numel() for name, (d, shape) in specs.items()}
         runs = shards(sizes, SHARD_BYTES)
         files = shard_names("model", len(runs))
@@ -46,7 +46,7 @@ def merge(base: str | Path, delta: str | Path, out: str | Path, dtype: torch.dty
 
             def read(name: str) -> torch.Tensor:
                 advance(1)
-                return rebuild(artifact.entries[name], artifact.terms(name), checkpoint).to(specs[name][0])
+                return rebuild_stored(name, artifact, checkpoint, dtype)
 
             for file, names in zip(files, runs, strict=True):
                 write_safetensors(folder / file, {name: specs[name] for name in names}, read)
@@ -89,10 +89,9 @@ def load_merged(base: Checkpoint, artifact: Artifact, dtype: torch.dtype = torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
 
     weights = {}
-    with bar("rebuilding", len(artifact.entries)) as advance:
-        for name, entry in each(artifact.entries.items(), advance):
-            weight = rebuild(entry, artifact.terms(name), base)
-            weights[name] = weight.to(dtype) if entry.dtype.is_floating_point else weight
+    with bar("rebuilding", len(artifact.stored)) as advance:
+        for name in each(artifact.stored, advance):
+            weights[name] = rebuild_stored(name, artifact, base, dtype)
     with TemporaryDirectory() as temporary:
         copy_sidecars(artifact, base, Path(temporary))
         try:

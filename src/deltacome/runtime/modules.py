@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from deltacome.errors import DeltacomeError
 from deltacome.runtime.batch import Batch, running
+from deltacome.runtime.experts import Experts, is_experts
 from deltacome.runtime.tenant import Change, embed
 
 FEW_ROWS = 64  # up to which the base's product is faster with the weight on the left
@@ -35,6 +36,8 @@ def install(name: str, module: nn.Module, kernels: Any) -> None:
         forward = _Linear(name, module, kernels)
     elif isinstance(module, nn.Embedding):
         forward = _Embedding(name, module, kernels)
+    elif is_experts(module):
+        forward = Experts(name, module, kernels)
     else:
         forward = _Exact(name, module)
     module.forward = forward
@@ -186,7 +189,7 @@ class _Embedding:
 
 
 class _Exact:
-    """A module without matrices, a norm above all, whose parameters a delta replaces."""
+    """A module that computes in its own way, a norm above all or a router, and whose parameters a delta replaces."""
 
     deltacome = True
 
@@ -199,24 +202,32 @@ class _Exact:
         changes = [] if batch is None else batch.keep(self.name, lambda: batch.changes(self.name))
         if batch is None or not changes:
             return self.forward(x, *arguments, **options)
-        if x.shape[0] != len(batch.tenants):
-            raise DeltacomeError(f"{self.name} changes the shape of the batch; this delta cannot be served, merge it")
-        if isinstance(self.module, nn.LayerNorm):
-            y = layer_norm(x, self.module.normalized_shape, None, None, self.module.eps)
+        # The norms of transformers multiply by the weight and nothing else, so that a weight per row broadcasts.
+        is_norm = type(self.module).__name__.endswith("RMSNorm") and not isinstance(self.module, nn.RMSNorm)
+        if x.shape[0] == len(batch.tenants) and (is_norm or isinstance(self.module, nn.LayerNorm)):
             own = batch.keep((self.name, x.ndim), lambda: self._stacked(batch, changes, x))
-            y = y * own["weight"]
+            if is_norm:
+                module = batch.keep((self.name, x.ndim, "module"), lambda: self._with(own))
+                return module.forward(x, *arguments, **options)
+            plain: Any = self.module
+            y = layer_norm(x, plain.normalized_shape, None, None, plain.eps) * own["weight"]
             return y + own["bias"] if "bias" in own else y
-        if type(self.module).__name__.endswith("RMSNorm") and not isinstance(self.module, nn.RMSNorm):
-            # Those of transformers multiply by the weight and nothing else, so that a weight per row broadcasts.
-            own = batch.keep((self.name, x.ndim), lambda: self._stacked(batch, changes, x))
-            return batch.keep((self.name, x.ndim, "module"), lambda: self._with(own)).forward(x, *arguments, **options)
         if arguments or options:  # which may have a part for each row
             raise DeltacomeError(f"{self.name} takes more than its input; this delta cannot be served, merge it")
-        y = self.forward(x)
+        return self._by_tenant(batch, changes, x)
+
+    def _by_tenant(self, batch: Batch, changes: list[tuple[Change, list[int]]], x: Tensor) -> Any:
+        """The module's outputs, one or several, computed for the batch and once more for the rows of each tenant."""
+        outputs = self.forward(x)
+        parts = outputs if isinstance(outputs, tuple) else (outputs,)
+        if any(len(part) % len(batch.tenants) for part in (x, *parts)):
+            raise DeltacomeError(f"{self.name} changes the shape of the batch; this delta cannot be served, merge it")
         for number, (change, rows) in enumerate(changes):
             module = batch.keep((self.name, number), partial(self._with, change.exact))
-            y[rows] = module.forward(x[rows])
-        return y
+            changed = module.forward(x[batch.token_rows(rows, len(x) // len(batch.tenants), x.device)])
+            for part, own in zip(parts, changed if isinstance(changed, tuple) else (changed,), strict=True):
+                part[batch.token_rows(rows, len(part) // len(batch.tenants), x.device)] = own
+        return outputs
 
     def _stacked(self, batch: Batch, changes: list[tuple[Change, list[int]]], x: Tensor) -> dict[str, Tensor]:
         """Each parameter with a value per row: (batch, 1, ..., n)."""

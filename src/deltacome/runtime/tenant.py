@@ -13,8 +13,9 @@ from deltacome.artifact import Artifact, Entry
 from deltacome.bits import unpack
 from deltacome.checkpoint import OUTPUT_EMBEDDINGS, Checkpoint
 from deltacome.errors import DeltacomeError
+from deltacome.names import Names, Place
 from deltacome.runtime.kernels.packed import Packed, pack_terms, transposed
-from deltacome.terms import Dense, Factored, Term
+from deltacome.terms import Dense, Factored, Term, add_terms
 
 # Settings of a model that change nothing in what it computes for a token, or are dealt with by what a delta holds.
 WITHOUT_EFFECT = {
@@ -39,6 +40,7 @@ class Change:
     packed: the factored and sign terms of the weight. rows: exact rows of the weight behind the base's (added tokens),
     or instead of all of them if `start` is 0. vectors: the singular vectors v of an embedding's terms with their
     scales, (rank, n) in float32, because a token takes all of them and of U a column. exact: other parameters by name.
+    experts: of stacks, by parameter and expert: the first output that each packed part is added to, and the part.
     """
 
     packed: Packed | None = None
@@ -46,6 +48,7 @@ class Change:
     start: int = 0
     vectors: Tensor | None = None
     exact: dict[str, Tensor] = field(default_factory=dict)
+    experts: dict[tuple[str, int], list[tuple[int, Packed]]] = field(default_factory=dict)
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything that it keeps in memory."""
@@ -53,6 +56,9 @@ class Change:
             yield from self.packed.tensors()
         yield from (tensor for tensor in (self.rows, self.vectors) if tensor is not None)
         yield from self.exact.values()
+        for parts in self.experts.values():
+            for _, packed in parts:
+                yield from packed.tensors()
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,13 +88,21 @@ def load_tenant(name: str, artifact: Artifact, model: nn.Module, device: torch.d
     for entry, terms in artifact.all_terms():
         if not terms:
             continue
-        module_name, _, parameter = names.find(entry.name).rpartition(".")
+        place = names.find_expert(entry.name)
+        module_name, _, parameter = (place.parameter if place else names.find(entry.name)).rpartition(".")
         module = modules[module_name]
         change = changes.setdefault(module_name, Change())
-        if parameter == "weight" and isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+        if place and not any(isinstance(term, Dense) for term in terms):
+            _change_expert(change, place, parameter, module, entry, terms, device)
+        elif parameter == "weight" and isinstance(module, nn.Linear | nn.Embedding | Conv1D):
             _change_weight(change, module, entry, terms, device)
         elif isinstance(terms[0], Dense) and terms[0].value.ndim == 1 and not list(module.children()):
             change.exact[parameter] = terms[0].value.to(device, copy=True)  # or the file stays mapped
+        elif place is None and len(entry.shape) == 2 and not list(module.children()) and entry.base is not None:
+            # Small, and of modules that compute in their own way, such as routers.
+            own = module.get_parameter(parameter)
+            exact = add_terms(own.detach().to("cpu", torch.float32, copy=True), terms)
+            change.exact[parameter] = exact.to(device, own.dtype)
         else:
             raise DeltacomeError(
                 f"{artifact.folder} changes {entry.name}, which cannot be served beside the base; merge it instead"
@@ -110,6 +124,18 @@ def _change_weight(change: Change, module: nn.Module, entry: Entry, terms: list[
     if isinstance(module, nn.Embedding) and rest:
         vectors = embedding_vectors(entry.name, rest)
         change.vectors = None if vectors is None else vectors.to(device)
+
+
+def _change_expert(
+    change: Change, place: Place, parameter: str, module: Any, entry: Entry, terms: list[Term], device: torch.device
+) -> None:
+    m, n = entry.shape
+    if place.is_slice and module.is_transposed:
+        terms, (m, n) = transposed(terms), (n, m)
+    stack = getattr(module, parameter)
+    first = place.half * stack.shape[2 if module.is_transposed else 1] // 2
+    packed = pack_terms(terms, (m, n), device)
+    change.experts.setdefault((parameter, place.expert), []).append((first, packed))
 
 
 def embedding_vectors(name: str, terms: Sequence[Term]) -> Tensor | None:
@@ -169,34 +195,6 @@ def _tie(artifact: Artifact, model: Any, modules: dict[str, nn.Module], changes:
     if names[embedding] in changes:
         change = changes[names[embedding]]
         changes[names[head]] = Change(change.packed, change.rows, change.start)
-
-
-class Names:
-    """Finds a model's parameter by the name that a checkpoint has for it."""
-
-    def __init__(self, model: Any) -> None:
-        self.known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        head = model.get_output_embeddings()
-        self.head = next((f"{name}.weight" for name, module in model.named_modules() if module is head), "")
-
-    def find(self, name: str) -> str:
-        """The parameter that shares the longest end with the name; of several, the one with the most parts in common.
-
-        Raises:
-            DeltacomeError: if there is none.
-        """
-        if name in self.known:
-            return name
-        if name.endswith(OUTPUT_EMBEDDINGS):
-            return self.head  # transformers has given some families' another name
-        parts = name.split(".")
-        for start in range(len(parts) - 1):
-            end = ".".join(parts[start:])
-            found = [known for known in self.known if known == end or known.endswith(f".{end}")]
-            common = [len(set(known.split(".")) & set(parts)) for known in found]
-            if found and common.count(max(common)) == 1:
-                return found[common.index(max(common))]
-        raise DeltacomeError(f"the base model has no weight {name}; the delta cannot be served, merge it instead")
 
 
 def embed(change: Change, ids: Tensor, n: int, kernels: Any) -> Tensor:

@@ -1,0 +1,83 @@
+"""Stacks of experts, as transformers has them, for a batch whose tenants have changed them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from deltacome.errors import DeltacomeError
+from deltacome.runtime.batch import Batch, running
+from deltacome.runtime.tenant import Change
+
+
+class Experts:
+    """Takes the place of `forward` of a module with stacks of experts' weights.
+
+    Without changes in the batch the module runs as it is; with them, expert by expert.
+    """
+
+    deltacome = True
+
+    def __init__(self, name: str, module: Any, kernels: Any) -> None:
+        self.name, self.module, self.kernels = name, module, kernels
+        self.forward: Callable[..., Tensor] = module.forward
+        if not hasattr(module, "_apply_gate"):
+            raise DeltacomeError(
+                f"{name} is a {type(module).__name__}, whose deltas cannot be served; merge it instead"
+            )
+
+    def __call__(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """hidden: (tokens, n). chosen: numbers of experts, (tokens, k), and weights: theirs."""
+        batch = running.get()
+        changes = [] if batch is None else batch.keep(self.name, lambda: batch.changes(self.name))
+        if batch is None or not changes:
+            return self.forward(hidden, chosen, weights)
+        owners = self._owners(batch, changes, hidden)
+        is_gated = self.module.has_gate
+        total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        for expert in chosen.unique().tolist():
+            tokens, places = (chosen == expert).nonzero(as_tuple=True)
+            inner = self._product("gate_up_proj" if is_gated else "up_proj", expert, hidden[tokens], owners[tokens])
+            inner = self.module._apply_gate(inner) if is_gated else self.module.act_fn(inner)
+            outputs = self._product("down_proj", expert, inner, owners[tokens])
+            total.index_add_(0, tokens, outputs.float() * weights[tokens, places, None].float())
+        return total.to(hidden.dtype)
+
+    def _owners(self, batch: Batch, changes: list[tuple[Change, list[int]]], hidden: Tensor) -> Tensor:
+        """For each token the number of its change, -1 for none."""
+        tokens, rest = divmod(len(hidden), len(batch.tenants))
+        if rest:
+            raise DeltacomeError(f"{self.name} was given {len(hidden)} rows for a batch of {len(batch.tenants)}")
+        owners = torch.full((len(hidden),), -1, device=hidden.device)
+        for number, (_, rows) in enumerate(changes):
+            owners[batch.token_rows(rows, tokens, hidden.device)] = number
+        return owners
+
+    def _product(self, parameter: str, expert: int, x: Tensor, owners: Tensor) -> Tensor:
+        """One expert's outputs (tokens, m) for x (tokens, n)."""
+        weight: Tensor = getattr(self.module, parameter)[expert]
+        y = linear(x, weight.T if self.module.is_transposed else weight)
+        bias = getattr(self.module, f"{parameter}_bias")[expert] if self.module.has_bias else None
+        if bias is not None:
+            y += bias
+        batch = running.get()
+        assert batch is not None
+        parts: dict[int, list[Any]] = {}
+        for number, (change, _) in enumerate(batch.changes(self.name)):
+            rows = (owners == number).nonzero()[:, 0]
+            if not len(rows):
+                continue
+            for first, packed in change.experts.get((parameter, expert), ()):
+                parts.setdefault(first, []).append((packed, rows))
+            if bias is not None and f"{parameter}_bias" in change.exact:
+                y[rows] += (change.exact[f"{parameter}_bias"][expert] - bias).to(y.dtype)
+        for first, found in parts.items():
+            self.kernels.Work(found).add(y[:, first : first + found[0][0].shape[0]], x)
+        return y
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module holds stacks of experts' weights."""
+    return getattr(getattr(module, "down_proj", None), "ndim", 0) == 3

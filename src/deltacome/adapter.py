@@ -88,8 +88,7 @@ class Adapted(Checkpoint):
 
     def read_float(self, name: str) -> Tensor:
         """One tensor as a float32 copy, not rounded before, checked for NaN and infinity."""
-        stored = self._tensor(self.whole[name]) if name in self.whole else self.base.read(name)
-        tensor = stored.to(torch.float32, copy=True)
+        tensor = self._tensor(self.whole[name]).float() if name in self.whole else self.base.read_float(name)
         if name in self.factors:
             tensor += self._product(name)
         self.check_finite(name, tensor)

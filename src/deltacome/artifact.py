@@ -420,9 +420,9 @@ def rebuild(entry: Entry, terms: list[Term], base: Checkpoint) -> Tensor:
     """The fine-tuned weight: in its own dtype where it is exact, else in float32."""
     if entry.dense == 0 or entry.base is None:
         return next(term.value for term in terms if isinstance(term, Dense))
-    weight = base.read(entry.base)
     if not terms:
-        return weight.to(entry.dtype)
+        return base.read(entry.base).to(entry.dtype)
+    weight = base.read_float(entry.base)
     rebuilt = torch.zeros(entry.shape)
     rebuilt[: weight.shape[0]] = weight
     return add_terms(rebuilt, terms)

@@ -18,6 +18,7 @@ from torch import Tensor
 from deltacome.errors import DeltacomeError
 from deltacome.files import SAFETENSORS_DTYPES, raw, sha256
 from deltacome.progress import bar
+from deltacome.quantised import find_quantised
 
 TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
@@ -85,7 +86,8 @@ class TensorInfo:
 class Checkpoint:
     """A checkpoint folder: its weights by name, read on demand, its configuration and the files beside the weights.
 
-    A stack (k, m, n), the weights of k experts, counts as so many matrices: `experts.down_proj[0]` and so on.
+    A stack (k, m, n), the weights of k experts, counts as so many matrices: `experts.down_proj[0]` and so on. A quantised
+    weight is what it stands for.
 
     Raises:
         DeltacomeError: if the folder is missing, holds no weights, or its files are broken.
@@ -96,11 +98,17 @@ class Checkpoint:
         self.folder = _locate(self.source)
         self.config = _read_json(self.folder / "config.json")
         self._fingerprint: str | None = None
-        self.tensors: dict[str, TensorInfo] = {}
+        self._stored: dict[str, TensorInfo] = {}
         for file in _weight_files(self.folder):
             header = _bin_header(file) if file.suffix == ".bin" else _safetensors_header(file)
             for name, info in header.items():
-                self.tensors.update(_matrices(name, info))
+                self._stored.update(_matrices(name, info))
+        self.quantised = find_quantised(self.source, self.config, self._stored, self._read_stored)
+        hidden = {part for weight in self.quantised.values() for part in weight.stored}
+        self.tensors = {name: info for name, info in self._stored.items() if name not in hidden}
+        for name, weight in self.quantised.items():
+            stored = self._stored[name]
+            self.tensors[name] = replace(stored, shape=weight.shape or stored.shape, dtype=weight.dtype)
 
     @property
     def name(self) -> str:
@@ -118,8 +126,13 @@ class Checkpoint:
         return sum(info.elements for info in self.tensors.values())
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in its stored dtype. The file is opened for this tensor alone, so nothing stays mapped."""
-        info = self.tensors[name]
+        """One tensor, in its dtype. The file is opened for this tensor alone, so nothing stays mapped."""
+        if name in self.quantised:
+            return self.quantised[name].read(self._read_stored).to(self.tensors[name].dtype)
+        return self._read_stored(name)
+
+    def _read_stored(self, name: str) -> Tensor:
+        info = self._stored[name]
         stored, index = split_stack(name)
         if info.file.suffix == ".bin":
             tensor = _load_bin(info.file)[stored]
@@ -132,7 +145,10 @@ class Checkpoint:
 
     def read_float(self, name: str) -> Tensor:
         """One tensor as a float32 copy, checked for NaN and infinity."""
-        tensor = self.read(name).to(torch.float32, copy=True)
+        if name in self.quantised:
+            tensor = self.quantised[name].read(self._read_stored)
+        else:
+            tensor = self._read_stored(name).to(torch.float32, copy=True)
         self.check_finite(name, tensor)
         return tensor
 
@@ -151,16 +167,16 @@ class Checkpoint:
         return sha256(path) if path.is_file() else None
 
     def fingerprint(self) -> str:
-        """SHA-256 over a line per tensor, in the order of names: name, dtype, shape, SHA-256 of the bytes.
+        """SHA-256 over a line per stored tensor, in the order of names: name, dtype, shape, SHA-256 of the bytes.
 
         Reads the whole checkpoint the first time.
         """
         if self._fingerprint is None:
             digest = hashlib.sha256()
-            with bar(f"hashing {self.folder.name}", self.elements) as advance:
-                for name, info in sorted(self.tensors.items()):
+            with bar(f"hashing {self.folder.name}", sum(info.elements for info in self._stored.values())) as advance:
+                for name, info in sorted(self._stored.items()):
                     shape = "x".join(map(str, info.shape))
-                    content = hashlib.sha256(raw(self.read(name))).hexdigest()
+                    content = hashlib.sha256(raw(self._read_stored(name))).hexdigest()
                     digest.update(f"{name} {SAFETENSORS_DTYPES[info.dtype]} {shape} {content}\n".encode())
                     advance(info.elements)
             self._fingerprint = digest.hexdigest()

@@ -71,11 +71,15 @@ def open_checked(base: Checkpoint, delta: str | Path) -> Artifact:
 
 
 def copy_sidecars(artifact: Artifact, base: Checkpoint, folder: Path) -> None:
-    """Put the fine-tuned model's tokenizer and configuration files into a folder."""
+    """Put the fine-tuned model's tokenizer and configuration files, of weights not quantised, into a folder."""
     for name in artifact.base_files:
         shutil.copyfile(base.folder / name, folder / name)
     for name in artifact.files.keys() - {path.name for path in artifact.weight_files}:
         shutil.copyfile(artifact.folder / name, folder / name)
+    config = folder / "config.json"
+    if config.is_file() and "quantization_config" in (settings := json.loads(config.read_text(encoding="utf-8"))):
+        del settings["quantization_config"]
+        config.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def load_merged(base: Checkpoint, artifact: Artifact, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:

@@ -16,6 +16,7 @@ from deltacome.runtime.batch import Batch, running
 from deltacome.runtime.experts import Experts, is_experts
 from deltacome.runtime.tenant import Change, embed
 
+QUANTISED = ("bitsandbytes.nn", "transformers.integrations.finegrained_fp8")  # linear layers, with weights of their own
 FEW_ROWS = 64  # up to which the base's product is faster with the weight on the left
 
 
@@ -29,7 +30,8 @@ def install(name: str, module: nn.Module, kernels: Any) -> None:
         return
     forward: Callable[..., Any]
     if isinstance(module, nn.Linear | Conv1D):
-        if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+        is_plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+        if not is_plain and not type(module).__module__.startswith(QUANTISED):
             raise DeltacomeError(
                 f"{name} is a {type(module).__name__}, whose deltas cannot be served; merge it instead"
             )
@@ -58,43 +60,47 @@ class _Job:
 
 
 class _Linear:
-    """`nn.Linear` and transformers' `Conv1D`, whose weight lies the other way round."""
+    """`nn.Linear`, also quantised, and transformers' `Conv1D`, whose weight lies the other way round."""
 
     deltacome = True
 
     def __init__(self, name: str, module: nn.Module, kernels: Any) -> None:
         self.name, self.module, self.kernels = name, module, kernels
         self.is_transposed = isinstance(module, Conv1D)
+        is_plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+        self.forward = None if is_plain else module.forward
 
     def __call__(self, x: Tensor) -> Tensor:
-        weight, bias = self._weight(), self.module._parameters["bias"]
         batch = running.get()
         if batch is None:
-            return linear(x, weight, bias)
+            return self._base(x)
         inputs = x.reshape(-1, x.shape[-1])
-        outputs = _product(inputs, weight, bias)
+        outputs = self._base(inputs)
         tokens, rest = divmod(len(inputs), len(batch.tenants))
         if rest:
             raise DeltacomeError(
                 f"{self.name} was given {len(inputs)} rows for a batch of {len(batch.tenants)}; "
                 "this model cannot be shared"
             )
-        job: _Job | None = batch.keep(self.name, lambda: self._job(batch, tokens, x.device), tokens)
+        job: _Job | None = batch.keep(self.name, lambda: self._job(batch, tokens, outputs.shape[1], x.device), tokens)
         if job is not None:
             outputs = self._change(outputs, inputs, job)
         return outputs.view(*x.shape[:-1], -1)
 
-    def _weight(self) -> Tensor:
-        """The base's weight (m, n)."""
+    def _base(self, x: Tensor) -> Tensor:
+        """The base's outputs."""
+        if self.forward is not None:
+            return self.forward(x)
         weight = self.module._parameters["weight"]  # not by the module's own attribute, which is slow
         assert weight is not None
-        return weight.T if self.is_transposed else weight
+        bias = self.module._parameters["bias"]
+        product = _product if x.ndim == 2 else linear
+        return product(x, weight.T if self.is_transposed else weight, bias)
 
-    def _job(self, batch: Batch, tokens: int, device: torch.device) -> _Job | None:
+    def _job(self, batch: Batch, tokens: int, m: int, device: torch.device) -> _Job | None:
         found = [(change, batch.token_rows(rows, tokens, device)) for change, rows in batch.changes(self.name)]
         if not found:
             return None
-        m = self._weight().shape[0]
         rows = [(change.rows, own, change.start) for change, own in found if change.rows is not None]
         packed = [(change.packed, own) for change, own in found if change.packed is not None]
         biases = [(change.exact["bias"], own) for change, own in found if "bias" in change.exact]

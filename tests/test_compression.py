@@ -360,20 +360,6 @@ def test_matrices_too_small_for_a_component_are_warned_of(base: Path, finetuned:
     assert len(messages) == 1 and f"leaves {len(dropped)} of 15 matrices" in messages[0]
 
 
-def test_hub_names_come_from_the_local_cache(base: Path, finetuned: Path, tmp_path: Path, monkeypatch) -> None:
-    """A cache folder as huggingface_hub lays it out; the tests have no network."""
-    snapshot = tmp_path / "models--some--base" / "snapshots" / ("a" * 40)
-    shutil.copytree(base, snapshot)
-    (tmp_path / "models--some--base" / "refs").mkdir()
-    (tmp_path / "models--some--base" / "refs" / "main").write_text("a" * 40)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    compress("some/base", finetuned, tmp_path / "delta", ratio=4)
-    assert Artifact(tmp_path / "delta").base_name == "some/base"
-    with pytest.raises(DeltacomeError, match="the hub does not give it"):
-        Checkpoint("some/other")
-
-
 def test_tokenizer_fixture_is_a_real_one() -> None:
     tokenizer = make_tokenizer()
     text = tokenizer.apply_chat_template(

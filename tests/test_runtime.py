@@ -18,6 +18,10 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 import deltacome
@@ -182,29 +186,47 @@ def test_embeddings_tied_in_the_fine_tune_alone(save: Save, tmp_path: Path) -> N
         load(base, {"tied": tmp_path / "tied"})
 
 
-def make_llava() -> LlavaForConditionalGeneration:
+TEXT: dict[str, Any] = {**SIZES, "num_key_value_heads": 1, "head_dim": 20}
+VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 40}
+QWEN_VISION: dict[str, Any] = {**VISION, "num_heads": 2, "out_hidden_size": 60, "patch_size": 4, "depth": 2}
+QWEN: dict[str, Any] = {"image_token_id": 258, "vision_start_token_id": 256, "vision_end_token_id": 257}
+
+
+def make_vision_language(family: str) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """A random model, and a picture for each of two rows: its inputs besides the ids, where 258 stands for a patch."""
     torch.manual_seed(0)
-    text = LlamaConfig(**SIZES, num_key_value_heads=1, head_dim=20)
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
-    )
-    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=258))
+    if family == "llava":
+        vision = CLIPVisionConfig(**VISION, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8)
+        config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_index=258)
+        return LlavaForConditionalGeneration(config), {"pixel_values": torch.randn(2, 3, 16, 16)}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 4, 4]}
+    text = {**TEXT, "rope_parameters": rope, "pad_token_id": 0}
+    inputs = {"pixel_values": torch.randn(2 * 16, 96), "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
+    if family == "qwen2.5-vl":
+        vision = {**QWEN_VISION, "window_size": 16, "fullatt_block_indexes": [1]}
+        return Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config=text, vision_config=vision, **QWEN)
+        ), inputs
+    vision = {**QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **QWEN)), inputs
 
 
-def test_vision_language_model(save: Save, tmp_path: Path) -> None:
-    base = save(make_llava(), "base")
-    tuned = make_llava()
+@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", "qwen3-vl"])
+def test_vision_language_model(family: str, save: Save, tmp_path: Path) -> None:
+    tuned, inputs = make_vision_language(family)
+    base = save(tuned, "base")
     fine_tune(tuned.model.language_model, size=0.2)
     compress(base, save(tuned, "tuned"), tmp_path / "delta", ratio=4)
     merge(base, tmp_path / "delta", tmp_path / "merged", dtype=torch.float32)
     alone = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     model = load(base, {"a": tmp_path / "delta"})
-    ids = IDS[:2] % 258
-    ids[:, 2:6] = 258  # four patches
-    image = torch.randn(2, 3, 16, 16)
+    ids = IDS[:2] % 255
+    ids[:, 1], ids[:, 2:6], ids[:, 6] = 256, 258, 257  # four patches
+    if family != "llava":
+        inputs["mm_token_type_ids"] = (ids == 258).long()
     with torch.no_grad():
-        logits = model(input_ids=ids, pixel_values=image, tenants=["a", None]).logits
-        expected = alone(input_ids=ids, pixel_values=image).logits
+        logits = model(input_ids=ids, **inputs, tenants=["a", None]).logits
+        expected = alone(input_ids=ids, **inputs).logits
     assert torch.allclose(logits[0], expected[0], rtol=1e-4, atol=1e-3)
     assert not torch.allclose(logits[1], expected[1], rtol=1e-4, atol=1e-1)
 

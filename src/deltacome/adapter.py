@@ -11,8 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from deltacome.checkpoint import Checkpoint, sidecars_in
+from deltacome.checkpoint import ON_HUB, Checkpoint, sidecars_in
 from deltacome.errors import DeltacomeError
+from deltacome.hub import locate
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -26,8 +27,9 @@ KINDS = {
 
 
 def is_adapter(source: str | Path) -> bool:
-    """Whether a folder holds a PEFT adapter and no model."""
-    return (Path(source) / CONFIG).is_file() and not (Path(source) / "config.json").is_file()
+    """Whether a folder or hub id is that of a PEFT adapter and no model."""
+    folder = locate(str(source), ON_HUB)
+    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 class Adapted(Checkpoint):
@@ -41,7 +43,7 @@ class Adapted(Checkpoint):
     """
 
     def __init__(self, base: Checkpoint, source: str | Path) -> None:
-        self.source, self.base, self.adapter = str(source), base, Path(source)
+        self.source, self.base, self.adapter = str(source), base, locate(str(source), ON_HUB)
         self.folder, self.config = base.folder, base.config
         self._fingerprint = None
         self.settings = _settings(self.adapter)
@@ -62,8 +64,8 @@ class Adapted(Checkpoint):
 
     @property
     def name(self) -> str:
-        """The adapter folder's name."""
-        return self.adapter.resolve().name
+        """The hub id, or the adapter folder's name."""
+        return self.source if not Path(self.source).exists() else self.adapter.resolve().name
 
     @property
     def tokenizer_folder(self) -> Path:

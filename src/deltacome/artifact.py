@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deltacome.bits import BIT_WIDTHS, pack, unpack, words_per_row
-from deltacome.checkpoint import TORCH_DTYPES, Checkpoint, is_embedding, is_matrix, split_stack
+from deltacome.checkpoint import SIDECARS, TORCH_DTYPES, Checkpoint, is_embedding, is_matrix, split_stack
 from deltacome.errors import DeltacomeError
 from deltacome.files import SAFETENSORS_DTYPES, sha256
+from deltacome.hub import locate
 from deltacome.terms import Dense, Factored, Groups, Sign, Term, add_terms, groups_per_row
 
 FORMAT_VERSION = 3
@@ -248,7 +249,9 @@ class _Cuts:
 
 
 class Artifact:
-    """A compressed delta on disk. Opening it reads the manifest and the headers; tensors are read on demand.
+    """A compressed delta in a folder, or on the Hub by its id.
+
+    Opening it reads the manifest and the headers; tensors are read on demand.
 
     Raises:
         DeltacomeError: if the folder is no artifact, of another format version, or broken in a way that shows without
@@ -256,7 +259,7 @@ class Artifact:
     """
 
     def __init__(self, source: str | Path) -> None:
-        self.folder = Path(source)
+        self.folder = locate(str(source), [MANIFEST, MODEL_CARD, "*.safetensors", *SIDECARS])
         self.manifest = _read_manifest(self.folder)
         try:
             self._parse()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deltacome.errors import DeltacomeError
 from deltacome.files import SAFETENSORS_DTYPES, raw, sha256
+from deltacome.hub import locate
 from deltacome.progress import bar
 from deltacome.quantised import find_quantised
 
@@ -41,6 +42,7 @@ SIDECARS = (
     "video_preprocessor_config.json",
     "*.py",
 )
+ON_HUB = ["*.safetensors", "*.safetensors.index.json", *SIDECARS, "adapter_config.json"]
 SMALLEST_SIDE = 16  # of a matrix that is worth factors
 # The last part of a module's name that marks it as an embedding or a language-model head.
 EMBEDDINGS = {"embed_tokens", "wte", "wpe", "embed_in", "embed_out", "lm_head", "word_embeddings", "embeddings"}
@@ -86,8 +88,8 @@ class TensorInfo:
 class Checkpoint:
     """A checkpoint folder: its weights by name, read on demand, its configuration and the files beside the weights.
 
-    A stack (k, m, n), the weights of k experts, counts as so many matrices: `experts.down_proj[0]` and so on. A quantised
-    weight is what it stands for.
+    A stack (k, m, n), the weights of k experts, counts as so many matrices: `experts.down_proj[0]` and so on. Quantised
+    weights are read as what they stand for.
 
     Raises:
         DeltacomeError: if the folder is missing, holds no weights, or its files are broken.
@@ -95,7 +97,7 @@ class Checkpoint:
 
     def __init__(self, source: str | Path) -> None:
         self.source = str(source)
-        self.folder = _locate(self.source)
+        self.folder = locate(self.source, ON_HUB, [*SIDECARS, "pytorch_model*.bin", "pytorch_model.bin.index.json"])
         self.config = _read_json(self.folder / "config.json")
         self._fingerprint: str | None = None
         self._stored: dict[str, TensorInfo] = {}
@@ -300,26 +302,6 @@ def _found_renames(base: Checkpoint, finetuned: Checkpoint) -> dict[str, str]:
 
 def _by(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape)) or "a scalar"
-
-
-def _locate(source: str) -> Path:
-    """The local folder of a path or hub id."""
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise DeltacomeError(f"{source} is a file; give the checkpoint's folder")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
-        raise DeltacomeError(f"there is no folder {source}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    patterns = ["*.safetensors", "*.safetensors.index.json", *SIDECARS]
-    try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DeltacomeError(f"there is no folder {source}, and the hub does not give it: {reason}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -26,21 +26,22 @@ from deltacome.artifact import (
     Entry,
     linear_ratio,
     rebuild,
-    term_tensors,
     write_manifest,
 )
 from deltacome.calibration import CalibrationStream, batch, random_tokens
 from deltacome.card import model_card
 from deltacome.checkpoint import Checkpoint, Pair, is_embedding, module_kind, pair
 from deltacome.data import Encoder, read_examples
+from deltacome.engines import Engine, EngineName, make_engine
 from deltacome.errors import DeltacomeError, UnreachableRatioError
 from deltacome.files import disk_errors, publish, raw, refuse_existing, sha256, shard_names, shards, write_safetensors
 from deltacome.folding import Folded
-from deltacome.journal import Journal, work_folder
+from deltacome.journal import Journal, Store, work_folder
+from deltacome.matrices import Matrices
 from deltacome.memory import peak_memory
-from deltacome.methods import DEFAULT_METHOD, Delta, Method, SharesByError, describe, make_method
+from deltacome.methods import DEFAULT_METHOD, Method, SharesByError, describe, make_method
 from deltacome.progress import bar
-from deltacome.terms import Dense, Term, add_terms, component_bits
+from deltacome.terms import Dense, component_bits
 
 DEFAULT_RATIO = 16.0
 SHARD_BYTES = 5 * 10**9
@@ -74,6 +75,7 @@ def compress(
     chat_template: str | None = None,
     fold_norms: bool = False,
     renames: Mapping[str, str] | None = None,
+    engine: EngineName = "local",
     warn: Warn = print_warning,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -92,6 +94,7 @@ def compress(
         fold_norms: put what changed in a norm into the layers behind it, where that is exact; see
             `deltacome.folding.Folded`.
         renames: beginnings of the fine-tuned weights' names and the base's for them, if they differ.
+        engine: where the work on matrices is done, see `deltacome.engines`.
         warn: called with each warning.
         settings: the method's own; None keeps its default.
 
@@ -113,10 +116,14 @@ def compress(
         raise DeltacomeError(f"method {method} needs data with these settings; add --calibration FILE.jsonl")
     if chosen.statistics == "nothing" and calibration is not None:
         raise DeltacomeError(f"method {method} makes no use of data with these settings; leave out --calibration")
+    if engine != "local" and calibration is not None and chosen.statistics == "second moments":
+        raise DeltacomeError(
+            f"method {method} goes through calibration data layer by layer; leave out --engine {engine}"
+        )
     with peak_memory() as peak:
         theirs, exact = Checkpoint(base), embeddings == "exact"
         ours = _open(theirs, finetuned, exact, fold_norms)
-        run = _Run(theirs, ours, chosen, exact, ratio, renames, warn)
+        run = _Run(theirs, ours, chosen, exact, ratio, renames, make_engine(engine), warn)
         tokens = None
         if calibration is not None:
             tokens = _read_tokens(run.finetuned, calibration, calibration_examples, chat_template)
@@ -159,26 +166,23 @@ class _Run:
         exact_embeddings: bool,
         ratio: float | None,
         renames: Mapping[str, str] | None,
+        engine: Engine,
         warn: Warn,
     ) -> None:
-        self.base, self.finetuned, self.method, self.warn = base, finetuned, method, warn
+        self.base, self.finetuned, self.method, self.engine, self.warn = base, finetuned, method, engine, warn
         self.pairs = {p.name: p for p in pair(base, finetuned, renames)}
         self.kept = {name for name in self.pairs if exact_embeddings and is_embedding(name)}
         self.matrices = [p for p in self.pairs.values() if p.is_matrix and p.name not in self.kept]
-        # Of each kind, how many layers have it: the experts of one count once.
-        self.layers = Counter(kind for kind, _ in {(module_kind(p.name), _layer(p.name)) for p in self.matrices})
         self.asked_ratio = ratio
         self.ratio = (ratio or DEFAULT_RATIO) if method.spends_a_budget else None
         self.group_size = getattr(method, "group_size", None) or 0
-        self.energies: dict[str, Tensor] = {}  # of inputs, by matrix, see `Delta`
-        self.sensitivities: dict[str, float] = {}  # by matrix, see `Delta`
-        self.budgets: dict[str, float] = {}  # bits by matrix
 
     def warn_of_large_change(self) -> None:
         """Look at a few matrices for a delta as large as the weights: the sign of a wrong base."""
         changed = total = 0.0
+        work = self._work(Store(Path()))
         for p in self.matrices[:: max(1, len(self.matrices) // SAMPLED_WEIGHTS)]:
-            delta, norm = self._delta(p)
+            delta, norm = work.delta(p.name)
             changed, total = changed + float(delta.square().sum()), total + norm**2
         change = (changed / total) ** 0.5 if total else 0.0
         if change > SUSPICIOUS_CHANGE:
@@ -199,6 +203,7 @@ class _Run:
             "calibration": hashlib.sha256(raw(tokens[0])).hexdigest() if tokens else None,
         }
         self.journal = Journal(out, job)
+        self.work = self._work(self.journal.store)
         useless = False
         try:
             self._compress(tokens)
@@ -209,6 +214,12 @@ class _Run:
             raise
         finally:
             self.journal.close(remove=useless)
+
+    def _work(self, store: Store) -> Matrices:
+        # The experts of a layer count once.
+        layers = Counter(kind for kind, _ in {(module_kind(p.name), _layer(p.name)) for p in self.matrices})
+        bits = 16 / (self.ratio or DEFAULT_RATIO)
+        return Matrices(self.base, self.finetuned, self.method, store, self.pairs, layers, bits)
 
     def _compress(self, tokens: Tokens | None) -> None:
         """Compress every weight that the journal lacks."""
@@ -233,9 +244,9 @@ class _Run:
             if stream is not None and self.method.statistics == "second moments":
                 wanted = matrices - journal.entries.keys()
                 stream.run(wanted.__contains__, self.finetuned.read_float, self._rebuilt, self._compress_layer)
-            for p in self.matrices:
-                if p.name not in journal.entries:
-                    self._compress_matrix(p, None)
+            left = [p.name for p in self.matrices if p.name not in journal.entries]
+            for name in self.engine.each(Matrices.compress, self.work, left):
+                self._finish(name)
         if not any(entry.tensors() for entry in journal.entries.values()):
             raise DeltacomeError(f"{self.finetuned.source} is the same model as {self.base.source}: no weight differs")
         dropped = [name for name, entry in journal.entries.items() if entry.error is not None and not entry.tensors()]
@@ -247,18 +258,19 @@ class _Run:
 
     def _measure_energies(self, calibration: CalibrationStream | None) -> None:
         """Set energies and sensitivities: by random tokens, and in equal parts by the calibration data, if any."""
-        measured = self.journal.kept("energies")
+        measured = self.journal.store.kept("energies")
         if measured is None:
             measured = self._measured_energies(calibration)
-            self.journal.keep("energies", measured)
+            self.journal.store.keep("energies", measured)
+        sensitivities = self.work.sensitivities
         weighted = total = 0.0
-        for name, energies in measured.items():
-            self.energies[name] = energies[:-1]
-            self.sensitivities[name] = 1 / max(float(energies[-1]), SMALLEST_OUTPUT)
+        for name, energies in sorted(measured.items()):  # in one order, or the sums differ in the last bit
+            self.work.energies[name] = energies[:-1]
+            sensitivities[name] = 1 / max(float(energies[-1]), SMALLEST_OUTPUT)
             elements = torch.Size(self.pairs[name].shape).numel()
-            weighted, total = weighted + elements * math.log(self.sensitivities[name]), total + elements
+            weighted, total = weighted + elements * math.log(sensitivities[name]), total + elements
         for name in measured:
-            self.sensitivities[name] /= math.exp(weighted / total)
+            sensitivities[name] /= math.exp(weighted / total)
 
     def _measured_energies(self, calibration: CalibrationStream | None) -> dict[str, Tensor]:
         """Energies by matrix as `CalibrationStream.energies` has them, scaled to a mean of 1 over the inputs."""
@@ -285,21 +297,16 @@ class _Run:
 
     def _spectra(self) -> dict[str, Spectrum]:
         """What the method needs for sharing out the bits by the errors of all matrices; empty if it does not."""
-        spectra: dict[str, Spectrum] = {}
         if self.ratio is None or not isinstance(self.method, SharesByError):
-            return spectra
-        with bar("singular values", sum(torch.Size(p.shape).numel() for p in self.matrices)) as advance:
-            for p in self.matrices:
-                advance(torch.Size(p.shape).numel())
-                kept = self.journal.kept(f"spectrum of {p.name}")
-                if kept is None:
-                    delta = self._known(p, None)
-                    found = self.method.spectrum(delta) if bool(delta.values.any()) else None
-                    kept = found.tensors() if found is not None else {}
-                    self.journal.keep(f"spectrum of {p.name}", kept)
-                if kept:
-                    spectra[p.name] = Spectrum.of_tensors(kept)
-        return spectra
+            return {}
+        store, names = self.journal.store, [p.name for p in self.matrices]
+        kept = {name: store.kept(f"spectrum of {name}") for name in names}
+        left = [name for name in names if kept[name] is None]
+        with bar("singular values", sum(torch.Size(self.pairs[name].shape).numel() for name in left)) as advance:
+            for name in self.engine.each(Matrices.measure, self.work, left):
+                kept[name] = store.kept(f"spectrum of {name}")
+                advance(torch.Size(self.pairs[name].shape).numel())
+        return {name: Spectrum.of_tensors(tensors) for name, tensors in kept.items() if tensors}
 
     def _write(self, out: Path, method: dict[str, Any]) -> None:
         """Put the artifact together in the journal's folder and give it its name."""
@@ -351,20 +358,21 @@ class _Run:
         elements = sum(torch.Size(p.shape).numel() for p in self.matrices)
         overhead = self._overhead({p.name: TYPICAL_TERMS for p in self.matrices})
         allowed = 2 * self._counted_elements / self.ratio - overhead
-        self.budgets = {p.name: 8 * allowed * torch.Size(p.shape).numel() / elements for p in self.matrices}
+        budgets = {p.name: 8 * allowed * torch.Size(p.shape).numel() / elements for p in self.matrices}
         for _ in range(SHARINGS if spectra else 0):
             widths = dict(zip(spectra, allocate(list(spectra.values()), 8 * allowed), strict=True))
-            self.budgets = {name: spent_bits(spectrum, widths[name]) for name, spectrum in spectra.items()}
+            budgets = {name: spent_bits(spectrum, widths[name]) for name, spectrum in spectra.items()}
             allowed = 2 * self._counted_elements / self.ratio - self._overhead(
                 {name: [(b, count) for b, count in enumerate(found.bincount().tolist()) if b and count]
                  for name, found in widths.items()}
             )  # fmt: skip
-        if not any(component_bits(1, *p.shape) <= self.budgets.get(p.name, 0) for p in self.matrices):
+        if not any(component_bits(1, *p.shape) <= budgets.get(p.name, 0) for p in self.matrices):
             least = overhead + min(component_bits(1, *p.shape) for p in self.matrices) / 8
             raise UnreachableRatioError(
                 f"a ratio of {self.ratio:g} cannot be reached: what is stored exactly and the metadata take "
                 f"{overhead:,} bytes, and one component more; at most {2 * self._counted_elements / least:.0f} could be"
             )
+        self.work.budgets.update(budgets)
 
     def _overhead(self, terms: dict[str, Sequence[tuple[int, int]]]) -> int:
         """Bytes of all but the components, if the matrices have factored terms of these bits and ranks."""
@@ -394,22 +402,6 @@ class _Run:
                 f"everything counted, they come to {reached:.2f}"
             )
 
-    def _delta(self, p: Pair) -> tuple[Tensor, float]:
-        """The delta in float32, rows that the base lacks being zero, and the norm of the base's weight."""
-        assert p.base_name is not None
-        delta = self.finetuned.read_float(p.name)
-        theirs = self.base.read_float(p.base_name)
-        delta[: p.rows] -= theirs
-        delta[p.rows :] = 0
-        return delta, float(theirs.norm())
-
-    def _known(self, p: Pair, second_moment: Tensor | None) -> Delta:
-        """All that a method gets to know of a matrix."""
-        sensitivity, layers = self.sensitivities.get(p.name, 1.0), self.layers[module_kind(p.name)]
-        energy = self.energies.get(p.name)
-        bits = 16 / (self.ratio or DEFAULT_RATIO)
-        return Delta(self._delta(p)[0], is_embedding(p.name), second_moment, energy, sensitivity, layers, bits)
-
     def _keep(self, p: Pair) -> None:
         """Store a weight as it is, unless it is the base's."""
         value = self.finetuned.read(p.name)
@@ -419,35 +411,23 @@ class _Run:
         if p.base_name is not None and p.rows == (p.shape[0] if p.shape else 0):
             theirs = self.base.read(p.base_name)
             same = torch.equal(value, theirs.to(value.dtype))
-        self._finish(p, [] if same else [Dense(value)])
+        self.work.write(p.name, [] if same else [Dense(value)])
+        self._finish(p.name)
 
     def _compress_layer(self, second_moments: dict[str, Tensor]) -> None:
         for name, second_moment in second_moments.items():
             if name in self.pairs and name not in self.journal.entries and self.pairs[name].is_matrix:
-                self._compress_matrix(self.pairs[name], second_moment)
+                self.work.compress(name, second_moment)
+                self._finish(name)
 
-    def _compress_matrix(self, p: Pair, second_moment: Tensor | None) -> None:
-        delta = self._known(p, second_moment)
-        terms: list[Term] = []
-        error = None
-        norm = float(delta.values.norm())
-        if norm:
-            terms = self.method.compress(delta, self.budgets.get(p.name, 0))
-            error = float(f"{float(add_terms(delta.values.neg_(), terms).norm()) / norm:.4g}")
-        if p.rows < p.shape[0]:
-            terms.append(Dense(self.finetuned.read(p.name)[p.rows :], p.rows))
-        self._finish(p, terms, error)
-
-    def _finish(self, p: Pair, terms: list[Term], error: float | None = None) -> None:
-        fields, tensors = term_tensors(terms, p.shape)
-        entry = Entry(p.name, p.shape, p.dtype, p.base_name, error=error, **fields)
-        self.journal.add(entry, {f"{p.name}.{suffix}": tensor for suffix, tensor in tensors.items()})
-        self.advance(entry.elements)
+    def _finish(self, name: str) -> None:
+        self.advance(self.journal.add(name).elements)
 
     def _rebuilt(self, name: str) -> Tensor:
         """A weight as the artifact will give it, compressed on the spot if it is not yet."""
         if name not in self.journal.entries:
-            self._compress_matrix(self.pairs[name], None)
+            self.work.compress(name)
+            self._finish(name)
         entry = self.journal.entries[name]
         return rebuild(entry, entry.terms(self.journal.read), self.base)
 

@@ -9,8 +9,10 @@ import json
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
@@ -22,8 +24,34 @@ from deltacome.errors import DeltacomeError
 from deltacome.files import write_atomically
 
 
+@dataclass(frozen=True)
+class Store:
+    """A folder with a file for each result. Several processes may write to it; a file is there whole or not at all."""
+
+    folder: Path
+
+    def write(self, entry: Entry, tensors: dict[str, Tensor]) -> None:
+        """Store a finished weight; `tensors` by their names in the artifact."""
+        _save(tensors, self.place(entry.name), {"name": entry.name, "fields": json.dumps(entry.fields())})
+
+    def place(self, name: str) -> Path:
+        """Where a finished weight of that name is."""
+        return self.folder / f"{_digest(name)}.safetensors"
+
+    def keep(self, key: str, tensors: dict[str, Tensor]) -> None:
+        """Store tensors of unfinished work under a key."""
+        _save(tensors, self.folder / f"{_digest(key)}.kept", {})
+
+    def kept(self, key: str) -> dict[str, Tensor] | None:
+        """What `keep` was given, None if there is nothing whole under the key."""
+        try:
+            return load_file(self.folder / f"{_digest(key)}.kept")
+        except (OSError, SafetensorError):
+            return None
+
+
 class Journal:
-    """Finished weights by name.
+    """Finished weights by name. store: where they are.
 
     Args:
         out: the output that is being made.
@@ -35,6 +63,7 @@ class Journal:
 
     def __init__(self, out: Path, job: dict[str, Any]) -> None:
         self.folder, self.lock = claim(out)
+        self.store = Store(self.folder)
         self.files: dict[str, Path] = {}
         self.entries: dict[str, Entry] = {}
         try:
@@ -65,25 +94,10 @@ class Journal:
         name = metadata["name"]
         self.files[name], self.entries[name] = path, Entry.parse(name, json.loads(metadata["fields"]))
 
-    def add(self, entry: Entry, tensors: dict[str, Tensor]) -> None:
-        """Keep a finished weight; `tensors` by their names in the artifact."""
-        path = self.folder / f"{hashlib.sha256(entry.name.encode()).hexdigest()[:32]}.safetensors"
-        _save(tensors, path, {"name": entry.name, "fields": json.dumps(entry.fields())})
-        self.files[entry.name], self.entries[entry.name] = path, entry
-
-    def keep(self, key: str, tensors: dict[str, Tensor]) -> None:
-        """Keep tensors of unfinished work under a key."""
-        _save(tensors, self._kept(key), {})
-
-    def kept(self, key: str) -> dict[str, Tensor] | None:
-        """What `keep` was given, None if there is nothing whole under the key."""
-        try:
-            return load_file(self._kept(key))
-        except (OSError, SafetensorError):
-            return None
-
-    def _kept(self, key: str) -> Path:
-        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.kept"
+    def add(self, name: str) -> Entry:
+        """Take up a weight that has been stored."""
+        self._load(self.store.place(name))
+        return self.entries[name]
 
     def read(self, tensor: str) -> Tensor:
         """A tensor of a finished weight, by its name in the artifact."""
@@ -118,9 +132,13 @@ def claim(out: Path) -> tuple[Path, FileLock]:
     return folder, lock
 
 
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:32]
+
+
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file that is there whole or not at all."""
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{uuid4().hex}.partial")  # of this process alone
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
     except SafetensorError as error:

@@ -81,8 +81,8 @@ def find_quantised(source: str, config: dict[str, Any], names: Collection[str], 
     if method == "bitsandbytes" and settings.get("load_in_4bit"):
         return _four_bit(source, names, read)
     raise DeltacomeError(
-        f"the weights of {source} are quantised by {method}, which deltacome does not read; quantise them to 4 bit with "
-        "bitsandbytes or to fp8, or give the checkpoint that they were made from"
+        f"the weights of {source} are quantised by {method}, which deltacome does not read; quantise them to 4 bit "
+        "with bitsandbytes or to fp8, or give the checkpoint that they were made from"
     )
 
 
@@ -98,9 +98,7 @@ def _four_bit(source: str, names: Collection[str], read: Read) -> dict[str, Quan
         raise DeltacomeError(
             f"the weights of {source} are quantised by bitsandbytes; pip install 'deltacome[bitsandbytes]' to read them"
         ) from error
-    return {
-        name: FourBit(name, parts, tuple(states[name].shape), states[name].dtype) for name, parts in found.items()
-    }
+    return {name: FourBit(name, parts, tuple(states[name].shape), states[name].dtype) for name, parts in found.items()}
 
 
 def _state(parts: dict[str, str], read: Read) -> Any:

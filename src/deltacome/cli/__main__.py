@@ -1,0 +1,5 @@
+"""`python -m deltacome.cli`."""
+
+from deltacome.cli import main
+
+main()

@@ -1,0 +1,119 @@
+"""`deltacome benchmark`: whole comparisons."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from deltacome.cli.common import (
+    Base,
+    Json,
+    NewTokens,
+    Template,
+    app,
+    named_folders,
+    print_table,
+    quiet,
+)
+
+benchmarks = typer.Typer(help="Whole comparisons, each by one command; a killed one goes on.", no_args_is_help=True)
+app.add_typer(benchmarks, name="benchmark")
+
+
+@benchmarks.command(epilog="Example: deltacome benchmark quality suite.json -o quality/")
+def quality(
+    suite: Annotated[Path, typer.Argument(metavar="SUITE.json", help="What to compare; see docs/benchmark.md.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for artifacts, rows, table and picture; gone on with.")
+    ],
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first lines of each fine-tune's data.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare methods at several ratios on several fine-tunes: KL, accuracy and bytes, in a table and a picture."""
+    from deltacome.benchmark import report
+    from deltacome.benchmark.quality import quality as run
+    from deltacome.evaluation import cells
+
+    quiet()
+    rows = run(suite, output, limit=limit)
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False))
+        return
+    for name, own in report.by_finetune(rows).items():
+        print(name)
+        print_table(list(report.COLUMNS.values()), [cells(row, report.COLUMNS) for row in own])
+        print("".join(f"failed: {line}\n" for line in report.failures(own)), end="")
+
+
+@benchmarks.command(epilog="Example: deltacome benchmark runtime --shape 135m -o runtime/")
+def runtime(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
+    shape: Annotated[
+        Literal["135m", "7b"], typer.Option(help="Random weights: all of 135M, or a layer of 7B.")
+    ] = "135m",
+    ratio: Annotated[float, typer.Option(min=1, help="Of the random deltas.")] = 16,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda where there is one]")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often everything is measured.")] = 9,
+    as_json: Json = False,
+) -> None:
+    """Measure decoding steps with 1 to 16 tenants in a batch against merged models in turn, and each kernel."""
+    from deltacome.benchmark.runtime import COLUMNS, KERNEL_COLUMNS, benchmark_runtime, table
+
+    quiet()
+    results = benchmark_runtime(output, shape, ratio=ratio, device=device, rounds=rounds)
+    if as_json:
+        print(json.dumps(results))
+        return
+    print(f"{results['machine']}, copying {results['copy_gigabytes_per_second']} GB/s")
+    print_table(list(COLUMNS.values()), table(results["steps"], COLUMNS))
+    print_table(list(KERNEL_COLUMNS.values()), table(results["kernels"], KERNEL_COLUMNS))
+
+
+@benchmarks.command(
+    "serve",
+    epilog="Example: deltacome benchmark serve base/ --delta math=math-delta/ --delta intent=intent-delta/ "
+    "--data math=math.jsonl --data intent=intent.jsonl -o serve/",
+)
+def serve_benchmark(
+    base: Base,
+    delta: Annotated[list[str], typer.Option(metavar="NAME=DELTA", help="A delta to serve; may be repeated.")],
+    data: Annotated[
+        list[str], typer.Option(metavar="[NAME=]FILE.jsonl", help="Prompts for a delta, or without a name for all.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
+    rate: Annotated[list[float] | None, typer.Option(help="Requests a second; may be repeated. [default: 1]")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="How many, at each rate.")] = 60,
+    max_new_tokens: NewTokens = 64,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Every answer is as long as it may be, as vLLM's benchmarks have it.")
+    ] = False,
+    skew: Annotated[float, typer.Option(help="Shares of the load as 1, 1/2^SKEW, 1/3^SKEW, ... of the deltas.")] = 1.0,
+    patience: Annotated[
+        float, typer.Option(help="Seconds that a request waits before the swapping server drops the model it has.")
+    ] = 5.0,
+    chat_template: Template = None,
+    as_json: Json = False,
+) -> None:
+    """Drive the server with a Poisson load over many deltas, and the same load on merged models swapped in and out."""
+    from deltacome.benchmark.serve import COLUMNS, benchmark_serve, table
+
+    quiet()
+    files = dict((item.partition("=")[::2] if "=" in item else ("", item)) for item in data)
+    rows = benchmark_serve(
+        base,
+        named_folders(delta),
+        {name: Path(file) for name, file in files.items()},
+        output,
+        rates=rate or [1.0],
+        requests=requests,
+        new_tokens=max_new_tokens,
+        ignore_eos=ignore_eos,
+        skew=skew,
+        patience=patience,
+        chat_template=chat_template,
+    )
+    if as_json:
+        print(json.dumps(rows))
+    else:
+        print_table([column.strip() for column in COLUMNS.values()], table(rows))

@@ -1,0 +1,250 @@
+"""Commands that make deltas and that turn them into something else."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from deltacome.cli.common import (
+    Base,
+    DeltaFolder,
+    Dtype,
+    Json,
+    Template,
+    app,
+    print_table,
+    quiet,
+)
+from deltacome.errors import DeltacomeError
+
+
+@app.command(epilog="Example: deltacome compress base/ math/ -o math-delta/ --ratio 16")
+def compress(
+    base: Base,
+    finetuned: Annotated[
+        str, typer.Argument(metavar="FINETUNED", help="Checkpoint, a folder or a hub id; or a LoRA adapter's folder.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
+    ratio: Annotated[
+        float | None, typer.Option(help="Bytes of the fine-tuned weights in 16 bit over the artifact's. [default: 16]")
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="rate-distortion, delta-come, low-rank or bitdelta. [default: delta-come with --precision, else "
+            "rate-distortion]"
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(metavar="PLAN", help="delta-come: BITS:COUNT,... [default: 8:2,3:32,2:*]")
+    ] = None,
+    scale: Annotated[
+        str | None,
+        typer.Option(
+            help="delta-come: unbiased, least-squares or minmax; bitdelta: mean or refit. [default: the first]"
+        ),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="delta-come: entries that share a range; 0 for one a vector. [default: 0; minmax 128]"),
+    ] = None,
+    embeddings: Annotated[
+        Literal["compress", "exact"],
+        typer.Option(help="'exact' keeps embeddings and head as they are; the ratio is then about the rest."),
+    ] = "compress",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.jsonl", help="Examples to calibrate on. Without it no data is used."),
+    ] = None,
+    calibration_examples: Annotated[int, typer.Option(min=1, help="How many of its lines to use.")] = 128,
+    chat_template: Template = None,
+    fold_norms: Annotated[
+        bool,
+        typer.Option(
+            "--fold-norms", help="Put what changed in the norms into the matrices behind them; the base's norms serve."
+        ),
+    ] = False,
+    map: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OLD=NEW", help="Names that begin with OLD begin with NEW in the base; may be repeated."),
+    ] = None,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="'ray' spreads the matrices over the cluster of RAY_ADDRESS.")
+    ] = "local",
+    as_json: Json = False,
+) -> None:
+    """Compress the delta between a base and a fine-tuned checkpoint. Started again after a kill, it goes on."""
+    from deltacome.compression import compress as run
+
+    quiet()
+    report = run(
+        base,
+        finetuned,
+        output,
+        ratio=ratio,
+        method=method,
+        embeddings=embeddings,
+        calibration=calibration,
+        calibration_examples=calibration_examples,
+        chat_template=chat_template,
+        fold_norms=fold_norms,
+        renames=_renames(map) if map else None,
+        engine=engine,
+        precision=precision,
+        scale=scale,
+        group_size=group_size,
+    )
+    if as_json:
+        print(json.dumps(report))
+    else:
+        print(
+            f"{output}: {report['artifact_bytes']:,} bytes for {report['finetuned_bytes']:,}, ratio "
+            f"1/{report['artifact_ratio']:.1f} (linear weights 1/{report['linear_ratio']:.1f}), "
+            f"{report['seconds']:.1f} s, peak memory {report['peak_bytes'] / 2**20:.0f} MiB"
+        )
+
+
+def _renames(given: list[str]) -> dict[str, str]:
+    for item in given:
+        if "=" not in item:
+            raise DeltacomeError(f"--map {item} has no =; write it like --map language_model.model.=model.")
+    return dict(item.split("=", 1) for item in given)
+
+
+@app.command(epilog="Example: deltacome inspect math-delta/ --plot math-delta.png")
+def inspect(
+    delta: DeltaFolder,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Also draw the singular values and the bits by component.")
+    ] = None,
+    weights: Annotated[bool, typer.Option("--weights", help="A row a weight instead of a row a module.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a compressed delta holds: a table by module, and totals."""
+    from deltacome import summary
+    from deltacome.artifact import Artifact
+    from deltacome.files import disk_errors
+
+    artifact = Artifact(delta)
+    rows, totals = summary.table(artifact, weights), summary.totals(artifact)
+    if plot is not None:
+        with disk_errors(f"write {plot}"):
+            summary.plot(artifact, plot)
+    if as_json:
+        print(json.dumps({**totals, "modules": rows}))
+        return
+    print_table(
+        ["module", "weights", "shape", "precision", "bytes", "ratio", "error"],
+        [
+            [
+                row["module"],
+                str(row["weights"]),
+                row["shape"],
+                row["precision"],
+                f"{row['bytes']:,}",
+                f"1/{row['ratio']:.1f}",
+                "" if row["error"] is None else f"{row['error']:.4f}",
+            ]
+            for row in rows
+        ],
+    )
+    settings = ", ".join(f"{key} {value}" for key, value in artifact.method.items() if key != "name")
+    print(f"{totals['finetuned']} on {totals['base']}, by {artifact.method['name']} ({settings})")
+    print(
+        f"{totals['artifact_bytes']:,} bytes for {totals['finetuned_bytes']:,}: artifact ratio "
+        f"1/{totals['artifact_ratio']:.2f}, linear ratio 1/{totals['linear_ratio']:.2f}"
+    )
+
+
+@app.command(epilog="Example: deltacome verify math-delta/ --base base/")
+def verify(
+    delta: DeltaFolder,
+    base: Annotated[str | None, typer.Option(help="Also check that this is the delta's base.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check every file of a compressed delta against its SHA-256, and its base."""
+    from deltacome.artifact import Artifact
+    from deltacome.checkpoint import Checkpoint
+    from deltacome.merging import open_checked
+
+    if base is None:
+        artifact = Artifact(delta)
+        artifact.check_digests()
+    else:
+        artifact = open_checked(Checkpoint(base), delta)
+    for name in artifact.entries:
+        artifact.terms(name)  # refuses NaN
+    report = {"artifact": str(delta), "files": len(artifact.files) + 1, "base_checked": base is not None}
+    print(json.dumps(report) if as_json else f"{delta} is whole" + (f", and {base} is its base" if base else ""))
+
+
+@app.command(epilog="Example: deltacome merge base/ math-delta/ -o math-again/")
+def merge(
+    base: Base,
+    delta: DeltaFolder,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Of the weights. [default: the fine-tuned checkpoint's; 16 bit rounds the delta]"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Rebuild the fine-tuned checkpoint from its base and a compressed delta."""
+    from deltacome.merging import DTYPES
+    from deltacome.merging import merge as run
+
+    report = run(base, delta, output, DTYPES[dtype] if dtype else None)
+    print(json.dumps(report) if as_json else f"{output}: {report['bytes']:,} bytes")
+
+
+@app.command(epilog="Example: deltacome export base/ math-delta/ -o math-lora/ --max-rank 128")
+def export(
+    base: Base,
+    delta: DeltaFolder,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
+    format: Annotated[Literal["peft"], typer.Option(help="A PEFT adapter.")] = "peft",
+    max_rank: Annotated[int, typer.Option(min=1, help="Of every weight's factors.")] = 256,
+    dtype: Annotated[Dtype, typer.Option(help="Of the factors.")] = "bfloat16",
+    as_json: Json = False,
+) -> None:
+    """Write a delta as a LoRA adapter, the nearest of its rank, for what knows nothing of deltas."""
+    from deltacome.exporting import export as run
+    from deltacome.merging import DTYPES
+
+    report = run(base, delta, output, max_rank=max_rank, dtype=DTYPES[dtype])
+    if report["capped"]:
+        print(
+            f"warning: {report['capped']} weights have more components than --max-rank {max_rank}; "
+            f"the adapter's deltas are {report['error']:.2%} off (relative Frobenius error)",
+            file=sys.stderr,
+        )
+    if report["left_out"]:
+        first, more = report["left_out"][0], len(report["left_out"]) - 1
+        print(
+            f"warning: LoRA cannot express what changed in {first}{f' and {more} more' if more else ''}; "
+            "norms can be folded (compress --fold-norms), the rest is lost",
+            file=sys.stderr,
+        )
+    print(json.dumps(report) if as_json else f"{output}: rank {report['rank']}, {report['bytes']:,} bytes")
+
+
+@app.command(epilog="Example: deltacome push math-delta/ someone/math-delta")
+def push(
+    delta: Annotated[Path, typer.Argument(metavar="DELTA", help="Folder of a compressed delta.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="Hub id, USER/NAME; made if there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="If it is made, for you alone.")] = False,
+) -> None:
+    """Upload a compressed delta, with its model card, to the Hugging Face Hub. Log in with `hf auth login`."""
+    from deltacome import hub
+    from deltacome.artifact import MANIFEST, MODEL_CARD, Artifact
+
+    artifact = Artifact(delta)
+    artifact.check_digests()
+    if "/" not in artifact.base_name:
+        print(
+            f"warning: the base is called {artifact.base_name}, which is no hub id; put it into {delta / MODEL_CARD}",
+            file=sys.stderr,
+        )
+    print(hub.push(artifact.folder, [MANIFEST, MODEL_CARD, *artifact.files], repository, private=private))

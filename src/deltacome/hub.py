@@ -1,0 +1,57 @@
+"""The Hugging Face Hub: ids in the place of folders, and deltas that are pushed."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from deltacome.errors import DeltacomeError
+
+
+def locate(source: str, *patterns: Sequence[str]) -> Path:
+    """The local folder of a path or hub id; of the hub's files those of the first patterns that any weights match.
+
+    Raises:
+        DeltacomeError: if there is neither such a folder nor such a repository.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise DeltacomeError(f"{source} is a file; give its folder")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+        raise DeltacomeError(f"there is no folder {source}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        for wanted in patterns:
+            folder = Path(snapshot_download(source, allow_patterns=list(wanted)))
+            if any(path.suffix in (".safetensors", ".bin") for path in folder.iterdir()):
+                break
+        return folder
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DeltacomeError(f"there is no folder {source}, and the hub does not give it: {reason}") from error
+
+
+def push(folder: Path, files: Sequence[str], repository: str, *, private: bool) -> str:
+    """Upload files of a folder to a repository, which is made if there is none.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        DeltacomeError: if the hub cannot be reached, or does not let us.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        made = api.create_repo(repository, private=private, exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=made, folder_path=folder, allow_patterns=list(files), commit_message="Upload a compressed delta"
+        )
+    except Exception as error:  # the hub's own errors, and those of whatever it makes its requests with
+        reason = str(error).strip().splitlines()[0]
+        raise DeltacomeError(f"{repository} could not be pushed: {reason}") from error
+    return str(commit.commit_url)

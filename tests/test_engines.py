@@ -1,0 +1,153 @@
+"""Compression on a Ray cluster of two nodes, on this machine."""
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+from safetensors.torch import load_file
+
+from conftest import Save, fine_tune, make_model
+from deltacome import DeltacomeError, compress
+from deltacome.checkpoint import Checkpoint, module_kind, pair
+from deltacome.engines import Local, OnRay, make_engine
+from deltacome.journal import Store, work_folder
+from deltacome.matrices import Matrices
+from deltacome.methods import make_method
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    found.add_node(num_cpus=1)
+    found.connect()
+    yield found
+    ray.shutdown()
+    found.shutdown()
+
+
+@pytest.fixture(scope="module")
+def pair_of_models(save: Save) -> tuple[Path, Path]:
+    model = make_model(hidden_size=256, intermediate_size=700, num_attention_heads=4, head_dim=64)
+    base = save(model, "base")
+    fine_tune(model)
+    return base, save(model, "finetuned")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def work_in(folder: Path, base: Path, finetuned: Path) -> Matrices:
+    folder.mkdir()
+    checkpoints = Checkpoint(base), Checkpoint(finetuned)
+    pairs = {p.name: p for p in pair(*checkpoints)}
+    method = make_method("delta-come", precision="2:3")
+    return Matrices(*checkpoints, method, Store(folder), pairs, Counter(map(module_kind, pairs)), 1.0)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "README.md"}
+
+
+def kill_a_worker(folder: Path, killed: list[int]) -> None:
+    """Once a few weights are done, kill a process that is at work on another."""
+    while not killed:
+        if len(list(folder.glob("*.safetensors"))) > 2:
+            for process in psutil.process_iter(["name", "cmdline"]):
+                if process.info["cmdline"] and process.info["cmdline"][0].startswith("ray::_run"):
+                    process.kill()
+                    killed.append(process.pid)
+                    break
+        time.sleep(0.005)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_result_is_the_local_one_though_a_worker_is_killed(
+    cluster: Cluster, pair_of_models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    compress(*pair_of_models, tmp_path / "local", ratio=4)
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_a_worker, args=(work_folder(tmp_path / "spread"), killed), daemon=True)
+    killer.start()
+    compress(*pair_of_models, tmp_path / "spread", ratio=4, engine="ray")
+    killer.join(timeout=10)
+    assert killed
+    assert contents(tmp_path / "local") == contents(tmp_path / "spread")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_what_a_lost_worker_was_at_is_done_again(
+    cluster: Cluster, pair_of_models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    work = work_in(tmp_path / "work", *pair_of_models)
+    names = [f"model.layers.{i}.mlp.{part}_proj.weight" for i in (0, 1) for part in ("gate", "up", "down")]
+
+    def dies_once(work: Matrices, name: str) -> None:
+        mark = work.store.folder / f"{name}.begun"
+        begun = mark.exists()
+        mark.touch()
+        if not begun and "up_proj" in name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        work.compress(name)
+
+    assert sorted(OnRay().each(dies_once, work, names)) == sorted(names)
+    alone = work_in(tmp_path / "alone", *pair_of_models)
+    assert list(Local().each(Matrices.compress, alone, names)) == names
+    for name in names:
+        ours, theirs = (load_file(store.place(name)) for store in (work.store, alone.store))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+    def dies(work: Matrices, name: str) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(DeltacomeError, match="Ray gave up on some-weight"):
+        list(OnRay().each(dies, work, ["some-weight"]))
+
+
+def test_a_lost_node(cluster: Cluster, pair_of_models: tuple[Path, Path], tmp_path: Path) -> None:
+    node = cluster.add_node(num_cpus=1)
+    work = work_in(tmp_path / "work", *pair_of_models)
+
+    def slow(work: Matrices, name: str) -> None:
+        time.sleep(0.5)
+
+    done: list[str] = []
+    for name in OnRay().each(slow, work, [str(i) for i in range(9)]):
+        done.append(name)
+        if len(done) == 3:
+            cluster.remove_node(node, allow_graceful=False)
+    assert len(set(done)) == 9
+
+
+def test_bad_input_on_a_worker_is_one_sentence(cluster: Cluster, pair_of_models: Any, tmp_path: Path) -> None:
+    work = work_in(tmp_path / "work", *pair_of_models)
+    with pytest.raises(KeyError):
+        list(OnRay().each(Matrices.compress, work, ["no.such.weight"]))
+    (tmp_path / "work").rmdir()
+    with pytest.raises(DeltacomeError, match="must be on storage that all nodes share"):
+        list(OnRay().each(Matrices.compress, work, ["lm_head.weight"]))
+
+
+def test_engines_are_named(pair_of_models: Any, tmp_path: Path) -> None:
+    with pytest.raises(DeltacomeError, match="no engine 'slurm'; choose local or ray"):
+        make_engine("slurm")  # type: ignore[arg-type]
+
+
+def test_calibration_layer_by_layer_is_local(pair_of_models: Any, examples: Path, tmp_path: Path) -> None:
+    with pytest.raises(DeltacomeError, match="layer by layer; leave out --engine ray"):
+        compress(*pair_of_models, tmp_path / "o", method="delta-come", calibration=examples, engine="ray")

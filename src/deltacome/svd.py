@@ -5,6 +5,9 @@ from torch import Tensor
 
 # Components below this share of the largest singular value are rounding noise of a float32 delta.
 NEGLIGIBLE = 1e-6
+# Of the largest eigenvalue of a Gram matrix, what float32 leaves of the others is known to a per cent from here on.
+FLOAT32_LIMIT = 1e-5
+LOST = 1 / 4  # of the eigenvalues may lie below it, as the last ones of a square matrix do; more of them: low rank
 ROWS_AT_ONCE = 4096
 
 
@@ -17,9 +20,8 @@ def leading_components(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor
 def split_components(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The first `rank` components of a delta (m, n), fewer if the delta's rank is smaller, and the rest's size.
 
-    Through the eigenvectors of the smaller Gram matrix in float64: faster than a float32 SVD for the matrices of a
-    layer, lighter in memory for tall ones, and as accurate, since squaring the singular values costs half of
-    float64's digits and float32 has no more than the other half.
+    Through the eigenvectors of the smaller Gram matrix: faster than an SVD, and lighter in memory for tall matrices. In
+    float32 where that is enough, else in float64, see `_eigen`; docs/methods.md has the measurements.
 
     Returns:
         u (rank, m), s (rank,), v (rank, n), float32; the rows of u and v are unit singular vectors, s descends. And the
@@ -29,16 +31,16 @@ def split_components(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, 
     if m < n:
         v, s, u, rest = split_components(delta.T, rank)
         return u, s, v, rest
-    values, vectors = torch.linalg.eigh(_gram(delta))
-    s = values.flip(0).clamp_min_(0).sqrt_()
+    values, vectors = _eigen(delta)
+    s = values.flip(0).double().clamp_min_(0).sqrt_()
     s = s[s > NEGLIGIBLE * s[0]]
     keep, rest = min(rank, len(s)), s[rank:].float()
     v = vectors.flip(1)[:, :keep]
     u = torch.empty(keep, m, dtype=torch.float32, device=delta.device)
     norms = torch.zeros(keep, dtype=torch.float64, device=delta.device)
     for start in range(0, m, ROWS_AT_ONCE):
-        part = delta[start : start + ROWS_AT_ONCE].double() @ v
-        norms += part.square().sum(0)
+        part = delta[start : start + ROWS_AT_ONCE].to(v.dtype) @ v
+        norms += part.square().sum(0, dtype=torch.float64)
         u[:, start : start + part.shape[0]] = part.T
     s = norms.sqrt_().float()
     return u.div_(s[:, None]), s, v.T.float(), rest
@@ -46,15 +48,31 @@ def split_components(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, 
 
 def singular_values(delta: Tensor) -> Tensor:
     """All singular values of a delta (m, n) that are not negligible, float64, descending."""
-    s = torch.linalg.eigvalsh(_gram(delta if delta.shape[0] >= delta.shape[1] else delta.T)).flip(0)
-    s = s.clamp_min_(0).sqrt_()
+    s = _eigen(delta if delta.shape[0] >= delta.shape[1] else delta.T, vectors=False)[0].flip(0)
+    s = s.double().clamp_min_(0).sqrt_()
     return s[s > NEGLIGIBLE * s[0]]
 
 
-def _gram(delta: Tensor) -> Tensor:
-    """deltaT delta (n, n) in float64."""
-    gram = torch.zeros(delta.shape[1], delta.shape[1], dtype=torch.float64, device=delta.device)
-    for rows in delta.split(ROWS_AT_ONCE):  # no float64 copy of the whole delta
-        rows = rows.double()
+def _eigen(delta: Tensor, vectors: bool = True) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of deltaT delta, ascending, and eigenvectors, if asked for: in float32 unless the rank is low.
+
+    Squaring the singular values leaves float32 those above 1/300 of the largest, which are all that matter, unless the
+    delta is a product of few factors, whose number float64 shows.
+    """
+    found: tuple[Tensor, Tensor]
+    for dtype in (torch.float32, torch.float64):
+        gram = _gram(delta, dtype)
+        found = torch.linalg.eigh(gram) if vectors else (torch.linalg.eigvalsh(gram), gram)
+        values = found[0]
+        if (values < FLOAT32_LIMIT * values[-1]).float().mean() <= LOST:
+            break
+    return found
+
+
+def _gram(delta: Tensor, dtype: torch.dtype) -> Tensor:
+    """deltaT delta (n, n)."""
+    gram = torch.zeros(delta.shape[1], delta.shape[1], dtype=dtype, device=delta.device)
+    for rows in delta.split(ROWS_AT_ONCE):  # no copy of the whole delta
+        rows = rows.to(dtype)
         gram.addmm_(rows.T, rows)
     return gram

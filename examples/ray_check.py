@@ -18,10 +18,13 @@ from deltacome.journal import work_folder
 
 
 def kill_a_worker(folder: Path, start: float) -> None:
-    """When a tenth of the weights is there, kill a process that is at work on another."""
-    while len(list(folder.glob("*.safetensors"))) < 30:
-        time.sleep(0.1)
-    found = [process for process in psutil.process_iter(["cmdline"]) if "ray::_run" in str(process.info["cmdline"])]
+    """When a hundred weights are there, kill a process that is at work on another."""
+    found: list[psutil.Process] = []
+    while not found:
+        time.sleep(0.05)
+        if len(list(folder.glob("*.safetensors"))) > 100:
+            processes = psutil.process_iter(["cmdline"])
+            found = [process for process in processes if "ray::_run" in str(process.info["cmdline"])]
     found[0].kill()
     print(f"{time.perf_counter() - start:6.1f} s  killed process {found[0].pid}, one of {len(found)} at work")
 

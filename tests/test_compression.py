@@ -169,6 +169,28 @@ def test_grown_vocabulary(grown: int, save: Save, tmp_path: Path) -> None:
     assert ours.config["vocab_size"] == 259 + grown
 
 
+@pytest.mark.parametrize("is_changed", [True, False])
+def test_shrunk_vocabulary(is_changed: bool, save: Save, tmp_path: Path) -> None:
+    """The base's last rows are padding, or tokens that the fine-tune has given up."""
+    model = make_model()
+    base = save(model)
+    model.resize_token_embeddings(250)
+    if is_changed:
+        fine_tune(model)
+    else:
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.mul_(1.05)
+    finetuned = save(model)
+    compress(base, finetuned, tmp_path / "delta", ratio=3)
+    merge(base, tmp_path / "delta", tmp_path / "merged")
+    ours, theirs = Checkpoint(tmp_path / "merged"), Checkpoint(finetuned)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        found, expected = ours.read_float(name), theirs.read_float(name)
+        assert found.shape == expected.shape == (250, 60)
+        assert (found - expected).norm() < (0.05 * expected.norm() if is_changed else 1e-9)
+    assert ours.config["vocab_size"] == 250
+
+
 @pytest.mark.parametrize(("base_tied", "finetuned_tied"), [(True, False), (False, True)])
 def test_embeddings_tied_in_one_only(base_tied: bool, finetuned_tied: bool, save: Save, tmp_path: Path) -> None:
     base = save(make_model(tie_word_embeddings=base_tied))

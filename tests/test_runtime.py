@@ -163,6 +163,31 @@ def test_grown_vocabulary(save: Save, tmp_path: Path) -> None:
         model(ids, tenants=[None, "grown"])
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("embeddings", ["compress", "exact"])
+@pytest.mark.parametrize("is_changed", [True, False])
+def test_shrunk_vocabulary(tied: bool, embeddings: Any, is_changed: bool, save: Save, tmp_path: Path) -> None:
+    base = save(make_model(tie_word_embeddings=tied), "base")
+    shrunk = make_model(tie_word_embeddings=tied)
+    shrunk.resize_token_embeddings(250)
+    if is_changed:
+        fine_tune(shrunk, size=0.2)
+    else:
+        fine_tune(shrunk.model.layers, size=0.2)
+    compress(base, save(shrunk, "shrunk"), tmp_path / "shrunk", ratio=4, embeddings=embeddings)
+    model = load(base, {"shrunk": tmp_path / "shrunk"})
+    alone = merged(base, tmp_path / "shrunk", tmp_path / "merged")
+    ids = IDS[:2] % 250
+    ids[1, 3] = 255
+    with torch.no_grad():
+        logits = model(ids, tenants=["shrunk", None]).logits
+        assert torch.allclose(logits[0, :, :250], alone(ids[:1]).logits[0], rtol=1e-4, atol=1e-3)
+        assert torch.equal(logits[1], model(ids).logits[1])
+    assert torch.isinf(logits[0, :, 250:]).all() and torch.isfinite(logits[1]).all()
+    with pytest.raises(DeltacomeError, match="token 255, which its tenant's vocabulary has not"):
+        model(ids, tenants=[None, "shrunk"])
+
+
 def test_embeddings_tied_in_the_base_alone(save: Save, tmp_path: Path) -> None:
     base = save(make_model(tie_word_embeddings=True), "base")
     untied = make_model(tie_word_embeddings=True)

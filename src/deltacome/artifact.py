@@ -424,8 +424,9 @@ def rebuild(entry: Entry, terms: list[Term], base: Checkpoint) -> Tensor:
     if entry.dense == 0 or entry.base is None:
         return next(term.value for term in terms if isinstance(term, Dense))
     if not terms:
-        return base.read(entry.base).to(entry.dtype)
-    weight = base.read_float(entry.base)
+        weight = base.read(entry.base).to(entry.dtype)
+        return weight[: entry.shape[0]] if entry.shape else weight
+    weight = base.read_float(entry.base)[: entry.shape[0]]
     rebuilt = torch.zeros(entry.shape)
     rebuilt[: weight.shape[0]] = weight
     return add_terms(rebuilt, terms)

@@ -222,8 +222,8 @@ def is_matrix(shape: tuple[int, ...]) -> bool:
 def pair(base: Checkpoint, finetuned: Checkpoint, renames: Mapping[str, str] | None = None) -> list[Pair]:
     """Match the weights of the two checkpoints by name.
 
-    More rows than in the base (a grown vocabulary) and an output embedding that the base ties are understood, and so is
-    a vision-language model on a plain language model: its language tower's names begin otherwise.
+    More or fewer rows than in the base (another vocabulary) and an output embedding that the base ties are understood,
+    and so is a vision-language model on a plain language model: its language tower's names begin otherwise.
 
     Args:
         renames: beginnings of names in the fine-tuned checkpoint, and what stands for them in the base's. Without it
@@ -249,9 +249,9 @@ def pair(base: Checkpoint, finetuned: Checkpoint, renames: Mapping[str, str] | N
         rows = 0
         if base_name is not None:
             theirs = base.tensors[base_name].shape
-            rows = theirs[0] if theirs else 0
-            grown = is_embedding(name) and len(theirs) == 2 and theirs[1:] == info.shape[1:] and rows <= info.shape[0]
-            if theirs != info.shape and not grown:
+            rows = min(theirs[0], info.shape[0]) if theirs and info.shape else 0
+            other_vocabulary = is_embedding(name) and len(theirs) == 2 and theirs[1:] == info.shape[1:]
+            if theirs != info.shape and not other_vocabulary:
                 raise DeltacomeError(
                     f"{name} is {_by(info.shape)} in {finetuned.source} and {_by(theirs)} in {base.source}; "
                     "is this the right base?"

@@ -410,7 +410,7 @@ class _Run:
         same = False
         if p.base_name is not None and p.rows == (p.shape[0] if p.shape else 0):
             theirs = self.base.read(p.base_name)
-            same = torch.equal(value, theirs.to(value.dtype))
+            same = torch.equal(value, (theirs[: p.rows] if theirs.ndim else theirs).to(value.dtype))
         self.work.write(p.name, [] if same else [Dense(value)])
         self._finish(p.name)
 

@@ -68,6 +68,8 @@ def export(
                 if not terms:
                     continue
                 fits = entry.base is not None and is_matrix(entry.shape) and _is_layer(entry.name, names, model)
+                if entry.base is not None and entry.shape and entry.shape[0] < checkpoint.tensors[entry.base].shape[0]:
+                    fits = False  # a smaller vocabulary
                 if not fits or entry.dense:
                     left_out.append(entry.name)
                 if not fits:

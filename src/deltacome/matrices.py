@@ -37,7 +37,7 @@ class Matrices:
         assert p.base_name is not None
         delta = self.finetuned.read_float(name)
         theirs = self.base.read_float(p.base_name)
-        delta[: p.rows] -= theirs
+        delta[: p.rows] -= theirs[: p.rows]
         delta[p.rows :] = 0
         return delta, float(theirs.norm())
 

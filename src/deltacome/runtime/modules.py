@@ -50,6 +50,7 @@ class _Job:
     """What one linear layer does for the batch, apart from the base's product; row numbers count tokens.
 
     work: the kernels' part. replaced and added: exact weights with their rows. width: outputs, the added ones included.
+    sizes: how many outputs some rows have, if not all.
     """
 
     work: Any
@@ -57,6 +58,7 @@ class _Job:
     added: list[tuple[Tensor, Tensor]]
     biases: list[tuple[Tensor, Tensor]]
     width: int
+    sizes: list[tuple[int, Tensor]]
 
 
 class _Linear:
@@ -110,6 +112,7 @@ class _Linear:
             [(weight, own) for weight, own, start in rows if start],
             biases,
             max([m, *(start + len(weight) for weight, _, start in rows), *(delta.shape[0] for delta, _ in packed)]),
+            [(change.size, own) for change, own in found if change.size is not None],
         )
 
     def _change(self, outputs: Tensor, inputs: Tensor, job: _Job) -> Tensor:
@@ -117,7 +120,9 @@ class _Linear:
         m = outputs.shape[1]
         bias = self.module._parameters["bias"]
         for weight, rows in job.replaced:
-            outputs[rows] = linear(inputs[rows], weight[:m].to(inputs.dtype), bias)
+            known = min(m, len(weight))
+            own = linear(inputs[rows], weight[:known].to(inputs.dtype), None if bias is None else bias[:known])
+            outputs[rows[:, None], torch.arange(known, device=rows.device)] = own
         if job.width > m:  # tokens that only some tenants have: no other may choose them
             outputs = nn.functional.pad(outputs, (0, job.width - m), value=-torch.inf)
         if job.work is not None:
@@ -130,6 +135,8 @@ class _Linear:
         for weight, rows in job.replaced:
             if len(weight) > m:
                 outputs[rows, m : len(weight)] = linear(inputs[rows], weight[m:].to(inputs.dtype))
+        for size, rows in job.sizes:  # tokens that its vocabulary has not
+            outputs[rows, size:] = -torch.inf
         return outputs
 
 
@@ -171,10 +178,10 @@ class _Embedding:
             own = ids[rows]
             flat = own.reshape(-1)
             if change.rows is not None and change.start == 0:
-                y[rows] = change.rows[flat].to(y.dtype).view(*own.shape, n) * scale
+                y[rows] = change.rows[flat.clamp(max=len(change.rows) - 1)].to(y.dtype).view(*own.shape, n) * scale
                 continue
             if change.packed is not None:
-                added = embed(change, flat.clamp(max=m - 1), n, self.kernels).view(*own.shape, n)
+                added = embed(change, flat.clamp(max=(change.size or m) - 1), n, self.kernels).view(*own.shape, n)
                 y[rows] += (added * scale).to(y.dtype)
             if change.rows is not None:
                 is_new = own >= m
@@ -190,6 +197,8 @@ class _Embedding:
         for change, rows in changes:
             if change.rows is not None:
                 limits[rows] = change.start + len(change.rows)
+            elif change.size is not None:
+                limits[rows] = change.size
         if (ids >= limits).any():
             raise DeltacomeError(f"a prompt holds token {int(ids.max())}, which its tenant's vocabulary has not")
 

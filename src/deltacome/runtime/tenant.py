@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from deltacome.artifact import Artifact, Entry
 from deltacome.bits import unpack
-from deltacome.checkpoint import OUTPUT_EMBEDDINGS, Checkpoint
+from deltacome.checkpoint import OUTPUT_EMBEDDINGS, Checkpoint, is_embedding
 from deltacome.errors import DeltacomeError
 from deltacome.names import Names, Place
 from deltacome.runtime.kernels.packed import Packed, pack_terms, transposed
@@ -40,6 +40,7 @@ class Change:
     packed: the factored and sign terms of the weight. rows: exact rows of the weight behind the base's (added tokens),
     or instead of all of them if `start` is 0. vectors: the singular vectors v of an embedding's terms with their
     scales, (rank, n) in float32, because a token takes all of them and of U a column. exact: other parameters by name.
+    size: how many rows the weight has, if these are fewer than the base's (a smaller vocabulary).
     experts: of stacks, by parameter and expert: the first output that each packed part is added to, and the part.
     """
 
@@ -47,6 +48,7 @@ class Change:
     rows: Tensor | None = None
     start: int = 0
     vectors: Tensor | None = None
+    size: int | None = None
     exact: dict[str, Tensor] = field(default_factory=dict)
     experts: dict[tuple[str, int], list[tuple[int, Packed]]] = field(default_factory=dict)
 
@@ -86,11 +88,16 @@ def load_tenant(name: str, artifact: Artifact, model: nn.Module, device: torch.d
     names = Names(model)
     changes: dict[str, Change] = {}
     for entry, terms in artifact.all_terms():
-        if not terms:
+        if not terms and not is_embedding(entry.name):
             continue
         place = names.find_expert(entry.name)
         module_name, _, parameter = (place.parameter if place else names.find(entry.name)).rpartition(".")
         module = modules[module_name]
+        is_smaller = is_embedding(entry.name) and entry.shape[0] < module.weight.shape[0]
+        if is_smaller:
+            changes.setdefault(module_name, Change()).size = entry.shape[0]
+        if not terms:
+            continue
         change = changes.setdefault(module_name, Change())
         if place and not any(isinstance(term, Dense) for term in terms):
             _change_expert(change, place, parameter, module, entry, terms, device)
@@ -194,7 +201,7 @@ def _tie(artifact: Artifact, model: Any, modules: dict[str, nn.Module], changes:
         raise DeltacomeError(f"{artifact.folder} ties its embeddings and its base does not; merge it instead")
     if names[embedding] in changes:
         change = changes[names[embedding]]
-        changes[names[head]] = Change(change.packed, change.rows, change.start)
+        changes[names[head]] = Change(change.packed, change.rows, change.start, size=change.size)
 
 
 def embed(change: Change, ids: Tensor, n: int, kernels: Any) -> Tensor:

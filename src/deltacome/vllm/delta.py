@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from deltacome.artifact import Artifact, Entry
-from deltacome.checkpoint import OUTPUT_EMBEDDINGS, Checkpoint
+from deltacome.checkpoint import OUTPUT_EMBEDDINGS, Checkpoint, is_embedding
 from deltacome.errors import DeltacomeError
 from deltacome.runtime.kernels.packed import pack_terms
 from deltacome.runtime.tenant import check_config, embedding_vectors
@@ -58,6 +58,11 @@ def read(artifact: Artifact, base: Checkpoint, layers: Layers) -> dict[str, Cont
     parts: dict[str, dict[int, Part]] = {}
     norms: dict[str, dict[str, Tensor]] = {}
     for entry, terms in artifact.all_terms():
+        if entry.base is not None and is_embedding(entry.name) and entry.shape[0] < base.tensors[entry.base].shape[0]:
+            raise DeltacomeError(
+                f"{entry.name} has fewer rows than the base's, and vLLM would answer with tokens that the fine-tuned "
+                "model has not; serve the delta without vLLM, or merge it"
+            )
         place = layers.find(entry.name) if terms else None
         if place is None:
             continue

@@ -237,6 +237,15 @@ class Entry:
         return terms
 
 
+def locate_artifact(source: str | Path) -> Path:
+    """The folder of an artifact, which may be named by a hub id.
+
+    Raises:
+        DeltacomeError: if there is none.
+    """
+    return locate(str(source), [MANIFEST, MODEL_CARD, "*.safetensors", *SIDECARS])
+
+
 class _Cuts:
     """Successive matrices cut from a flat tensor."""
 
@@ -259,7 +268,7 @@ class Artifact:
     """
 
     def __init__(self, source: str | Path) -> None:
-        self.folder = locate(str(source), [MANIFEST, MODEL_CARD, "*.safetensors", *SIDECARS])
+        self.folder = locate_artifact(source)
         self.manifest = _read_manifest(self.folder)
         try:
             self._parse()

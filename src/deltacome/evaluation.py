@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ BASE, FINETUNED = "base", "fine-tuned"
 def evaluate(
     base: str | Path,
     finetuned: str | Path,
-    deltas: dict[str, str | Path],
+    deltas: Mapping[str, str | Path],
     data: str | Path,
     *,
     offtask: str | Path | None = None,
@@ -231,7 +231,11 @@ def cells(row: dict[str, Any], columns: Iterable[str] = COLUMNS) -> list[str]:
 
 def markdown(rows: list[dict[str, Any]], columns: dict[str, str] = COLUMNS) -> str:
     """The rows as a Markdown table. columns: headings by the rows' keys."""
-    lines = [list(columns.values()), ["---"] * len(columns), *(cells(row, columns) for row in rows)]
+    return markdown_table([list(columns.values()), ["---"] * len(columns), *(cells(row, columns) for row in rows)])
+
+
+def markdown_table(lines: list[list[str]]) -> str:
+    """Lines of cells, the second one of dashes, as Markdown."""
     escaped = ([cell.replace("|", r"\|") for cell in line] for line in lines)
     return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 

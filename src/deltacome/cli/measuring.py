@@ -1,8 +1,9 @@
 """Commands that compare deltas with what they stand for."""
 
 import json
+import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -23,7 +24,7 @@ def evaluate(
     base: Base,
     finetuned: Annotated[str, typer.Option(help="Fine-tuned checkpoint: a folder or a hub id.")],
     delta: Annotated[list[str], typer.Option(metavar="NAME=DELTA", help="A compressed delta; may be repeated.")],
-    data: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="Held-out examples of the task.")],
+    data: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Held-out examples of the task.")] = None,
     offtask: Annotated[
         Path | None, typer.Option(metavar="FILE.jsonl", help="Text that the fine-tune is not about, for off-task KL.")
     ] = None,
@@ -33,6 +34,17 @@ def evaluate(
     answer_pattern: Annotated[
         str, typer.Option(help="Finds the answer in an output where lines of --data have `answer`.")
     ] = r"####\s*(\S+)",
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="TASK,...", help="Instead of --data: tasks of lm-eval, paper-math, -code or -chat."),
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Task files of your own.")] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Prompts of --tasks go through the chat template.")
+    ] = False,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Let tasks run the code that models write; use a sandbox.")
+    ] = False,
     show: Annotated[int, typer.Option(min=0, help="Print so many prompts with every model's answer.")] = 0,
     output: Annotated[
         Path,
@@ -40,13 +52,13 @@ def evaluate(
     ] = Path("evaluation.json"),
     as_json: Json = False,
 ) -> None:
-    """Compare base, fine-tuned model and compressed deltas: ratio, KL, NLL, accuracy, retention."""
+    """Compare base, fine-tuned model and compressed deltas: KL, NLL, accuracy, retention; or tasks of lm-eval."""
     from deltacome import evaluation
     from deltacome.data import read_examples
     from deltacome.files import disk_errors
 
     quiet()
-    deltas: dict[str, str | Path] = {}
+    deltas: dict[str, str] = {}
     for item in delta:
         name, equals, folder = item.partition("=")
         if not (name and equals and folder) or name in deltas or name in (evaluation.BASE, evaluation.FINETUNED):
@@ -54,6 +66,13 @@ def evaluate(
         deltas[name] = folder
     if not output.absolute().parent.is_dir():
         raise DeltacomeError(f"cannot write {output}: there is no folder {output.parent}")
+    if (data is None) == (tasks is None):
+        raise DeltacomeError("give either --data FILE.jsonl or --tasks TASK,...")
+    if tasks is not None:
+        options = {"apply_chat_template": apply_chat_template, "allow_code": allow_code, "limit": limit}
+        _evaluate_tasks(base, finetuned, deltas, tasks.split(","), output, as_json, include_path, options)
+        return
+    assert data is not None
     rows = evaluation.evaluate(
         base,
         finetuned,
@@ -76,6 +95,53 @@ def evaluate(
         print(f"\nprompt: {example.messages[-1]['content']}\nexpected: {example.completion!r}")
         for row in rows:
             print(f"{row['name']}: {row['outputs'][place]!r}")
+
+
+def _evaluate_tasks(
+    base: str,
+    finetuned: str,
+    deltas: dict[str, str],
+    tasks: list[str],
+    output: Path,
+    as_json: bool,
+    include_path: Path | None,
+    options: dict[str, Any],
+) -> None:
+    from deltacome.evaluation import markdown_table
+    from deltacome.files import disk_errors
+
+    harness = _harness()
+    rows = harness.evaluate_tasks(base, finetuned, deltas, tasks, include_path=include_path, **options)
+    headings, lines = harness.table(rows)
+    with disk_errors(f"write {output}"):
+        output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        output.with_suffix(".md").write_text(markdown_table([headings, ["---"] * len(headings), *lines]), "utf-8")
+    if as_json:
+        print(json.dumps(rows))
+    else:
+        print_table(headings, lines)
+
+
+def _harness() -> Any:
+    try:
+        from deltacome import harness
+    except ImportError as error:
+        raise DeltacomeError("this needs lm-evaluation-harness; pip install 'deltacome[lm-eval]'") from error
+    return harness
+
+
+@app.command(
+    "lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    epilog="Example: deltacome lm-eval run --model deltacome --model_args base=base/,delta=math-delta/ --tasks gsm8k",
+)
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-evaluation-harness's program, all arguments being its own, with the type of model `deltacome` added."""
+    _harness()
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.argv = ["lm_eval", *context.args]
+    cli_evaluate()
 
 
 @app.command(epilog="Example: deltacome search base/ math/ --data mixed.jsonl -o search.json")

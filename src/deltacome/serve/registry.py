@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from deltacome.artifact import MANIFEST, Artifact
+from deltacome.artifact import MANIFEST, Artifact, locate_artifact
 from deltacome.checkpoint import Checkpoint
 from deltacome.data import Encoder
 from deltacome.errors import DeltacomeError
@@ -130,6 +130,7 @@ class Registry:
             raise DeltacomeError(f"{name!r} is the base's name; take another")
         if name in self.entries and not replace:
             raise DeltacomeError(f"there is a model {name!r} already; unload it, or load in place")
+        folder = locate_artifact(folder).resolve()
         stamp = _stamp(folder)
         artifact = Artifact(folder)
         artifact.check_base(self.base_checkpoint)

@@ -14,7 +14,6 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
-from deltacome.artifact import Artifact
 from deltacome.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError
 from deltacome.runtime.model import load
@@ -108,7 +107,7 @@ def _build(
         chat_template=chat_template,
     )
     for delta, place in deltas.items():
-        registry.add(delta, Artifact(place).folder.resolve())
+        registry.add(delta, Path(place))
         registry.preload(delta)
     registry.scan()
     engine = Engine(model, limits, on_step)

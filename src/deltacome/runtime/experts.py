@@ -35,13 +35,13 @@ class Experts:
         if batch is None or not changes:
             return self.forward(hidden, chosen, weights)
         owners = self._owners(batch, changes, hidden)
-        is_gated = self.module.has_gate
+        first = "gate_up_proj" if self.module.has_gate else "up_proj"
+        activate = self.module._apply_gate if self.module.has_gate else self.module.act_fn
         total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         for expert in chosen.unique().tolist():
             tokens, places = (chosen == expert).nonzero(as_tuple=True)
-            inner = self._product("gate_up_proj" if is_gated else "up_proj", expert, hidden[tokens], owners[tokens])
-            inner = self.module._apply_gate(inner) if is_gated else self.module.act_fn(inner)
-            outputs = self._product("down_proj", expert, inner, owners[tokens])
+            inner = activate(self._product(first, expert, hidden[tokens], changes, owners[tokens]))
+            outputs = self._product("down_proj", expert, inner, changes, owners[tokens])
             total.index_add_(0, tokens, outputs.float() * weights[tokens, places, None].float())
         return total.to(hidden.dtype)
 
@@ -55,17 +55,17 @@ class Experts:
             owners[batch.token_rows(rows, tokens, hidden.device)] = number
         return owners
 
-    def _product(self, parameter: str, expert: int, x: Tensor, owners: Tensor) -> Tensor:
+    def _product(
+        self, parameter: str, expert: int, x: Tensor, changes: list[tuple[Change, list[int]]], owners: Tensor
+    ) -> Tensor:
         """One expert's outputs (tokens, m) for x (tokens, n)."""
         weight: Tensor = getattr(self.module, parameter)[expert]
         y = linear(x, weight.T if self.module.is_transposed else weight)
         bias = getattr(self.module, f"{parameter}_bias")[expert] if self.module.has_bias else None
         if bias is not None:
             y += bias
-        batch = running.get()
-        assert batch is not None
         parts: dict[int, list[Any]] = {}
-        for number, (change, _) in enumerate(batch.changes(self.name)):
+        for number, (change, _) in enumerate(changes):
             rows = (owners == number).nonzero()[:, 0]
             if not len(rows):
                 continue

@@ -1,0 +1,150 @@
+"""Compare with what else there is on PyPI: bytes, time and KL of the same fine-tune, in one run.
+
+    pip install mergekit deltatensors sparse-llm
+    python peers.py BASE FINETUNED test.jsonl --chat-template chatml.jinja -o OUTPUT
+
+mergekit's LoRA extraction at three ranks, deltatensors' int4 and one-bit strategies, sparse-llm's SVD at two ranks, and
+deltacome at 1/8, 1/16 and 1/32. Everything that each writes is counted. A system that fails is a row that says so.
+"""
+
+import argparse
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import deltacome
+from deltacome.adapter import Adapted
+from deltacome.checkpoint import Checkpoint
+from deltacome.data import read_examples
+from deltacome.evaluation import Comparison, load, markdown_table
+from deltacome.metrics import ANSWER_PATTERN, compile_pattern
+
+Weights = dict[str, torch.Tensor]
+
+
+def run(*command: str | Path) -> None:
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]}: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1][:200]}")
+
+
+def read(checkpoint: Checkpoint) -> Weights:
+    return {name: checkpoint.read_float(name) for name in checkpoint.tensors}
+
+
+def ours(ratio: float) -> Callable[[Path, Path, Path], Callable[[], Weights]]:
+    def make(base: Path, finetuned: Path, out: Path) -> Callable[[], Weights]:
+        deltacome.compress(base, finetuned, out / "delta", ratio=ratio)
+
+        def rebuild() -> Weights:
+            deltacome.merge(base, out / "delta", out.with_name(f"{out.name}-merged"), dtype=torch.float32)
+            return read(Checkpoint(out.with_name(f"{out.name}-merged")))
+
+        return rebuild
+
+    return make
+
+
+def mergekit(rank: int) -> Callable[[Path, Path, Path], Callable[[], Weights]]:
+    def make(base: Path, finetuned: Path, out: Path) -> Callable[[], Weights]:
+        run("mergekit-extract-lora", "--model", finetuned, "--base-model", base, "--out-path", out / "lora",
+            "--max-rank", str(rank), "--embed-lora", "--skip-undecomposable")  # fmt: skip
+        return lambda: read(Adapted(Checkpoint(base), out / "lora"))
+
+    return make
+
+
+def deltatensors(strategy: str) -> Callable[[Path, Path, Path], Callable[[], Weights]]:
+    def make(base: Path, finetuned: Path, out: Path) -> Callable[[], Weights]:
+        import deltatensors as package
+
+        package.save_delta_from_paths(str(out / "it.wdelta"), str(finetuned), str(base), strategy=strategy)
+        return lambda: package.load_delta_from_paths(str(out / "it.wdelta"), str(base))
+
+    return make
+
+
+def sparse(rank: int) -> Callable[[Path, Path, Path], Callable[[], Weights]]:
+    def make(base: Path, finetuned: Path, out: Path) -> Callable[[], Weights]:
+        run("sparse", "compress-lossy", base, finetuned, "-o", out / "delta", "--rank", str(rank))
+
+        def rebuild() -> Weights:
+            merged = out.with_name(f"{out.name}-merged")
+            run("sparse", "reconstruct-lossy", base, out / "delta", "-o", merged)
+            return read(Checkpoint(merged))
+
+        return rebuild
+
+    return make
+
+
+SYSTEMS = {
+    "deltacome 1/8": ours(8),
+    "deltacome 1/16": ours(16),
+    "deltacome 1/32": ours(32),
+    "mergekit-extract-lora, rank 16": mergekit(16),
+    "mergekit-extract-lora, rank 64": mergekit(64),
+    "mergekit-extract-lora, rank 128": mergekit(128),
+    "deltatensors int4": deltatensors("int4"),
+    "deltatensors quantized": deltatensors("quantized"),
+    "sparse-llm SVD, rank 16": sparse(16),
+    "sparse-llm SVD, rank 64": sparse(64),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("finetuned", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--offtask", type=Path)
+    parser.add_argument("--limit", type=int, default=120)
+    parser.add_argument("--chat-template")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    arguments = parser.parse_args()
+
+    torch.set_grad_enabled(False)
+    base, finetuned, out = arguments.base.resolve(), arguments.finetuned.resolve(), arguments.output.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    whole = 2 * Checkpoint(finetuned).elements
+    comparison = Comparison(
+        Checkpoint(finetuned),
+        read_examples(arguments.data, arguments.limit),
+        read_examples(arguments.offtask) if arguments.offtask else (),
+        new_tokens=64,
+        chat_template=arguments.chat_template,
+        pattern=compile_pattern(ANSWER_PATTERN),
+    )
+    lines = [["", "MB", "ratio", "seconds", "on-task KL", "off-task KL", "accuracy"], ["---"] * 7]
+    for number, (name, make) in enumerate(SYSTEMS.items()):
+        place = out / str(number)
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(out / f"{number}-merged", ignore_errors=True)
+        place.mkdir()
+        start = time.perf_counter()
+        try:
+            rebuild = make(base, finetuned, place)
+            seconds = time.perf_counter() - start
+            size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+            model, _ = load(Checkpoint(base))  # what a system does not give stays the base's
+            model.load_state_dict({key: value.float() for key, value in rebuild().items()}, strict=False)
+            row: dict[str, Any] = comparison.measure(name, model, comparison.tokenizer)
+        except Exception as error:
+            lines.append([name, "failed", "", "", f"{error}"[:150], "", ""])
+            continue
+        figures = [
+            f"{row[key]:.5f} ± {row[f'{key}_error']:.5f}" if key in row else ""
+            for key in ("on_task_kl", "off_task_kl", "accuracy")
+        ]
+        lines.append([name, f"{size / 1e6:.1f}", f"1/{whole / size:.1f}", f"{seconds:.0f}", *figures])
+        (out / "peers.md").write_text(markdown_table(lines))
+    print(markdown_table(lines))
+
+
+if __name__ == "__main__":
+    main()

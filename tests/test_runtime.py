@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import deltacome
-from conftest import CONFIGS, SIZES, Save, fine_tune, make_any, make_model
+from conftest import CONFIGS, SIZES, Save, fine_tune, make_any, make_model, train
 from deltacome import DeltacomeError, compress, load, merge
 from deltacome.checkpoint import Checkpoint
 from deltacome.data import Encoder
@@ -36,12 +36,15 @@ from deltacome.runtime.conversation import Conversation
 def tenants_of(
     save: Save, tmp_path: Path, make: Callable[[], PreTrainedModel], **options: Any
 ) -> tuple[Path, list[Path]]:
-    """A base and two compressed fine-tunes of it."""
+    """A base and two compressed fine-tunes of it, one changed at random and one trained."""
     base = save(make(), "base")
     deltas = []
     for seed in (1, 2):
         model = make()
-        fine_tune(model, seed, size=0.2)
+        if seed == 1:
+            fine_tune(model, seed, size=0.2)
+        else:
+            train(model)
         compress(base, save(model, "finetuned"), tmp_path / f"delta{seed}", ratio=4, **options)
         deltas.append(tmp_path / f"delta{seed}")
     return base, deltas

@@ -50,7 +50,7 @@ def test_the_main_job(folder: Path) -> None:
     deltacome("verify", folder / "rate-distortion", "--base", base)
 
     deltas = [part for name in names for part in ("--delta", f"{name}={folder / name}")]
-    data = ("--data", finetuned / "data/test.jsonl", "--limit", 24, "--max-new-tokens", 12)
+    data = ("--data", finetuned / "data/test.jsonl", "--limit", 12, "--max-new-tokens", 12)
     rows = deltacome("evaluate", base, "--finetuned", finetuned, *deltas, *data, "-o", folder / "evaluation.json")
     kl = {row["name"]: row["on_task_kl"] for row in rows}
     assert kl["fine-tuned"] < 1e-6
@@ -58,7 +58,7 @@ def test_the_main_job(folder: Path) -> None:
     assert kl["rate-distortion"] < 0.01 * kl["base"]
     outputs = {row["name"]: row["outputs"] for row in rows}
     same = [ours == theirs for ours, theirs in zip(outputs["rate-distortion"], outputs["fine-tuned"], strict=True)]
-    assert sum(same) >= 20 and outputs["base"] != outputs["fine-tuned"]
+    assert sum(same) >= 10 and outputs["base"] != outputs["fine-tuned"]
 
 
 def test_merged_and_in_memory_agree_bit_for_bit(folder: Path) -> None:

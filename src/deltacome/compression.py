@@ -36,8 +36,8 @@ from deltacome.engines import Engine, EngineName, make_engine
 from deltacome.errors import DeltacomeError, UnreachableRatioError
 from deltacome.files import disk_errors, publish, raw, refuse_existing, sha256, shard_names, shards, write_safetensors
 from deltacome.folding import Folded
-from deltacome.journal import Journal, Store, work_folder
-from deltacome.matrices import Matrices
+from deltacome.journal import Journal, work_folder
+from deltacome.matrices import Matrices, read_delta
 from deltacome.memory import peak_memory
 from deltacome.methods import DEFAULT_METHOD, Method, SharesByError, describe, make_method
 from deltacome.progress import bar
@@ -180,9 +180,8 @@ class _Run:
     def warn_of_large_change(self) -> None:
         """Look at a few matrices for a delta as large as the weights: the sign of a wrong base."""
         changed = total = 0.0
-        work = self._work(Store(Path()))
         for p in self.matrices[:: max(1, len(self.matrices) // SAMPLED_WEIGHTS)]:
-            delta, norm = work.delta(p.name)
+            delta, norm = read_delta(p, self.base, self.finetuned)
             changed, total = changed + float(delta.square().sum()), total + norm**2
         change = (changed / total) ** 0.5 if total else 0.0
         if change > SUSPICIOUS_CHANGE:
@@ -203,7 +202,10 @@ class _Run:
             "calibration": hashlib.sha256(raw(tokens[0])).hexdigest() if tokens else None,
         }
         self.journal = Journal(out, job)
-        self.work = self._work(self.journal.store)
+        # The experts of a layer count once.
+        layers = Counter(kind for kind, _ in {(module_kind(p.name), _layer(p.name)) for p in self.matrices})
+        bits, store = 16 / (self.ratio or DEFAULT_RATIO), self.journal.store
+        self.work = Matrices(self.base, self.finetuned, self.method, store, self.pairs, layers, bits)
         useless = False
         try:
             self._compress(tokens)
@@ -214,12 +216,6 @@ class _Run:
             raise
         finally:
             self.journal.close(remove=useless)
-
-    def _work(self, store: Store) -> Matrices:
-        # The experts of a layer count once.
-        layers = Counter(kind for kind, _ in {(module_kind(p.name), _layer(p.name)) for p in self.matrices})
-        bits = 16 / (self.ratio or DEFAULT_RATIO)
-        return Matrices(self.base, self.finetuned, self.method, store, self.pairs, layers, bits)
 
     def _compress(self, tokens: Tokens | None) -> None:
         """Compress every weight that the journal lacks."""

@@ -65,17 +65,21 @@ class OnRay:
         shared = ray.put(work)
         remote = ray.remote(num_cpus=self.threads)(_run)
         running = {remote.remote(task, shared, name, self.threads): name for name in names}
-        while running:
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            name = running.pop(done)
-            try:
+        name = ""
+        try:
+            while running:
+                (done,), _ = ray.wait(list(running), num_returns=1)
+                name = running.pop(done)
                 ray.get(done)
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from error
-            except ray.exceptions.RayError as error:
-                reason = str(error).strip().splitlines()[0]
-                raise DeltacomeError(f"Ray gave up on {name}, whose workers were lost each time: {reason}") from error
-            yield name
+                yield name
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DeltacomeError(f"Ray gave up on {name}, whose workers were lost each time: {reason}") from error
+        finally:
+            for waiting in running:  # after an error, or if nobody asks for more
+                ray.cancel(waiting)
 
 
 def _run(task: Task, work: Matrices, name: str, threads: int) -> None:

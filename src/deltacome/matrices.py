@@ -31,16 +31,6 @@ class Matrices:
     sensitivities: dict[str, float] = field(default_factory=dict)
     budgets: dict[str, float] = field(default_factory=dict)
 
-    def delta(self, name: str) -> tuple[Tensor, float]:
-        """The delta in float32, rows that the base lacks being zero, and the norm of the base's weight."""
-        p = self.pairs[name]
-        assert p.base_name is not None
-        delta = self.finetuned.read_float(name)
-        theirs = self.base.read_float(p.base_name)
-        delta[: p.rows] -= theirs[: p.rows]
-        delta[p.rows :] = 0
-        return delta, float(theirs.norm())
-
     def measure(self, name: str) -> None:
         """Store what the method needs to know of a matrix for sharing out the bits, under `spectrum of NAME`."""
         assert isinstance(self.method, SharesByError)
@@ -72,5 +62,16 @@ class Matrices:
     def _known(self, name: str, second_moment: Tensor | None) -> Delta:
         """All that the method gets to know of a matrix."""
         sensitivity, energy = self.sensitivities.get(name, 1.0), self.energies.get(name)
-        values, layers = self.delta(name)[0], self.layers[module_kind(name)]
+        values, _ = read_delta(self.pairs[name], self.base, self.finetuned)
+        layers = self.layers[module_kind(name)]
         return Delta(values, is_embedding(name), second_moment, energy, sensitivity, layers, self.bits_per_weight)
+
+
+def read_delta(p: Pair, base: Checkpoint, finetuned: Checkpoint) -> tuple[Tensor, float]:
+    """The delta in float32, rows that the base lacks being zero, and the norm of the base's weight."""
+    assert p.base_name is not None
+    delta = finetuned.read_float(p.name)
+    theirs = base.read_float(p.base_name)
+    delta[: p.rows] -= theirs[: p.rows]
+    delta[p.rows :] = 0
+    return delta, float(theirs.norm())

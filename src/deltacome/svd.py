@@ -64,7 +64,7 @@ def _eigen(delta: Tensor, vectors: bool = True) -> tuple[Tensor, Tensor]:
         gram = _gram(delta, dtype)
         found = torch.linalg.eigh(gram) if vectors else (torch.linalg.eigvalsh(gram), gram)
         values = found[0]
-        if (values < FLOAT32_LIMIT * values[-1]).float().mean() <= LOST:
+        if (values <= FLOAT32_LIMIT * values[-1]).float().mean() <= LOST:  # `<=`: where float32 has them all at zero
             break
     return found
 

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from deltacome.artifact import Artifact, Entry
 from deltacome.bits import unpack
-from deltacome.checkpoint import OUTPUT_EMBEDDINGS, Checkpoint, is_embedding
+from deltacome.checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Checkpoint
 from deltacome.errors import DeltacomeError
 from deltacome.names import Names, Place
 from deltacome.runtime.kernels.packed import Packed, pack_terms, transposed
@@ -88,13 +88,13 @@ def load_tenant(name: str, artifact: Artifact, model: nn.Module, device: torch.d
     names = Names(model)
     changes: dict[str, Change] = {}
     for entry, terms in artifact.all_terms():
-        if not terms and not is_embedding(entry.name):
+        has_vocabulary = entry.name.endswith((*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS))
+        if not terms and not has_vocabulary:
             continue
         place = names.find_expert(entry.name)
         module_name, _, parameter = (place.parameter if place else names.find(entry.name)).rpartition(".")
         module = modules[module_name]
-        is_smaller = is_embedding(entry.name) and entry.shape[0] < module.weight.shape[0]
-        if is_smaller:
+        if has_vocabulary and isinstance(module, nn.Linear | nn.Embedding) and entry.shape[0] < len(module.weight):
             changes.setdefault(module_name, Change()).size = entry.shape[0]
         if not terms:
             continue

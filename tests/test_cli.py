@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from deltacome import DeltacomeError
-from deltacome.benchmark.runtime import SHAPES, benchmark_runtime
+from deltacome.benchmark.kernel import benchmark_kernel
+from deltacome.benchmark.memory import benchmark_memory
+from deltacome.benchmark.random_model import SHAPES
+from deltacome.benchmark.runtime import benchmark_runtime
 
 COMMANDS = ("compress", "inspect", "verify", "merge", "export", "generate", "chat", "evaluate", "search")
 
@@ -123,16 +126,34 @@ def test_benchmark_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     tiny = {"hidden_size": 40, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 2}
     tiny |= {"num_key_value_heads": 1, "vocab_size": 300, "tie_word_embeddings": True}
     monkeypatch.setitem(SHAPES, "135m", tiny)
-    monkeypatch.setattr("deltacome.benchmark.runtime.COUNTS", (1, 3))
-    results = benchmark_runtime(tmp_path / "out", "135m", device="cpu", rounds=2)
-    assert [row["tenants"] for row in results["steps"]] == [1, 3]
-    assert all(row[key] > 0 for row in results["steps"] for key in ("base_ms", "tenants_ms", "turns_ms", "speedup"))
-    assert {row["matrix"] for row in results["kernels"]} >= {"q_proj", "down_proj", "lm_head"}
+    results = benchmark_runtime(tmp_path / "out", "135m", counts=(1, 3), device="cpu", rounds=2)
+    rows = results["tables"][0]["rows"]
+    assert [row["tenants"] for row in rows] == [1, 3]
+    assert all(row[key] > 0 for row in rows for key in ("base_ms", "tenants_ms", "turns_ms", "speedup"))
     assert json.loads((tmp_path / "out/runtime.json").read_text()) == results
     assert "| 3 |" in (tmp_path / "out/runtime.md").read_text() and (tmp_path / "out/runtime.png").stat().st_size > 9999
     with pytest.raises(DeltacomeError, match="exists already"):
         benchmark_runtime(tmp_path / "out", "135m")
     fail("exists already", "benchmark", "runtime", "-o", tmp_path / "out")
+
+
+def test_benchmark_kernel(tmp_path: Path) -> None:
+    results = benchmark_kernel(tmp_path / "out", sizes=(40, 64), batches=(1, 2), device="cpu", rounds=2)
+    rows = results["tables"][0]["rows"]
+    assert [(row["size"], row["tenants"]) for row in rows] == [(40, 1), (40, 2), (64, 1), (64, 2)]
+    assert all(row["kernel_us"] > 0 and (row["pytorch_us"] is None) == (row["tenants"] > 1) for row in rows)
+    assert "| 64 | 2 |" in (tmp_path / "out/kernel.md").read_text() and (tmp_path / "out/kernel.png").exists()
+
+
+def test_benchmark_memory(base: Path, delta: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    results = benchmark_memory(out, base=str(base), deltas={"a": str(delta)}, counts=(1, 3), device="cpu")
+    rows = results["tables"][0]["rows"]
+    assert [row["tenants"] for row in rows] == [1, 3] and all(row["merged"] == "measured" for row in rows)
+    assert "| 3 |" in (out / "memory.md").read_text() and (out / "memory.png").exists()
+    fail("either a base", "benchmark", "memory", "-o", tmp_path / "none")
+    fail("either a base", "benchmark", "memory", base, "-o", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_evaluate(delta: Path, base: Path, finetuned: Path, examples: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from deltacome.runtime.kernels.packed import Tiled, pack_terms, transposed, unpack_term
+from deltacome.runtime.kernels.packed import Tiled, pack_terms, transposed, turn, unpack_term
 from deltacome.terms import Factored, Groups, Sign, Term, add_terms
 
 CPU = torch.device("cpu")
@@ -167,9 +167,11 @@ def test_tiles(rows: int, columns: int) -> None:
 def test_unpack_term(bits: int) -> None:
     term = factored(35, 41, [(bits, 13)])[0]
     assert isinstance(term, Factored)
-    u, v = unpack_term(pack_terms([term], (35, 41), CPU).terms[0], 35, 41)
-    assert torch.equal(u, term.vectors()[0])
-    assert torch.equal(v, term.vectors()[1])
+    packed = pack_terms([term], (35, 41), CPU)
+    for same in (packed, turn(packed), turn(turn(packed))):
+        u, v = unpack_term(same.terms[0], same)
+        assert torch.equal(u, term.vectors()[0])
+        assert torch.equal(v, term.vectors()[1])
 
 
 def test_transposed() -> None:

@@ -224,7 +224,7 @@ def cells(row: dict[str, Any], columns: Iterable[str] = COLUMNS) -> list[str]:
         if f"{key}_error" in row:
             digits = 5 if key.endswith("kl") else 3
             return f"{value:.{digits}f} ± {row[f'{key}_error']:.{digits}f}"
-        return f"{value:,}" if key == "bytes" else str(value)
+        return f"{value:,}" if isinstance(value, int | float) else str(value)
 
     return [text(key) for key in columns]
 

@@ -10,11 +10,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
+
 
 def rotate(x: Tensor) -> Tensor:
     """Rotate the vectors in the last dimension of x (..., n), any n; orthogonal, and of the dtype of x."""
     n = x.shape[-1]
-    p, signs = _power(n), signs_of(n).to(x)
+    p, signs = _power(n), signs_of(n, x.device, x.dtype)
     x = x * signs
     x = torch.cat((_hadamard(x[..., :p]), x[..., p:]), dim=-1)
     if p < n:
@@ -26,7 +28,7 @@ def rotate(x: Tensor) -> Tensor:
 def unrotate(x: Tensor) -> Tensor:
     """The inverse of `rotate`."""
     n = x.shape[-1]
-    p, signs = _power(n), signs_of(n).to(x)
+    p, signs = _power(n), signs_of(n, x.device, x.dtype)
     if p < n:
         x = torch.cat((x[..., : n - p], _hadamard(x[..., n - p :])), dim=-1) * signs
     return torch.cat((_hadamard(x[..., :p]), x[..., p:]), dim=-1) * signs
@@ -38,13 +40,13 @@ def _power(n: int) -> int:
 
 
 @cache
-def signs_of(n: int) -> Tensor:
+def signs_of(n: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Tensor:
     """+1 or -1 for each of n entries: the lowest bit of MurmurHash3's finaliser of the entry's number from 1."""
     h = torch.arange(1, n + 1, dtype=torch.int64)
     h = (h ^ (h >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
     h = (h ^ (h >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
     h ^= h >> 16
-    return 1.0 - 2.0 * (h & 1)
+    return (1 - 2 * (h & 1)).to(device, dtype)
 
 
 def _hadamard(x: Tensor) -> Tensor:
@@ -54,14 +56,14 @@ def _hadamard(x: Tensor) -> Tensor:
     """
     p = x.shape[-1]
     a = 1 << ((p.bit_length() - 1) // 2)
-    left, right = _matrix(a).to(x), _matrix(p // a).to(x)
+    left, right = (_matrix(side, x.device, x.dtype) for side in (a, p // a))
     return (left @ x.reshape(-1, a, p // a) @ right).reshape(x.shape)
 
 
 @cache
-def _matrix(size: int) -> Tensor:
-    """The orthonormal, symmetric Hadamard matrix, float64."""
+def _matrix(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The orthonormal, symmetric Hadamard matrix."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return matrix * size**-0.5
+    return (matrix * size**-0.5).to(device, dtype)

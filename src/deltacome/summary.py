@@ -67,8 +67,11 @@ def component_sizes(term: Factored) -> torch.Tensor:
     return term.scale.float().abs() * u.norm(dim=1) * v.norm(dim=1)
 
 
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]  # Okabe and Ito's
+
+
 def import_pyplot() -> Any:
-    """matplotlib's `pyplot`, which draws to files alone.
+    """matplotlib's `pyplot`, which draws to files alone, in colours that colour-blind people tell apart.
 
     Raises:
         DeltacomeError: if matplotlib is missing.
@@ -78,8 +81,10 @@ def import_pyplot() -> Any:
     except ImportError as error:
         raise DeltacomeError("plots need matplotlib: pip install 'deltacome[plot]'") from error
     matplotlib.use("Agg")
+    from cycler import cycler
     from matplotlib import pyplot
 
+    pyplot.rcParams["axes.prop_cycle"] = cycler(color=COLOURS)
     return pyplot
 
 

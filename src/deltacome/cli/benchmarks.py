@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -46,28 +46,89 @@ def quality(
         print("".join(f"failed: {line}\n" for line in report.failures(own)), end="")
 
 
-@benchmarks.command(epilog="Example: deltacome benchmark runtime --shape 135m -o runtime/")
-def runtime(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
-    shape: Annotated[
-        Literal["135m", "7b"], typer.Option(help="Random weights: all of 135M, or a layer of 7B.")
-    ] = "135m",
-    ratio: Annotated[float, typer.Option(min=1, help="Of the random deltas.")] = 16,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda where there is one]")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="How often everything is measured.")] = 9,
-    as_json: Json = False,
-) -> None:
-    """Measure decoding steps with 1 to 16 tenants in a batch against merged models in turn, and each kernel."""
-    from deltacome.benchmark.runtime import COLUMNS, KERNEL_COLUMNS, benchmark_runtime, table
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")]
+Ratio = Annotated[float, typer.Option(min=1, help="Of the random deltas.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda where there is one]")]
+Rounds = Annotated[int, typer.Option(min=1, help="How often everything is measured.")]
+Counts = Annotated[list[int] | None, typer.Option("--tenants", min=1, help="How many; may be repeated.")]
+Shape = Literal["135m", "7b"]
 
-    quiet()
-    results = benchmark_runtime(output, shape, ratio=ratio, device=device, rounds=rounds)
+
+def _show(results: dict[str, Any], as_json: bool) -> None:
+    from deltacome.evaluation import cells
+
     if as_json:
         print(json.dumps(results))
         return
-    print(f"{results['machine']}, copying {results['copy_gigabytes_per_second']} GB/s")
-    print_table(list(COLUMNS.values()), table(results["steps"], COLUMNS))
-    print_table(list(KERNEL_COLUMNS.values()), table(results["kernels"], KERNEL_COLUMNS))
+    print(results["machine"])
+    for table in results["tables"]:
+        print(table["title"])
+        print_table(list(table["columns"].values()), [cells(row, table["columns"]) for row in table["rows"]])
+
+
+@benchmarks.command(epilog="Example: deltacome benchmark runtime --shape 7b --layers 1 -o runtime/")
+def runtime(
+    output: Output,
+    shape: Annotated[Shape, typer.Option(help="Of the model, whose weights are random.")] = "135m",
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Only so many of its layers, and next to no vocabulary.")
+    ] = None,
+    ratio: Ratio = 16,
+    tenants: Counts = None,
+    device: Device = None,
+    rounds: Rounds = 9,
+    as_json: Json = False,
+) -> None:
+    """Measure decoding steps with 1 to 16 tenants in a batch against merged models in turn."""
+    from deltacome.benchmark.runtime import COUNTS, benchmark_runtime
+
+    quiet()
+    counts = tenants or COUNTS
+    results = benchmark_runtime(output, shape, layers=layers, ratio=ratio, counts=counts, device=device, rounds=rounds)
+    _show(results, as_json)
+
+
+@benchmarks.command(epilog="Example: deltacome benchmark kernel --size 1024 --size 4096 -o kernel/")
+def kernel(
+    output: Output,
+    size: Annotated[list[int] | None, typer.Option(min=2, help="Hidden size; may be repeated.")] = None,
+    tenants: Counts = None,
+    ratio: Ratio = 16,
+    device: Device = None,
+    rounds: Rounds = 9,
+    as_json: Json = False,
+) -> None:
+    """Measure the kernel alone, against plain PyTorch, by hidden size and number of tenants."""
+    from deltacome.benchmark.kernel import BATCHES, SIZES, benchmark_kernel
+
+    quiet()
+    sizes, batches = size or SIZES, tenants or BATCHES
+    results = benchmark_kernel(output, sizes=sizes, batches=batches, ratio=ratio, device=device, rounds=rounds)
+    _show(results, as_json)
+
+
+@benchmarks.command(
+    epilog="Example: deltacome benchmark memory base/ --delta math-delta/ --delta intent-delta/ -o memory/"
+)
+def memory(
+    output: Output,
+    base: Annotated[str | None, typer.Argument(metavar="[BASE]", help="Base checkpoint: a folder or a hub id.")] = None,
+    delta: Annotated[
+        list[str] | None, typer.Option(metavar="[NAME=]DELTA", help="A delta of it; they are loaded in turn.")
+    ] = None,
+    shape: Annotated[Shape | None, typer.Option(help="Random weights and deltas, in place of real ones.")] = None,
+    ratio: Ratio = 16,
+    tenants: Counts = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the memory of 2 to 50 tenants on one base, against a merged model for each."""
+    from deltacome.benchmark.memory import COUNTS, benchmark_memory
+
+    quiet()
+    deltas, counts = named_folders(delta or []), tenants or COUNTS
+    results = benchmark_memory(output, base=base, deltas=deltas, shape=shape, ratio=ratio, counts=counts, device=device)
+    _show(results, as_json)
 
 
 @benchmarks.command(

@@ -174,7 +174,8 @@ class _Embedding:
         self._check(ids, changes, m)
         y = self.forward(ids.clamp(max=m - 1))
         scale = getattr(self.module, "embed_scale", 1.0)
-        for change, rows in changes:
+        for change, numbers in changes:
+            rows = batch.token_rows(numbers, 1, ids.device)
             own = ids[rows]
             flat = own.reshape(-1)
             if change.rows is not None and change.start == 0:

@@ -62,7 +62,7 @@ class Tiled:
 class Plane:
     """One plane of a term's codes: bits `first` to `first + width` of each.
 
-    u: words (rank, words of m). v: words (words of n, rank).
+    u: words (rank, words of m), or (words of rank, m) if turned. v: words (words of n, rank).
     """
 
     width: int
@@ -100,7 +100,9 @@ class Packed:
 
     terms: factored terms without groups. rotated: their rotated sides. rows: int32, the rows of the weight that they
     add to, None for all. signs: (words of n, m), the words of a sign term. grouped: terms with scales
-    per group, which only the reference kernel computes. kept: what a kernel prepared for the delta.
+    per group, which only the reference kernel computes. turned: whether the words of U run along the components, so
+    that both products of a delta are sums over a word's codes, as GPUs like it; all tiles are full then.
+    kept: what a kernel prepared for the delta.
     """
 
     shape: tuple[int, int]
@@ -110,6 +112,7 @@ class Packed:
     signs: Tiled | None = None
     sign_scale: Tensor | None = None
     grouped: tuple[Factored, ...] = ()
+    turned: bool = False
     kept: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -126,7 +129,7 @@ class Packed:
         if self.device == device:
             return self
         rows, scale = (None if tensor is None else tensor.to(device) for tensor in (self.rows, self.sign_scale))
-        return Packed(
+        moved = Packed(
             self.shape,
             tuple(term.to(device) for term in self.terms),
             self.rotated,
@@ -134,7 +137,9 @@ class Packed:
             None if self.signs is None else self.signs.to(device),
             scale,
             tuple(_to(term, device) for term in self.grouped),
+            self.turned,
         )
+        return turn(moved) if device.type == "cuda" else moved
 
     @property
     def device(self) -> torch.device:
@@ -167,7 +172,25 @@ def pack_terms(terms: Sequence[Term], shape: tuple[int, int], device: torch.devi
         if isinstance(term, Sign):
             words = Tiled.of(term.words.T, device)
             packed = replace(packed, signs=words, sign_scale=term.scale.to(device, torch.float32, copy=True))
-    return replace(packed, grouped=tuple(_to(term, device) for term in factored if term.groups is not None))
+    packed = replace(packed, grouped=tuple(_to(term, device) for term in factored if term.groups is not None))
+    return turn(packed) if device.type == "cuda" else packed
+
+
+def turn(packed: Packed) -> Packed:
+    """The delta with the words of U along the components, and zeros behind all words up to whole tiles."""
+
+    def padded(matrix: Tensor) -> Tiled:
+        return Tiled.of(torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % TILE)), matrix.device)
+
+    def turned(plane: Plane) -> Plane:
+        codes = unpack(plane.u.matrix(), plane.width, packed.factored_rows)
+        return replace(plane, u=padded(pack(codes.T, plane.width).T), v=padded(plane.v.matrix()))
+
+    if packed.turned:
+        return packed
+    terms = (replace(term, planes=tuple(turned(plane) for plane in term.planes)) for term in packed.terms)
+    signs = None if packed.signs is None else padded(packed.signs.matrix())
+    return replace(packed, terms=tuple(terms), signs=signs, turned=True, kept={})
 
 
 def transposed(terms: list[Term]) -> list[Term]:
@@ -203,16 +226,17 @@ def transposed(terms: list[Term]) -> list[Term]:
     return found
 
 
-def unpack_term(term: PackedTerm, m: int, n: int) -> tuple[Tensor, Tensor]:
-    """The entries of U (rank, m) and V (rank, n), as stored (rotated or not), in float32, without scales."""
-    u, v = (
-        unpack(torch.cat(words, dim=1), term.bits, length).float().sub_(term.middle)
-        for words, length in (
-            ([plane.u.matrix() for plane in term.planes], m),
-            ([plane.v.matrix().T for plane in term.planes], n),
-        )
-    )
-    return u, v
+def unpack_term(term: PackedTerm, packed: Packed) -> tuple[Tensor, Tensor]:
+    """The entries of a term's U (rank, m) and V (rank, n), as stored (rotated or not), in float32, without scales."""
+
+    def entries(words: list[Tensor], length: int) -> Tensor:
+        return unpack(torch.cat(words, dim=1), term.bits, length).float().sub_(term.middle)
+
+    v = entries([plane.v.matrix()[:, : term.rank].T for plane in term.planes], packed.shape[1])
+    if packed.turned:
+        rows = packed.factored_rows
+        return entries([plane.u.matrix()[:, :rows].T for plane in term.planes], term.rank).T, v
+    return entries([plane.u.matrix() for plane in term.planes], packed.factored_rows), v
 
 
 def _pack_term(term: Factored, device: torch.device) -> PackedTerm:

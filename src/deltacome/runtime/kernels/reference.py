@@ -32,11 +32,10 @@ class Work:
 
 def multiply(x: Tensor, packed: Packed) -> Tensor:
     """`x D^T` for x (rows, n) in float32: (rows, m), or (rows, len(packed.rows)) of a delta of some rows alone."""
-    n = packed.shape[1]
     product = torch.zeros(x.shape[0], packed.factored_rows, device=x.device)
     inputs = rotate(x) if "v" in packed.rotated else x
     for term in packed.terms:
-        u, v = unpack_term(term, packed.factored_rows, n)
+        u, v = unpack_term(term, packed)
         product += (inputs @ v.T * term.scale) @ u
     if "u" in packed.rotated:
         product = unrotate(product)
@@ -45,7 +44,7 @@ def multiply(x: Tensor, packed: Packed) -> Tensor:
         product += (x @ v.T * grouped.scale.float()) @ u
     if packed.signs is not None:
         assert packed.sign_scale is not None
-        signs = unpack(packed.signs.matrix().T, 1, n).float().mul_(2).sub_(1)
+        signs = unpack(packed.signs.matrix()[:, : packed.shape[0]].T, 1, packed.shape[1]).float().mul_(2).sub_(1)
         product += (x @ signs.T) * packed.sign_scale
     return product
 
@@ -56,7 +55,11 @@ def columns(packed: Packed, places: Tensor) -> Tensor:
     for term in packed.terms:
         codes = torch.zeros(term.rank, len(places), dtype=torch.int32, device=places.device)
         for plane in term.planes:
-            codes |= _cut(plane.u.pick(places // (32 // plane.width)), places, plane.width) << plane.first
+            if packed.turned:
+                own = unpack(plane.u.pick(places).T, plane.width, term.rank).T
+            else:
+                own = _cut(plane.u.pick(places // (32 // plane.width)), places, plane.width)
+            codes |= own << plane.first
         found.append(codes.float().sub_(term.middle))
     for grouped in packed.grouped:
         assert grouped.groups is not None

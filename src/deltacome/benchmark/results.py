@@ -1,0 +1,85 @@
+"""What a benchmark leaves in its folder: its tables with the command, the machine and the day, and a picture."""
+
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltacome import __version__
+from deltacome.evaluation import markdown
+from deltacome.files import write_atomically
+from deltacome.summary import import_pyplot
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of figures. columns: headings by the rows' keys."""
+
+    title: str
+    columns: Mapping[str, str]
+    rows: Sequence[Row]
+
+    def markdown(self) -> str:
+        """The table, without its title."""
+        return markdown(list(self.rows), dict(self.columns))
+
+
+def save(
+    out: Path, name: str, tables: Sequence[Table], figure: Any = None, *, device: str = "cpu", **more: Any
+) -> dict[str, Any]:
+    """Write `NAME.json`, `NAME.md` and, of a figure of matplotlib's, `NAME.png` to a folder; returns the first.
+
+    device: that was measured. more: settings and whatever else the first is to have.
+    """
+    results = {
+        "benchmark": name,
+        "command": command(),
+        "machine": machine(torch.device(device)),
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        **more,
+        "tables": [asdict(table) for table in tables],
+    }
+    write_atomically(out / f"{name}.json", (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
+    head = f"`{results['command']}`, {results['machine']}, {results['date']}\n"
+    parts = "".join(f"\n{table.title}\n\n{table.markdown()}" for table in tables)
+    write_atomically(out / f"{name}.md", (head + parts).encode())
+    if figure is not None:
+        figure.savefig(out / f"{name}.png", dpi=130)
+        import_pyplot().close(figure)
+    return results
+
+
+def command() -> str:
+    """The running program's command line, as a person would type it."""
+    program, *arguments = sys.argv
+    name = Path(program).name
+    own = name in ("deltacome", "__main__.py")
+    return shlex.join(["deltacome", *arguments] if own else ["python", f"examples/{name}", *arguments])
+
+
+def machine(device: torch.device) -> str:
+    """The processor that computes, with what computes on it."""
+    is_gpu = device.type == "cuda"
+    parts = [torch.cuda.get_device_name(device)] if is_gpu else [_processor(), f"{torch.get_num_threads()} threads"]
+    parts += [f"deltacome {__version__}", f"torch {torch.__version__}"]
+    for package in ("transformers", "triton") if is_gpu else ("transformers",):
+        try:
+            parts.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(parts)
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())

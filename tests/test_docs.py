@@ -5,6 +5,7 @@ import importlib
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,11 @@ SOURCE = ROOT / "src" / "deltacome"
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 PROSE = {page: FENCE.sub("", text) for page, text in PAGES.items()}
-BLOCKS = [(page, *block) for page, text in PAGES.items() for block in FENCE.findall(text)]
 SPAN = re.compile(r"(?<!`)(`+)(?!`)((?:.|\n(?!\n))+?)(?<!`)\1(?!`)")  # of code, in one paragraph
+SPANS = [(page, " ".join(found[2].split())) for page, text in PROSE.items() for found in SPAN.finditer(text)]
+BLOCKS = [(page, *block) for page, text in PAGES.items() for block in FENCE.findall(text)]
+VLLM = "docs/vllm.md"  # most options there are vLLM's own; some elsewhere are those of other programs
+OTHERS = {"--help", "--slow", "--constraint", "--enable-lora", "--lora-modules", "--max-loras", "--max-cpu-loras"}
 # Blocks of Python that need what is not here. The others are run by the test below them.
 COMPILED_ONLY = {"openai": "a server", "vllm": "vLLM", "BitsAndBytesConfig": "a base of some size, to be quantised"}
 
@@ -29,7 +33,7 @@ def command_lines(program: str) -> list[tuple[str, list[str]]]:
     """Arguments of each line of a page's blocks that begins with a program, shell variables put in."""
     found = []
     for page, language, block in BLOCKS:
-        lines = "" if language else block.replace("\\\n", " ")
+        lines = "" if language in ("python", "json") else block.replace("\\\n", " ")
         for name, value in re.findall(r'^(\w+)="(.*)"', lines, re.MULTILINE):
             lines = lines.replace(f"${name}", value)
         for line in lines.splitlines():
@@ -55,10 +59,18 @@ def test_options_of_examples(page: str, words: list[str]) -> None:
     assert [word for word in words[1:] if re.match(r"--?[a-z]", word) and f'"{word}"' not in source] == []
 
 
+def test_options_in_the_text() -> None:
+    def options(command: Any) -> set[str]:
+        parts = [options(part) for part in getattr(command, "commands", {}).values()]
+        return {option for parameter in command.params for option in parameter.opts}.union(*parts)
+
+    named = {option for page, span in SPANS for option in re.findall(r"(?<!\S)--[a-z][\w-]*", span) if page != VLLM}
+    assert named - options(typer.main.get_command(app)) <= OTHERS
+
+
 def test_make_targets() -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    code = [found[2] for text in PROSE.values() for found in SPAN.finditer(text)]
-    code += [line for _, _, block in BLOCKS for line in block.splitlines()]
+    code = [span for _, span in SPANS] + [line for _, _, block in BLOCKS for line in block.splitlines()]
     named = {found[1] for line in code if (found := re.match(r"make ([\w-]+)", line))}
     assert named >= {"demo", "test", "test-vllm"} and named <= targets
 
@@ -73,10 +85,8 @@ def test_links(page: str) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", SPAN.sub("", PROSE[page])):
         name, _, anchor = link.partition("#")
         path = ((ROOT / page).parent / name).resolve() if name else ROOT / page
-        if not re.match(r"https?://", link) and not (
-            path.exists() and (not anchor or anchor in anchors(path.read_text()))
-        ):
-            wrong.append(link)
+        is_there = path.exists() and (not anchor or anchor in anchors(path.read_text()))
+        wrong += [] if is_there or link.startswith("https://") else [link]
     paths = re.findall(r"\b(?:docs|examples|tests|src)/[\w./-]*\w\.\w+", PAGES[page])
     wrong += [path for path in paths if not (ROOT / path).exists() and "your_" not in path]
     assert wrong == []
@@ -86,17 +96,16 @@ def test_links(page: str) -> None:
 def test_python(
     block: str, base: Path, finetuned: Path, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    compiled = compile(block, "block", "exec")
     for node in ast.walk(ast.parse(block)):
         match node:
             case ast.Import(names=names):
-                for name in (name.name for name in names if name.name.startswith("deltacome")):
-                    importlib.import_module(name)
+                assert all(importlib.import_module(n.name) for n in names if n.name.startswith("deltacome"))
             case ast.ImportFrom(module=str(module), names=names) if module.startswith("deltacome"):
                 assert all(hasattr(importlib.import_module(module), name.name) for name in names)
             case ast.Attribute(value=ast.Name(id="deltacome"), attr=attribute):
                 assert hasattr(importlib.import_module("deltacome"), attribute)
     if any(word in block for word in COMPILED_ONLY):
-        compile(block, "block", "exec")
         return
     monkeypatch.chdir(tmp_path)
     Path("base").symlink_to(base)
@@ -107,15 +116,14 @@ def test_python(
         compress("base", save(model), f"{name}-delta", ratio=4)
     tokenizer = make_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    exec(block, {"tokenizer": tokenizer, "inputs": {"input_ids": torch.full((2, 3), 5)}})
+    exec(compiled, {"tokenizer": tokenizer, "inputs": {"input_ids": torch.full((2, 3), 5)}})
 
 
 def test_modules_import_from_above() -> None:
     house = PAGES["docs/architecture.md"].partition("## The house")[2].partition("\n## ")[0]
     order = re.findall(r"`([\w/]+)`", " ".join(re.findall(r"^\| (`.+?`) \|", house, re.MULTILINE)))
 
-    def place(module: str) -> int:
-        """In the table, by the longest name there that the module is or lies in."""
+    def place(module: str) -> int:  # that of the longest name there that it is or lies in
         names = [name for name in order if module == name or (name.endswith("/") and module.startswith(name))]
         assert names, f"{module} is not in the table of docs/architecture.md"
         return order.index(max(names, key=len))
@@ -124,21 +132,18 @@ def test_modules_import_from_above() -> None:
     for path in SOURCE.rglob("*.py"):
         importer = path.relative_to(SOURCE).as_posix().removesuffix(".py")
         for node in ast.walk(ast.parse(path.read_text())) if importer != "__init__" else ():
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("deltacome."):
-                imported = node.module.removeprefix("deltacome.").replace(".", "/")
-                imported += "/" if (SOURCE / imported).is_dir() else ""
-                if place(imported) > place(importer):
-                    wrong.append(f"{importer} imports {imported}")
+            if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("deltacome."):
+                names = [node.module] if node.module != "deltacome" else [f"deltacome.{n.name}" for n in node.names]
+                modules = [name.removeprefix("deltacome.").replace(".", "/") for name in names if "__" not in name]
+                above = [f"{module}/" if (SOURCE / module).is_dir() else module for module in modules]
+                wrong += [f"{importer} imports {module}" for module in above if place(module) > place(importer)]
     assert wrong == []
 
 
 def test_quoted_messages_are_those_printed() -> None:
     trees = [ast.parse(path.read_text()) for path in SOURCE.rglob("*.py")]
-    strings = [n.value for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Constant)]
-    printed = "\n".join(string for string in strings if isinstance(string, str))
+    printed = "\n".join(str(n.value) for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Constant))
     # In the guide "…" stands for what differs from case to case.
-    text = PROSE["docs/guide.md"].partition("## Troubleshooting")[2]
-    spans = [" ".join(found[2].split()) for found in SPAN.finditer(text)]
-    messages = [re.sub("^(error|warning): ", "", span) for span in spans if "…" in span or span.count(" ") > 4]
-    parts = [part.strip() for message in messages for part in message.split("…")]
-    assert len(messages) > 25 and [part for part in parts if part not in printed] == []
+    spans = [span for page, span in SPANS if page == "docs/guide.md" and ("…" in span or span.count(" ") > 4)]
+    parts = [part.strip() for span in spans for part in re.sub("^(error|warning): ", "", span).split("…")]
+    assert len(spans) > 25 and [part for part in parts if part not in printed] == []

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+import deltacome
 from deltacome import DeltacomeError
+from deltacome.benchmark.activations import benchmark_activations
 from deltacome.benchmark.kernel import benchmark_kernel
 from deltacome.benchmark.memory import benchmark_memory
 from deltacome.benchmark.random_model import SHAPES
@@ -154,6 +156,20 @@ def test_benchmark_memory(base: Path, delta: Path, tmp_path: Path) -> None:
     fail("either a base", "benchmark", "memory", "-o", tmp_path / "none")
     fail("either a base", "benchmark", "memory", base, "-o", tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_benchmark_activations(base: Path, finetuned: Path, examples: Path, tmp_path: Path) -> None:
+    deltas = {}
+    for ratio in (5, 9):
+        deltas[f"d{ratio}"] = str(tmp_path / f"d{ratio}")
+        deltacome.compress(base, finetuned, deltas[f"d{ratio}"], ratio=ratio, method="delta-come")
+    results = benchmark_activations(tmp_path / "out", str(base), str(finetuned), deltas, examples)
+    large, small = results["tables"][0]["rows"]
+    keys = [f"{part}_{kind}" for part in ("low", "middle") for kind in ("all", "outliers")]
+    assert all(0 < large[key] < small[key] < 1.5 for key in keys)  # of two layers
+    assert (tmp_path / "out/activations.md").exists() and (tmp_path / "out/activations.png").exists()
+    fail("there is no folder", "benchmark", "activations", base, "--finetuned", finetuned, "--delta", "none",
+         "--data", examples, "-o", tmp_path / "none-out")  # fmt: skip
 
 
 def test_evaluate(delta: Path, base: Path, finetuned: Path, examples: Path, tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
-"""The rows of `benchmark quality` as CSV, as Markdown and as a picture of KL against bytes."""
+"""The rows of `benchmark quality` as CSV, as tables and as a picture of KL against bytes."""
 
 import csv
 import io
 from pathlib import Path
 from typing import Any
 
-from deltacome.evaluation import BASE, markdown
+from deltacome.benchmark import results
+from deltacome.evaluation import BASE
 from deltacome.files import write_atomically
 from deltacome.summary import import_pyplot
 
@@ -36,11 +37,15 @@ Row = dict[str, Any]
 
 
 def save(rows: list[Row], folder: Path, plot: bool) -> None:
-    """Write `quality.csv` and `quality.md`, and `quality.png` where there is a cell to plot."""
+    """Write `quality.csv`, and what `results.save` does, the picture where there is a cell to plot."""
     write_atomically(folder / "quality.csv", _csv(rows).encode())
-    write_atomically(folder / "quality.md", _markdown(rows).encode())
-    if plot and any("on_task_kl" in row and "bytes" in row for row in rows):
-        write_atomically(folder / "quality.png", _png(rows))
+    figure = _figure(rows) if plot and any("on_task_kl" in row and "bytes" in row for row in rows) else None
+    results.save(folder, "quality", [_table(name, own) for name, own in by_finetune(rows).items()], figure)
+
+
+def _table(name: str, rows: list[Row]) -> results.Table:
+    columns = COLUMNS | ({"failed": "failed"} if failures(rows) else {})
+    return results.Table(name, columns, [{key: row[key] for key in CSV_COLUMNS if key in row} for row in rows])
 
 
 def by_finetune(rows: list[Row]) -> dict[str, list[Row]]:
@@ -69,15 +74,7 @@ def _csv(rows: list[Row]) -> str:
     return file.getvalue()
 
 
-def _markdown(rows: list[Row]) -> str:
-    parts = []
-    for name, own in by_finetune(rows).items():
-        failed = "".join(f"\n* {line}" for line in failures(own))
-        parts.append(f"## {name}\n\n{markdown(own, COLUMNS)}" + (f"\nFailed:\n{failed}\n" if failed else ""))
-    return "\n".join(parts)
-
-
-def _png(rows: list[Row]) -> bytes:
+def _figure(rows: list[Row]) -> Any:
     """A row of panels a fine-tune, a panel for each KL that was measured, a line a method; the base's KL dotted."""
     pyplot = import_pyplot()
     from matplotlib import ticker
@@ -112,7 +109,4 @@ def _png(rows: list[Row]) -> bytes:
         label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=9)
-    file = io.BytesIO()
-    figure.savefig(file, dpi=130, format="png")
-    pyplot.close(figure)
-    return file.getvalue()
+    return figure

@@ -1,5 +1,6 @@
 """What a benchmark leaves in its folder: its tables with the command, the machine and the day, and a picture."""
 
+import io
 import json
 import platform
 import shlex
@@ -51,11 +52,13 @@ def save(
     }
     write_atomically(out / f"{name}.json", (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
     head = f"`{results['command']}`, {results['machine']}, {results['date']}\n"
-    parts = "".join(f"\n{table.title}\n\n{table.markdown()}" for table in tables)
+    parts = "".join(f"\n## {table.title}\n\n{table.markdown()}" for table in tables)
     write_atomically(out / f"{name}.md", (head + parts).encode())
     if figure is not None:
-        figure.savefig(out / f"{name}.png", dpi=130)
+        file = io.BytesIO()
+        figure.savefig(file, dpi=130, format="png")
         import_pyplot().close(figure)
+        write_atomically(out / f"{name}.png", file.getvalue())
     return results
 
 

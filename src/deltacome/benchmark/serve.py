@@ -1,7 +1,6 @@
 """`deltacome benchmark serve`: a load over many tenants, on deltas in one batch and on merged models swapped."""
 
 import asyncio
-import json
 import multiprocessing
 import socket
 import threading
@@ -19,6 +18,7 @@ import torch
 from fastapi import FastAPI
 
 from deltacome.benchmark.load import Answered, Planned, drive, plan
+from deltacome.benchmark.results import Row, Table, save
 from deltacome.data import read_examples
 from deltacome.errors import DeltacomeError
 from deltacome.files import new_folder
@@ -45,7 +45,6 @@ COLUMNS = {
 DELTAS, DISK = "deltas in one batch", "merged models, swapped from disk"
 CACHE = "merged models, swapped from the page cache"  # more memory than counted: the files of all of them
 SYSTEMS = (DELTAS, DISK, CACHE)
-Row = dict[str, Any]
 Prompts = dict[str, list[tuple[dict[str, str], ...]]]
 
 
@@ -102,32 +101,23 @@ def benchmark_serve(
         for row in rows:
             pairs = zip(answers[DELTAS, row["rate"]], answers[row["system"], row["rate"]], strict=True)
             row["same"] = sum(one.text == other.text for one, other in pairs)
-        results = {
+        settings: dict[str, Any] = {
             "tenants": len(deltas),
             "requests": requests,
             "new_tokens": new_tokens,
             "ignore_eos": ignore_eos,
             "skew": skew,
             "patience": patience,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "rows": rows,
-            "answers": [
-                {"system": system, "rate": rate, **asdict(answer)}
-                for (system, rate), own in answers.items()
-                for answer in own
-            ],
         }
-        (folder / "serve.json").write_text(json.dumps(results, indent=1))
-        lines = [list(COLUMNS.values()), ["---"] * len(COLUMNS), *table(rows)]
-        (folder / "serve.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
-        _plot(answers, folder / "serve.png")
+        each = [
+            {"system": system, "rate": rate, **asdict(answer)}
+            for (system, rate), own in answers.items()
+            for answer in own
+        ]
+        title = f"{requests} requests to {len(deltas)} tenants at each rate"
+        table = Table(title, COLUMNS, rows)
+        save(folder, "serve", [table], _plot(answers), **settings, answers=each)
     return rows
-
-
-def table(rows: list[Row]) -> list[list[str]]:
-    """The rows as text, without a heading."""
-    return [["" if row[key] is None else f"{row[key]}" for key in COLUMNS] for row in rows]
 
 
 def _serve_deltas(port: int, base: str, deltas: Mapping[str, Path], chat_template: str | None) -> None:
@@ -246,7 +236,7 @@ def _figures(answers: list[Answered]) -> Row:
     return row
 
 
-def _plot(answers: dict[tuple[str, float], list[Answered]], path: Path) -> None:
+def _plot(answers: dict[tuple[str, float], list[Answered]]) -> Any:
     """The share of requests that have their first token, and their whole answer, after so many seconds."""
     pyplot = import_pyplot()
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
@@ -267,5 +257,4 @@ def _plot(answers: dict[tuple[str, float], list[Answered]], path: Path) -> None:
     axes[0].set_ylabel("share of requests")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(SYSTEMS), fontsize=8)  # hides no data
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    return figure

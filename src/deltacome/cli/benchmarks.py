@@ -132,6 +132,29 @@ def memory(
 
 
 @benchmarks.command(
+    epilog="Example: deltacome benchmark activations base/ --finetuned math/ --delta math-delta/ --data test.jsonl "
+    "-o activations/"
+)
+def activations(
+    base: Base,
+    finetuned: Annotated[str, typer.Option(metavar="FINETUNED", help="The deltas' fine-tuned checkpoint.")],
+    delta: Annotated[list[str], typer.Option(metavar="[NAME=]DELTA", help="A delta of it; may be repeated.")],
+    data: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="Text whose activations are looked at.")],
+    output: Output,
+    limit: Annotated[int, typer.Option(min=1, help="Use only the first lines of the data.")] = 16,
+    chat_template: Template = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the error of layers' outputs, in low, middle and high layers, all and the largest ones."""
+    from deltacome.benchmark.activations import benchmark_activations
+
+    quiet()
+    deltas = named_folders(delta)
+    results = benchmark_activations(output, base, finetuned, deltas, data, limit=limit, chat_template=chat_template)
+    _show(results, as_json)
+
+
+@benchmarks.command(
     "serve",
     epilog="Example: deltacome benchmark serve base/ --delta math=math-delta/ --delta intent=intent-delta/ "
     "--data math=math.jsonl --data intent=intent.jsonl -o serve/",
@@ -157,7 +180,8 @@ def serve_benchmark(
     as_json: Json = False,
 ) -> None:
     """Drive the server with a Poisson load over many deltas, and the same load on merged models swapped in and out."""
-    from deltacome.benchmark.serve import COLUMNS, benchmark_serve, table
+    from deltacome.benchmark.serve import COLUMNS, benchmark_serve
+    from deltacome.evaluation import cells
 
     quiet()
     files = dict((item.partition("=")[::2] if "=" in item else ("", item)) for item in data)
@@ -177,4 +201,4 @@ def serve_benchmark(
     if as_json:
         print(json.dumps(rows))
     else:
-        print_table([column.strip() for column in COLUMNS.values()], table(rows))
+        print_table([column.strip() for column in COLUMNS.values()], [cells(row, COLUMNS) for row in rows])

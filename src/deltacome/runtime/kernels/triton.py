@@ -284,7 +284,7 @@ def _transform(
     zeros up to `padded`.
     """
     bits = n.bit_length() - 1
-    # As a Kronecker product of two Hadamard matrices, which is faster than of three unless they are very small or large.
+    # As a Kronecker product of two Hadamard matrices, faster than of three unless they are very small or large.
     halves, thirds = [1, 1 << bits // 2, 1 << (bits + 1) // 2], [1 << (bits + i) // 3 for i in range(3)]
     sides = halves if 8 <= bits <= 13 else thirds
     _transform_kernel[(len(rows),)](

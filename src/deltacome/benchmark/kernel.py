@@ -109,7 +109,11 @@ def _plot(rows: list[Row], pyplot: Any) -> Any:
     figure, panels = pyplot.subplots(
         1, len(sizes), figsize=(3 * len(sizes) + 1, 3.6), layout="constrained", squeeze=False, sharey=True
     )
-    ways = {"pytorch_us": ("plain PyTorch", "s--"), "kernel_us": ("kernel", "o-"), "base_us": ("base's product", "^:")}
+    ways = {
+        "pytorch_us": ("plain PyTorch", "C1s--"),
+        "kernel_us": ("kernel", "C0o-"),
+        "base_us": ("base's product", "C2^:"),
+    }
     for size, axes in zip(sizes, panels[0], strict=True):
         own = [row for row in rows if row["size"] == size]
         for key, (label, style) in ways.items():

@@ -124,7 +124,10 @@ def _merged(weights: list[Tensor], count: int, place: torch.device) -> dict[int,
 
 def _used(place: torch.device) -> int:
     gc.collect()
-    return torch.cuda.memory_allocated(place) if place.type == "cuda" else psutil.Process().memory_info().rss
+    if place.type != "cuda":
+        return psutil.Process().memory_info().rss
+    torch.cuda.empty_cache()  # or what PyTorch keeps for itself would not count as free
+    return torch.cuda.memory_allocated(place)
 
 
 def _free(place: torch.device) -> int:
@@ -132,17 +135,21 @@ def _free(place: torch.device) -> int:
 
 
 def _plot(rows: list[Row], pyplot: Any) -> Any:
+    from matplotlib import ticker
+
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
     counts = [row["tenants"] for row in rows]
     axes.plot(counts, [row["merged_gigabytes"] for row in rows], "s--", color="C1", label="a merged model each")
     computed = [(row["tenants"], row["merged_gigabytes"]) for row in rows if row["merged"] == "computed"]
     if computed:
-        style = {"color": "C1", "markerfacecolor": "white", "label": "computed: more than fits"}
+        style = {"color": "C1", "markerfacecolor": "white", "label": "computed"}
         axes.plot(*zip(*computed, strict=True), "s", **style)
     axes.plot(counts, [row["gigabytes"] for row in rows], "o-", color="C0", label="one base, compressed deltas")
     axes.plot(counts, [row["peak_gigabytes"] for row in rows], "^:", color="C2", label="the same, during a step")
     axes.set(xlabel="tenants", ylabel="memory, GB", yscale="log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
     axes.set_xticks(counts)
     axes.grid(alpha=0.3)
     axes.legend()

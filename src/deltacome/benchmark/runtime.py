@@ -111,8 +111,8 @@ def _step(model: Any, rows: int, **options: Any) -> Callable[[], Any]:
 def _plot(rows: list[Row], pyplot: Any) -> Any:
     counts = [row["tenants"] for row in rows]
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
-    ways = {"turns_ms": ("merged models in turn", "s--"), "tenants_ms": ("tenants in one batch", "o-")}
-    for key, (label, style) in {**ways, "base_ms": ("base alone, as many rows", "^:")}.items():
+    ways = {"turns_ms": ("merged models in turn", "C1s--"), "tenants_ms": ("tenants in one batch", "C0o-")}
+    for key, (label, style) in {**ways, "base_ms": ("base alone, as many rows", "C2^:")}.items():
         axes.plot(counts, [row[key] for row in rows], style, label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)

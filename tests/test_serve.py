@@ -447,6 +447,23 @@ def test_nothing_outside_the_folder_is_read(folder: Path, tmp_path: Path) -> Non
         assert status == 500 and "files of broken are broken" in answer["error"]["message"]
 
 
+def test_a_delta_that_cannot_be_served_is_refused_at_once(
+    folder: Path, save: Save, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    tuned = make_model(initializer_range=0.2, rope_parameters=rope)
+    fine_tune(tuned)
+    deltas = tmp_path / "deltas"
+    deltas.mkdir()
+    deltacome.compress(folder / "base", save(tuned, "turned"), deltas / "turned", ratio=8)
+    with caplog.at_level("WARNING", "deltacome.serve"), serving(make_app(folder, deltas={}, folder=deltas)) as address:
+        reasons = [getattr(record, "fields", {}).get("reason", "") for record in caplog.records]
+        assert any("rope_theta is 500000.0" in reason for reason in reasons)
+        assert [model.id for model in client(address).models.list()] == ["base"]
+        status, answer = post_json(address, "/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "turned"})
+        assert status == 400 and "rope_theta" in answer["error"]["message"]
+
+
 def test_without_a_folder_nothing_can_be_loaded(address: str, folder: Path) -> None:
     content = {"lora_name": "x", "lora_path": str(folder / "deltas/a")}
     status, answer = post_json(address, "/v1/load_lora_adapter", content)

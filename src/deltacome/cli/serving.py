@@ -135,7 +135,7 @@ def serve(
     from deltacome.merging import DTYPES
     from deltacome.serve.engine import Limits
     from deltacome.serve.keys import Keys
-    from deltacome.serve.server import build, run
+    from deltacome.serve.server import build, log_as_json, run
     from deltacome.vllm import command
 
     quiet()
@@ -158,6 +158,7 @@ def serve(
         command.run(base, folders, folder=delta_dir, options=options, api_key=api_key, more=context.args)
     if context.args:
         raise DeltacomeError(f"{context.args[0]} is no option; arguments behind -- are for --engine vllm")
+    log_as_json()  # a delta that is refused says why, before the server is up
     application = build(
         base,
         folders,

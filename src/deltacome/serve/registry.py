@@ -16,7 +16,7 @@ from deltacome.data import Encoder
 from deltacome.errors import DeltacomeError
 from deltacome.runtime.conversation import load_language
 from deltacome.runtime.kernels.cpu import compute_alone
-from deltacome.runtime.tenant import Tenant
+from deltacome.runtime.tenant import Tenant, check_config
 from deltacome.serve.metrics import Metrics
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -108,7 +108,7 @@ class Registry:
         """Make a delta known; it is loaded when it is first asked for.
 
         Raises:
-            DeltacomeError: if the name is taken or odd, or the folder holds no artifact of this base.
+            DeltacomeError: if the name is taken or odd, or the folder holds no artifact that this base can serve.
         """
         self._put(name, self._entry(name, folder, is_watched, replace))
 
@@ -134,6 +134,7 @@ class Registry:
         stamp = _stamp(folder)
         artifact = Artifact(folder)
         artifact.check_base(self.base_checkpoint)
+        check_config(artifact, self.base_checkpoint)
         return Entry(folder, artifact.bytes, artifact.finetuned_bytes, stamp, is_watched)
 
     def _put(self, name: str, entry: Entry) -> None:

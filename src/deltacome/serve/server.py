@@ -120,7 +120,7 @@ def run(app: FastAPI, host: str, port: int) -> None:
     Raises:
         DeltacomeError: if the address is taken.
     """
-    _log_as_json()
+    log_as_json()
     config = uvicorn.Config(
         app,
         host=host,
@@ -155,7 +155,8 @@ class _Json(logging.Formatter):
         return json.dumps(fields, ensure_ascii=False)
 
 
-def _log_as_json() -> None:
+def log_as_json() -> None:
+    """Log to standard error, a JSON object a line."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json())
     for name in ("deltacome.serve", "uvicorn"):

@@ -705,7 +705,7 @@ def test_benchmark(folder: Path, tmp_path: Path) -> None:
         assert 0 < row["first_median"] <= row["first_p95"] <= row["first_p99"]
     assert rows[DELTAS]["swaps"] == 0 and rows[DISK]["swaps"] >= 2
     assert (tmp_path / "out/serve.png").stat().st_size > 10_000
-    assert (tmp_path / "out/serve.md").read_text().count("\n") == 5
+    assert (tmp_path / "out/serve.md").read_text().count("\n| ") == 5
 
 
 def test_the_plan_of_a_load() -> None:

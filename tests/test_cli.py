@@ -14,7 +14,7 @@ from deltacome.benchmark.memory import benchmark_memory
 from deltacome.benchmark.random_model import SHAPES
 from deltacome.benchmark.runtime import benchmark_runtime
 
-COMMANDS = ("compress", "inspect", "verify", "merge", "export", "generate", "chat", "evaluate", "search")
+COMMANDS = ("compress", "inspect", "verify", "merge", "export", "generate", "chat", "evaluate", "search", "report")
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -202,3 +202,18 @@ def serve_benchmark(
         print(json.dumps(rows))
     else:
         print_table([column.strip() for column in COLUMNS.values()], [cells(row, COLUMNS) for row in rows])
+
+
+@app.command("report", epilog="Example: deltacome report quality/ runtime/ memory/ -o report.html")
+def report_page(
+    results: Annotated[
+        list[Path],
+        typer.Argument(metavar="RESULTS...", help="Folders of benchmarks, at any depth, or their JSON files."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="Page to write; an old one goes.")],
+) -> None:
+    """Gather the results of benchmarks in one HTML page, pictures included, to read, print or send."""
+    from deltacome.benchmark.page import write_report
+
+    count = write_report(results, output)
+    print(f"{output}: {count} result{'s' if count > 1 else ''}")

@@ -1,7 +1,9 @@
 """How much memory many fine-tunes take: one base with compressed deltas, or a merged model for each."""
 
+import ctypes
 import gc
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,8 @@ def _merged(weights: list[Tensor], count: int, place: torch.device) -> dict[int,
 def _used(place: torch.device) -> int:
     gc.collect()
     if place.type != "cuda":
+        with suppress(AttributeError):  # GNU's allocator alone has it
+            ctypes.CDLL(None).malloc_trim(0)  # or what was freed would take in what comes next, unseen
         return psutil.Process().memory_info().rss
     torch.cuda.empty_cache()  # or what PyTorch keeps for itself would not count as free
     return torch.cuda.memory_allocated(place)

@@ -112,14 +112,19 @@ def _layers(model: Any, artifact: Artifact) -> Iterator[tuple[int, str, nn.Linea
 
 
 def _plot(rows: list[Row], pyplot: Any) -> Any:
+    from matplotlib import ticker
+
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
     keys = [key for key in COLUMNS if key.rpartition("_")[2] in ("all", "outliers")]
     for place, row in enumerate(rows):
         x = [column + (place - (len(rows) - 1) / 2) * 0.08 for column in range(len(keys))]
-        label = f"{row['name']}, 1/{row['artifact_ratio']:g}"
+        label = f"{row['name']}, 1/{row['artifact_ratio']:.1f}"
         axes.plot(x, [row.get(key) for key in keys], "os^Dvp*"[place % 7], label=label)
-    axes.set_xticks(range(len(keys)), [COLUMNS[key].replace(", ", ",\n") for key in keys])
-    axes.set(yscale="log", ylabel="share of the delta's effect that is lost")
+    axes.set_xticks(range(len(keys)), [COLUMNS[key].replace(" layers, ", ",\n") for key in keys])
+    axes.set(yscale="log", xlabel="layers, outputs", ylabel="share of the delta's effect that is lost")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside right upper")
     return figure

@@ -5,6 +5,7 @@
 
 mergekit's LoRA extraction at three ranks, deltatensors' int4 and one-bit strategies, sparse-llm's SVD at two ranks, and
 deltacome at 1/8, 1/16 and 1/32. Everything that each writes is counted. A system that fails is a row that says so.
+OUTPUT gets peers.json, peers.md and peers.png.
 """
 
 import argparse
@@ -12,16 +13,18 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import deltacome
 from deltacome.adapter import Adapted
+from deltacome.benchmark.report import figure
+from deltacome.benchmark.results import Row, Table, save
 from deltacome.checkpoint import Checkpoint
 from deltacome.data import read_examples
-from deltacome.evaluation import Comparison, load, markdown_table
+from deltacome.evaluation import Comparison, load
 from deltacome.metrics import ANSWER_PATTERN, compile_pattern
 
 Weights = dict[str, torch.Tensor]
@@ -83,16 +86,26 @@ def sparse(rank: int) -> Callable[[Path, Path, Path], Callable[[], Weights]]:
 
 
 SYSTEMS = {
-    "deltacome 1/8": ours(8),
-    "deltacome 1/16": ours(16),
-    "deltacome 1/32": ours(32),
-    "mergekit-extract-lora, rank 16": mergekit(16),
-    "mergekit-extract-lora, rank 64": mergekit(64),
-    "mergekit-extract-lora, rank 128": mergekit(128),
-    "deltatensors int4": deltatensors("int4"),
-    "deltatensors quantized": deltatensors("quantized"),
-    "sparse-llm SVD, rank 16": sparse(16),
-    "sparse-llm SVD, rank 64": sparse(64),
+    ("deltacome", "1/8"): ours(8),
+    ("deltacome", "1/16"): ours(16),
+    ("deltacome", "1/32"): ours(32),
+    ("mergekit-extract-lora", "rank 16"): mergekit(16),
+    ("mergekit-extract-lora", "rank 64"): mergekit(64),
+    ("mergekit-extract-lora", "rank 128"): mergekit(128),
+    ("deltatensors int4", "int4"): deltatensors("int4"),
+    ("deltatensors one bit", "quantized"): deltatensors("quantized"),
+    ("sparse-llm SVD", "rank 16"): sparse(16),
+    ("sparse-llm SVD", "rank 64"): sparse(64),
+}
+COLUMNS = {
+    "name": "system",
+    "setting": "setting",
+    "bytes": "bytes",
+    "artifact_ratio": "ratio",
+    "seconds": "seconds",
+    "on_task_kl": "on-task KL",
+    "off_task_kl": "off-task KL",
+    "accuracy": "accuracy",
 }
 
 
@@ -119,30 +132,31 @@ def main() -> None:
         chat_template=arguments.chat_template,
         pattern=compile_pattern(ANSWER_PATTERN),
     )
-    lines = [["", "MB", "ratio", "seconds", "on-task KL", "off-task KL", "accuracy"], ["---"] * 7]
-    for number, (name, make) in enumerate(SYSTEMS.items()):
+    columns, rows = COLUMNS, list[Row]()
+    for number, ((name, setting), make) in enumerate(SYSTEMS.items()):
         place = out / str(number)
         shutil.rmtree(place, ignore_errors=True)
         shutil.rmtree(out / f"{number}-merged", ignore_errors=True)
         place.mkdir()
+        row: Row = {"finetune": finetuned.name, "name": name, "setting": setting}
         start = time.perf_counter()
         try:
             rebuild = make(base, finetuned, place)
-            seconds = time.perf_counter() - start
-            size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+            row["seconds"] = round(time.perf_counter() - start)
+            row["bytes"] = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+            row["artifact_ratio"] = whole / row["bytes"]
             model, _ = load(Checkpoint(base))  # what a system does not give stays the base's
             model.load_state_dict({key: value.float() for key, value in rebuild().items()}, strict=False)
-            row: dict[str, Any] = comparison.measure(name, model, comparison.tokenizer)
+            row |= comparison.measure(f"{name}, {setting}", model, comparison.tokenizer)
+            del row["outputs"]
         except Exception as error:
-            lines.append([name, "failed", "", "", f"{error}"[:150], "", ""])
-            continue
-        figures = [
-            f"{row[key]:.5f} ± {row[f'{key}_error']:.5f}" if key in row else ""
-            for key in ("on_task_kl", "off_task_kl", "accuracy")
-        ]
-        lines.append([name, f"{size / 1e6:.1f}", f"1/{whole / size:.1f}", f"{seconds:.0f}", *figures])
-        (out / "peers.md").write_text(markdown_table(lines))
-    print(markdown_table(lines))
+            row["failed"] = f"{error}"[:150]
+            columns = COLUMNS | {"failed": "failed"}
+        rows.append(row)
+        versions = ", ".join(f"{package} {version(package)}" for package in ("mergekit", "deltatensors", "sparse-llm"))
+        table = Table(f"{finetuned.name}, {len(comparison.tasks)} held-out examples; {versions}", columns, rows)
+        save(out, "peers", [table], figure(rows) if any("on_task_kl" in row for row in rows) else None)
+    print(table.markdown())
 
 
 if __name__ == "__main__":

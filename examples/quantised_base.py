@@ -3,7 +3,7 @@
     python quantised_base.py BASE FINETUNED test.jsonl --ratio 16 -o output
 
 Quantises with bitsandbytes (NF4, on the CPU if need be), compresses against both bases, and compares everything with
-the fine-tuned model, in float32 with the weights as they are dequantised. The table is written to output/table.md.
+the fine-tuned model, in float32 with the weights as they are dequantised. Table and picture are put into the output.
 """
 
 import argparse
@@ -14,11 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from deltacome import compress
+from deltacome.benchmark.results import Table, save
 from deltacome.checkpoint import Checkpoint
 from deltacome.data import read_examples
-from deltacome.evaluation import COLUMNS, Comparison, load, markdown, sizes
+from deltacome.evaluation import COLUMNS, Comparison, load, sizes
 from deltacome.merging import load_merged, open_checked
 from deltacome.metrics import ANSWER_PATTERN, compile_pattern
+from deltacome.summary import import_pyplot
 
 
 def quantise(source: Path, out: Path) -> Checkpoint:
@@ -87,17 +89,26 @@ def main() -> None:
         ("the same beside the 4-bit base", artifacts["16"], beside_another_base),
         ("delta made on the 4-bit base", artifacts["4"], lambda: load_merged(bases["4"], artifacts["4"])[0]),
     ):
-        row = {
-            "name": name,
-            **(sizes(artifact) if artifact else {}),
-            **comparison.measure(name, make(), comparison.tokenizer),
-        }
-        rows.append(row)
+        size = sizes(artifact) if artifact else {}
+        rows.append({"name": name, **size, **comparison.measure(name, make(), comparison.tokenizer)})
     for row in rows:
         row |= comparison.retention(row, rows[0], rows[2])
+    for row in rows:
+        del row["outputs"]
+
+    figure, panels = import_pyplot().subplots(1, 2, figsize=(9, 3), sharey=True, layout="constrained")
+    for axes, key, label in zip(panels, ("on_task_kl", "accuracy"), ("KL, nats a token", "accuracy"), strict=True):
+        names, values, errors = ([row[one] for row in reversed(rows)] for one in ("name", key, f"{key}_error"))
+        axes.errorbar(values, names, xerr=errors, fmt="o", capsize=3)
+        axes.set(xlabel=f"{label}, with its standard error")
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].set_xscale("log")  # which leaves out the fine-tuned model's zero
+    panels[1].set_xlim(0, None)
     columns = {key: COLUMNS[key] for key in ("name", "artifact_ratio", "on_task_kl", "nll", "accuracy", "retention")}
-    (out / "table.md").write_text(markdown(rows, columns))
-    print(markdown(rows, columns))
+    title = f"{arguments.finetuned.name}, 1/{arguments.ratio:g}, {len(comparison.tasks)} held-out examples"
+    table = Table(title, columns, rows)
+    save(out, "quantised-base", [table], figure)
+    print(table.markdown())
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ Row = dict[str, Any]
 def save(rows: list[Row], folder: Path, plot: bool) -> None:
     """Write `quality.csv`, and what `results.save` does, the picture where there is a cell to plot."""
     write_atomically(folder / "quality.csv", _csv(rows).encode())
-    figure = _figure(rows) if plot and any("on_task_kl" in row and "bytes" in row for row in rows) else None
-    results.save(folder, "quality", [_table(name, own) for name, own in by_finetune(rows).items()], figure)
+    picture = figure(rows) if plot and any("on_task_kl" in row and "bytes" in row for row in rows) else None
+    results.save(folder, "quality", [_table(name, own) for name, own in by_finetune(rows).items()], picture)
 
 
 def _table(name: str, rows: list[Row]) -> results.Table:
@@ -74,15 +74,19 @@ def _csv(rows: list[Row]) -> str:
     return file.getvalue()
 
 
-def _figure(rows: list[Row]) -> Any:
-    """A row of panels a fine-tune, a panel for each KL that was measured, a line a method; the base's KL dotted."""
+def figure(rows: list[Row]) -> Any:
+    """A row of panels a fine-tune, a panel for each KL that was measured, a line a method; the base's KL dotted.
+
+    Raises:
+        DeltacomeError: if matplotlib is missing.
+    """
     pyplot = import_pyplot()
     from matplotlib import ticker
 
     groups = by_finetune(rows)
     panels = {key: heading for key, heading in PANELS.items() if any(key in row for row in rows)}
     size = (4.6 * len(panels) + 1.6, 3.6 * len(groups) + 0.4)
-    figure, grid = pyplot.subplots(len(groups), len(panels), figsize=size, layout="constrained", squeeze=False)
+    drawn, grid = pyplot.subplots(len(groups), len(panels), figsize=size, layout="constrained", squeeze=False)
     names = list(dict.fromkeys(row["name"] for row in rows if "bytes" in row))
     for (finetune, own), line in zip(groups.items(), grid, strict=True):
         for (key, heading), axes in zip(panels.items(), line, strict=True):
@@ -108,5 +112,5 @@ def _figure(rows: list[Row]) -> Any:
     handles = {
         label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=9)
-    return figure
+    drawn.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=9)
+    return drawn

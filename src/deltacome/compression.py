@@ -4,7 +4,6 @@ import hashlib
 import math
 import re
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +39,7 @@ from deltacome.journal import Journal, work_folder
 from deltacome.matrices import Matrices, read_delta
 from deltacome.memory import peak_memory
 from deltacome.methods import DEFAULT_METHOD, Method, SharesByError, describe, make_method
-from deltacome.progress import bar
+from deltacome.progress import bar, print_warning
 from deltacome.terms import Dense, component_bits
 
 DEFAULT_RATIO = 16.0
@@ -55,11 +54,6 @@ SAMPLED_WEIGHTS = 8
 
 Warn = Callable[[str], None]
 Tokens = tuple[Tensor, Tensor]  # ids and mask, see `CalibrationStream`
-
-
-def print_warning(message: str) -> None:
-    """Warn on standard error."""
-    print(f"warning: {message}", file=sys.stderr)
 
 
 def compress(

@@ -1,4 +1,4 @@
-"""Progress bars on standard error."""
+"""Progress bars on standard error, and warnings between them."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -40,3 +40,8 @@ def each(items: Iterable[Item], advance: Callable[[float], None]) -> Iterator[It
     for item in items:
         yield item
         advance(1)
+
+
+def print_warning(message: str) -> None:
+    """Warn on standard error, on a line of its own whatever bar is there."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)

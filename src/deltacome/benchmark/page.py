@@ -13,10 +13,10 @@ from pydantic import BaseModel, ValidationError
 from deltacome import __version__
 from deltacome.benchmark.glance import KINDS, Panel, panels
 from deltacome.benchmark.results import Table
-from deltacome.compression import print_warning
 from deltacome.errors import DeltacomeError
 from deltacome.evaluation import cells
 from deltacome.files import disk_errors, write_atomically
+from deltacome.progress import print_warning
 from deltacome.summary import import_pyplot
 
 LONG = 12  # rows; a longer table is folded

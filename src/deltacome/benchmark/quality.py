@@ -18,12 +18,13 @@ from deltacome import __version__
 from deltacome.benchmark import report
 from deltacome.benchmark.suite import Candidate, Finetune, Suite, file_name, read_suite
 from deltacome.checkpoint import Checkpoint, pair
-from deltacome.compression import compress, print_warning
+from deltacome.compression import compress
 from deltacome.data import NO_TEMPLATE, read_examples
 from deltacome.errors import DeltacomeError
 from deltacome.evaluation import BASE, FINETUNED, Comparison, load, sizes
 from deltacome.files import disk_errors, sha256, write_atomically
 from deltacome.merging import load_merged, open_checked
+from deltacome.progress import print_warning
 from deltacome.summary import import_pyplot
 
 Row = dict[str, Any]

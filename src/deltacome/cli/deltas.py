@@ -1,7 +1,6 @@
 """Commands that make deltas and that turn them into something else."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,6 +17,7 @@ from deltacome.cli.common import (
     quiet,
 )
 from deltacome.errors import DeltacomeError
+from deltacome.progress import print_warning
 
 
 @app.command(epilog="Example: deltacome compress base/ math/ -o math-delta/ --ratio 16")
@@ -215,17 +215,15 @@ def export(
 
     report = run(base, delta, output, max_rank=max_rank, dtype=DTYPES[dtype])
     if report["capped"]:
-        print(
-            f"warning: {report['capped']} weights have more components than --max-rank {max_rank}; "
-            f"the adapter's deltas are {report['error']:.2%} off (relative Frobenius error)",
-            file=sys.stderr,
+        print_warning(
+            f"{report['capped']} weights have more components than --max-rank {max_rank}; "
+            f"the adapter's deltas are {report['error']:.2%} off (relative Frobenius error)"
         )
     if report["left_out"]:
         first, more = report["left_out"][0], len(report["left_out"]) - 1
-        print(
-            f"warning: LoRA cannot express what changed in {first}{f' and {more} more' if more else ''}; "
-            "norms can be folded (compress --fold-norms), the rest is lost",
-            file=sys.stderr,
+        print_warning(
+            f"LoRA cannot express what changed in {first}{f' and {more} more' if more else ''}; "
+            "norms can be folded (compress --fold-norms), the rest is lost"
         )
     print(json.dumps(report) if as_json else f"{output}: rank {report['rank']}, {report['bytes']:,} bytes")
 
@@ -243,8 +241,5 @@ def push(
     artifact = Artifact(delta)
     artifact.check_digests()
     if "/" not in artifact.base_name:
-        print(
-            f"warning: the base is called {artifact.base_name}, which is no hub id; put it into {delta / MODEL_CARD}",
-            file=sys.stderr,
-        )
+        print_warning(f"the base is called {artifact.base_name}, which is no hub id; put it into {delta / MODEL_CARD}")
     print(hub.push(artifact.folder, [MANIFEST, MODEL_CARD, *artifact.files], repository, private=private))

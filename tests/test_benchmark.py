@@ -332,6 +332,16 @@ def test_bad_suites(suite: Path, tmp_path: Path, message: str, change: Callable[
     assert message in str(caught.value) and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("example", sorted((Path(__file__).parents[1] / "examples" / "suites").glob("*.json")), ids=str)
+def test_the_suites_of_the_examples(example: Path, suite: Path, tmp_path: Path) -> None:
+    shutil.copytree(suite.parent, tmp_path, dirs_exist_ok=True)
+    for name in ("math_dev.jsonl", "math_train.jsonl", "intent_test.jsonl", "intent_train.jsonl", "offtask.jsonl"):
+        shutil.copy(suite.with_name("math.jsonl"), tmp_path / name)
+    for path in (example, example.parents[1] / "chatml.jinja"):
+        shutil.copy(path, tmp_path)
+    assert [finetune.name for finetune in read_suite(tmp_path / example.name).finetunes] == ["math", "intent"]
+
+
 def test_bad_suites_are_one_line(suite: Path, tmp_path: Path) -> None:
     fail(
         "there is no key", "benchmark", "quality", changed(suite, "bad", lambda c: c.update(x=1)), "-o", tmp_path / "o"

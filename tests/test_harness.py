@@ -93,6 +93,28 @@ def test_the_harness_itself_knows_the_model_type(place: Path, base: Path) -> Non
     assert done.returncode == 0 and "|choice|" in done.stdout.replace(" ", ""), done.stderr
 
 
+def test_a_chat_template_of_ones_own(
+    place: Path, base: Path, finetuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "template.jinja").write_text("{% for message in messages %}<{{ message.content }}>{% endfor %}")
+    prompts: list[str] = []
+    apply = HFLM.apply_chat_template
+
+    def spy(*given: Any, **more: Any) -> str:
+        prompts.append(apply(*given, **more))
+        return prompts[-1]
+
+    monkeypatch.setattr(HFLM, "apply_chat_template", spy)
+    deltas, options = (
+        {"a": str(place / "a")},
+        {"include_path": place / "tasks", "limit": 2, "apply_chat_template": True},
+    )
+    for template in ("none", str(tmp_path / "template.jinja")):
+        assert prompts == []
+        harness.evaluate_tasks(str(base), str(finetuned), deltas, ["choice"], chat_template=template, **options)
+    assert set(prompts) == {"<What is 0 + 0?>", "<What is 1 + 1?>"} and len(prompts) >= 6  # of three models
+
+
 @pytest.mark.parametrize(
     ("tasks", "message"),
     [
@@ -117,3 +139,15 @@ def test_data_or_tasks(base: Path, finetuned: Path, place: Path) -> None:
         assert done.returncode == 1 and done.stderr.splitlines()[-1] == (
             "error: give either --data FILE.jsonl or --tasks TASK,..."
         )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--tasks", "choice", "--offtask", "text.jsonl"], "--offtask goes with --data; leave it out"),
+        (["--data", "test.jsonl", "--apply-chat-template"], "--apply-chat-template goes with --tasks; leave it out"),
+    ],
+)
+def test_options_of_the_other_kind(given: list[str], message: str, base: Path, finetuned: Path, place: Path) -> None:
+    done = run("evaluate", base, "--finetuned", finetuned, "--delta", f"a={place / 'a'}", *given)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == f"error: {message}"

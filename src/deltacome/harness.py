@@ -15,6 +15,7 @@ from lm_eval.tasks import TaskManager
 from torch import Tensor
 
 from deltacome.checkpoint import Checkpoint
+from deltacome.data import NO_TEMPLATE, Encoder
 from deltacome.errors import DeltacomeError
 from deltacome.evaluation import BASE, FINETUNED
 from deltacome.evaluation import load as load_plain
@@ -80,6 +81,7 @@ def evaluate_tasks(
     limit: int | None = None,
     batch_size: int = 8,
     apply_chat_template: bool = False,
+    chat_template: str | None = None,
     allow_code: bool = False,
 ) -> list[dict[str, Any]]:
     """Run tasks of the harness on the base, the fine-tuned model and deltas, all in float32 on the CPU.
@@ -87,13 +89,16 @@ def evaluate_tasks(
     Args:
         tasks: names that the harness knows, of task files below `include_path`, or of `PAPER_TASKS`.
         limit: how many examples of each task are used.
+        apply_chat_template: prompts go through each model's own chat template.
+        chat_template: Jinja file that they go through instead, or `none` for bare prompts.
         allow_code: let tasks run the code that models write.
 
     Returns:
         A row per model, task and metric: `name`, `task`, `metric`, `value`, its standard error `error` and `examples`.
 
     Raises:
-        DeltacomeError: if a task is not known, cannot be read, or runs code without leave; and as `deltacome.load`.
+        DeltacomeError: if a task is not known, cannot be read, or runs code without leave; if the template is missing;
+            and as `deltacome.load`.
     """
     wanted = [task for name in tasks for task in PAPER_TASKS.get(name, [name])]
     unsafe = sorted(task for task in wanted if task.startswith(RUNS_CODE))
@@ -112,6 +117,7 @@ def evaluate_tasks(
         model, tokenizer = load_plain(Checkpoint(finetuned))
         return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
 
+    applies = chat_template != NO_TEMPLATE and (apply_chat_template or chat_template is not None)
     rows: list[dict[str, Any]] = []
     for name in (BASE, FINETUNED, *deltas):
         if name == FINETUNED:
@@ -119,13 +125,14 @@ def evaluate_tasks(
         else:
             delta = None if name == BASE else name
             model = DeltaModel(base, delta, model=shared, batch_size=batch_size)
+        model.tokenizer.chat_template = Encoder(model.tokenizer, chat_template).template
         with _as_sentence(f"the tasks {', '.join(wanted)} cannot be run"):
             results = simple_evaluate(
                 model=model,
                 tasks=list(wanted),
                 task_manager=manager,
                 limit=limit,
-                apply_chat_template=apply_chat_template,
+                apply_chat_template=applies,
                 confirm_run_unsafe_code=allow_code,
                 log_samples=False,
                 bootstrap_iters=1000,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deltacome.artifact import Artifact, rebuild_stored
-from deltacome.benchmark.results import Row, Table, save
+from deltacome.benchmark.results import Row, Table, save, set_ticks
 from deltacome.calibration import batch
 from deltacome.checkpoint import Checkpoint
 from deltacome.data import Encoder, read_examples
@@ -112,8 +112,6 @@ def _layers(model: Any, artifact: Artifact) -> Iterator[tuple[int, str, nn.Linea
 
 
 def _plot(rows: list[Row], pyplot: Any) -> Any:
-    from matplotlib import ticker
-
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
     keys = [key for key in COLUMNS if key.rpartition("_")[2] in ("all", "outliers")]
     for place, row in enumerate(rows):
@@ -122,9 +120,7 @@ def _plot(rows: list[Row], pyplot: Any) -> Any:
         axes.plot(x, [row.get(key) for key in keys], "os^Dvp*"[place % 7], label=label)
     axes.set_xticks(range(len(keys)), [COLUMNS[key].replace(" layers, ", ",\n") for key in keys])
     axes.set(yscale="log", xlabel="layers, outputs", ylabel="share of the delta's effect that is lost")
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(ticker.NullLocator())
+    set_ticks(axes.yaxis)
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside right upper")
     return figure

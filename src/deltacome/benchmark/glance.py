@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from textwrap import fill
 from typing import Any
 
-import numpy as np
-
-from deltacome.benchmark.results import Row, Table
+from deltacome.benchmark.results import Row, Table, set_ticks
 from deltacome.summary import import_pyplot
 
 MARKERS, DASHES = "os^DvP*X", ("-", "--", ":", "-.")  # of other numbers than the colours, so that pairs differ
@@ -116,7 +114,7 @@ def _draw(kind: Kind, lines: dict[str, Points]) -> bytes:
             line.set_markerfacecolor((line.get_color(), 0.4))  # what lies under it is seen
         axes.set(xscale="log", yscale="log", xlabel=kind.x_label, ylabel=kind.y_label)
         for axis in (axes.xaxis, axes.yaxis):
-            _set_ticks(axis)
+            set_ticks(axis)
         places = sorted({x for points in lines.values() for x, _ in points})
         if kind.x == "tenants" and len(places) <= TICKS:
             axes.set_xticks(places)
@@ -127,13 +125,3 @@ def _draw(kind: Kind, lines: dict[str, Points]) -> bytes:
         figure.savefig(file, format="svg", metadata={"Date": None})
         pyplot.close(figure)
     return file.getvalue()
-
-
-def _set_ticks(axis: Any) -> None:
-    """Round numbers as people write them, also where a logarithmic axis has no power of ten."""
-    from matplotlib import ticker
-
-    low, high = axis.get_view_interval()
-    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if high > 5 * low else ticker.MaxNLocator(5))
-    axis.set_major_formatter(lambda value, _: np.format_float_positional(value, 6, fractional=False, trim="-"))
-    axis.set_minor_locator(ticker.NullLocator())

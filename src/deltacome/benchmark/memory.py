@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deltacome.benchmark.random_model import random_model, random_tenant, shared_with_tenants
-from deltacome.benchmark.results import Row, Table, save
+from deltacome.benchmark.results import Row, Table, save, set_ticks
 from deltacome.errors import DeltacomeError
 from deltacome.files import new_folder
 from deltacome.progress import bar
@@ -139,8 +139,6 @@ def _free(place: torch.device) -> int:
 
 
 def _plot(rows: list[Row], pyplot: Any) -> Any:
-    from matplotlib import ticker
-
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
     counts = [row["tenants"] for row in rows]
     axes.plot(counts, [row["merged_gigabytes"] for row in rows], "s--", color="C1", label="a merged model each")
@@ -151,9 +149,7 @@ def _plot(rows: list[Row], pyplot: Any) -> Any:
     axes.plot(counts, [row["gigabytes"] for row in rows], "o-", color="C0", label="one base, compressed deltas")
     axes.plot(counts, [row["peak_gigabytes"] for row in rows], "^:", color="C2", label="the same, during a step")
     axes.set(xlabel="tenants", ylabel="memory, GB", yscale="log")
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(ticker.NullLocator())
+    set_ticks(axes.yaxis)
     axes.set_xticks(counts)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -81,8 +81,6 @@ def figure(rows: list[Row]) -> Any:
         DeltacomeError: if matplotlib is missing.
     """
     pyplot = import_pyplot()
-    from matplotlib import ticker
-
     groups = by_finetune(rows)
     panels = {key: heading for key, heading in PANELS.items() if any(key in row for row in rows)}
     size = (4.6 * len(panels) + 1.6, 3.6 * len(groups) + 0.4)
@@ -104,9 +102,7 @@ def figure(rows: list[Row]) -> Any:
                     axes.errorbar(x, y, error, fmt=STYLES[place % len(STYLES)], **style)
             axes.set(xscale="log", yscale="log", xlabel="artifact, MB", ylabel="KL, nats a token")
             for axis in (axes.xaxis, axes.yaxis):
-                axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-                axis.set_major_formatter("{x:g}")
-                axis.set_minor_locator(ticker.NullLocator())
+                results.set_ticks(axis)
             axes.set_title(f"{finetune}: {heading}")
             axes.grid(alpha=0.3)
     handles = {

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from deltacome import __version__
@@ -60,6 +61,16 @@ def save(
         import_pyplot().close(figure)
         write_atomically(out / f"{name}.png", file.getvalue())
     return results
+
+
+def set_ticks(axis: Any) -> None:
+    """Round numbers as people write them, also where a logarithmic axis has no power of ten."""
+    from matplotlib import ticker
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if high > 5 * low else ticker.MaxNLocator(5))
+    axis.set_major_formatter(lambda value, _: np.format_float_positional(value, 6, fractional=False, trim="-"))
+    axis.set_minor_locator(ticker.NullLocator())
 
 
 def command() -> str:

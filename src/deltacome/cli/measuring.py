@@ -18,9 +18,13 @@ from deltacome.cli.common import (
 )
 from deltacome.errors import DeltacomeError
 
+OF_DATA = ("offtask", "max_new_tokens", "answer_pattern", "show")  # options of `evaluate` that go with --data
+OF_TASKS = ("include_path", "apply_chat_template", "allow_code")
+
 
 @app.command(epilog="Example: deltacome evaluate base/ --finetuned math/ --delta math=math-delta/ --data test.jsonl")
 def evaluate(
+    context: typer.Context,
     base: Base,
     finetuned: Annotated[str, typer.Option(help="Fine-tuned checkpoint: a folder or a hub id.")],
     delta: Annotated[list[str], typer.Option(metavar="NAME=DELTA", help="A compressed delta; may be repeated.")],
@@ -28,7 +32,9 @@ def evaluate(
     offtask: Annotated[
         Path | None, typer.Option(metavar="FILE.jsonl", help="Text that the fine-tune is not about, for off-task KL.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first lines of --data.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only the first lines of --data, or of each task.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,
     chat_template: Template = None,
     answer_pattern: Annotated[
@@ -68,8 +74,18 @@ def evaluate(
         raise DeltacomeError(f"cannot write {output}: there is no folder {output.parent}")
     if (data is None) == (tasks is None):
         raise DeltacomeError("give either --data FILE.jsonl or --tasks TASK,...")
+    for name in OF_TASKS if tasks is None else OF_DATA:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            raise DeltacomeError(f"{option} goes with {'--tasks' if tasks is None else '--data'}; leave it out")
     if tasks is not None:
-        options = {"apply_chat_template": apply_chat_template, "allow_code": allow_code, "limit": limit}
+        options = {
+            "apply_chat_template": apply_chat_template,
+            "chat_template": chat_template,
+            "allow_code": allow_code,
+            "limit": limit,
+        }
         _evaluate_tasks(base, finetuned, deltas, tasks.split(","), output, as_json, include_path, options)
         return
     assert data is not None

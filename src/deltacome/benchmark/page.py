@@ -116,7 +116,8 @@ def _section(anchor: str, path: Path, stored: Stored) -> Section:
 
 def _title(path: Path, stored: Stored) -> str:
     """The benchmark's name, and what the folder's name has beside it: `memory` in `h100-memory` is "Memory, h100"."""
-    words = [word for word in re.split(r"[-_\s]+", path.parent.name) if word and word != stored.benchmark]
+    words, known = (re.split(r"[-_\s]+", name) for name in (path.parent.name, stored.benchmark))
+    words = [word for word in words if word and word not in known]
     return stored.benchmark.capitalize() + (f", {' '.join(words)}" if words else "")
 
 

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -97,6 +97,7 @@ SYSTEMS = {
     ("sparse-llm SVD", "rank 16"): sparse(16),
     ("sparse-llm SVD", "rank 64"): sparse(64),
 }
+PACKAGES = ("mergekit", "deltatensors", "sparse-llm")
 COLUMNS = {
     "name": "system",
     "setting": "setting",
@@ -132,6 +133,8 @@ def main() -> None:
         chat_template=arguments.chat_template,
         pattern=compile_pattern(ANSWER_PATTERN),
     )
+    installed = {package.name: package.version for package in distributions()}
+    versions = ", ".join(f"{name} {installed[name]}" for name in PACKAGES if name in installed)
     columns, rows = COLUMNS, list[Row]()
     for number, ((name, setting), make) in enumerate(SYSTEMS.items()):
         place = out / str(number)
@@ -153,7 +156,6 @@ def main() -> None:
             row["failed"] = f"{error}"[:150]
             columns = COLUMNS | {"failed": "failed"}
         rows.append(row)
-        versions = ", ".join(f"{package} {version(package)}" for package in ("mergekit", "deltatensors", "sparse-llm"))
         table = Table(f"{finetuned.name}, {len(comparison.tasks)} held-out examples; {versions}", columns, rows)
         save(out, "peers", [table], figure(rows) if any("on_task_kl" in row for row in rows) else None)
     print(table.markdown())

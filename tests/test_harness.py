@@ -105,10 +105,8 @@ def test_a_chat_template_of_ones_own(
         return prompts[-1]
 
     monkeypatch.setattr(HFLM, "apply_chat_template", spy)
-    deltas, options = (
-        {"a": str(place / "a")},
-        {"include_path": place / "tasks", "limit": 2, "apply_chat_template": True},
-    )
+    deltas = {"a": str(place / "a")}
+    options: dict[str, Any] = {"include_path": place / "tasks", "limit": 2, "apply_chat_template": True}
     for template in ("none", str(tmp_path / "template.jinja")):
         assert prompts == []
         harness.evaluate_tasks(str(base), str(finetuned), deltas, ["choice"], chat_template=template, **options)

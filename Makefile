@@ -24,6 +24,8 @@ lint: $(TEST_VENV)/ready
 	$(TEST_VENV)/bin/ruff check .
 	$(TEST_VENV)/bin/ruff format --check .
 	$(TEST_VENV)/bin/mypy
+	$(TEST_VENV)/bin/lint-imports --no-logo
+	$(TEST_VENV)/bin/codespell
 
 $(DEMO_VENV)/ready: EXTRAS = demo
 $(TEST_VENV)/ready: EXTRAS = dev

@@ -17,14 +17,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import deltacome
-from deltacome.artifact import Artifact
 from deltacome.benchmark.results import Table, save
-from deltacome.checkpoint import Checkpoint
+from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.data import read_examples
-from deltacome.evaluation import BASE, FINETUNED, Comparison, load
-from deltacome.merging import load_merged
-from deltacome.metrics import ANSWER_PATTERN, compile_pattern
-from deltacome.summary import import_pyplot
+from deltacome.evaluate.comparison import BASE, FINETUNED, Comparison, load
+from deltacome.evaluate.metrics import ANSWER_PATTERN, compile_pattern
+from deltacome.evaluate.summary import import_pyplot
+from deltacome.format.artifact import Artifact
+from deltacome.restore.merging import load_merged
 from finetune import encode, train
 
 METHODS = {"rate-distortion": "deltacome", "delta-come": "Delta-CoMe", "low-rank": "low-rank, extracted"}

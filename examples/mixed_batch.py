@@ -3,7 +3,7 @@
     python mixed_batch.py BASE --delta math=MATH_DELTA=math_test.jsonl --delta intent=INTENT_DELTA=intent_test.jsonl
 
 Takes prompts from each file in turn and deals them to the deltas and the base, whoever the prompts were meant for. Then
-the same in another order, so that each has other neighbours. Says too how long each delta takes from disk to its first
+the same in another order, so that each has other neighbors. Says too how long each delta takes from disk to its first
 token, and how many bytes in memory.
 """
 
@@ -15,10 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import deltacome
-from deltacome.checkpoint import Checkpoint
-from deltacome.data import Encoder, read_examples
-from deltacome.merging import load_merged, open_checked
-from deltacome.metrics import pad
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.data import Encoder, pad, read_examples
+from deltacome.restore.merging import load_merged, open_checked
 
 
 def answers(model, rows: list[list[int]], end: int, new_tokens: int, **options) -> list[list[int]]:

@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 
 import deltacome
-from deltacome.adapter import Adapted
 from deltacome.benchmark.report import figure
 from deltacome.benchmark.results import Row, Table, save
-from deltacome.checkpoint import Checkpoint
+from deltacome.checkpoints.adapter import Adapted
+from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.data import read_examples
-from deltacome.evaluation import Comparison, load
-from deltacome.metrics import ANSWER_PATTERN, compile_pattern
+from deltacome.evaluate.comparison import Comparison, load
+from deltacome.evaluate.metrics import ANSWER_PATTERN, compile_pattern
 
 Weights = dict[str, torch.Tensor]
 

@@ -13,8 +13,8 @@ import torch
 from ray.cluster_utils import Cluster
 
 from deltacome import compress
+from deltacome.compression.journal import work_folder
 from deltacome.files import sha256
-from deltacome.journal import work_folder
 
 
 def kill_a_worker(folder: Path, start: float) -> None:

@@ -15,16 +15,16 @@ from pathlib import Path
 import torch
 
 import deltacome
-from deltacome.artifact import Artifact
 from deltacome.benchmark.results import Table, save
-from deltacome.checkpoint import Checkpoint
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.compression.precision import TRIPLE
 from deltacome.data import read_examples
-from deltacome.evaluation import Comparison
-from deltacome.merging import load_merged
-from deltacome.metrics import ANSWER_PATTERN, compile_pattern
-from deltacome.precision import TRIPLE
-from deltacome.search import search
-from deltacome.summary import import_pyplot
+from deltacome.evaluate.comparison import Comparison
+from deltacome.evaluate.metrics import ANSWER_PATTERN, compile_pattern
+from deltacome.evaluate.summary import import_pyplot
+from deltacome.format.artifact import Artifact
+from deltacome.restore.merging import load_merged
+from deltacome.search.precision_search import search
 
 EXAMPLES, TEXTS = 8, 4  # that a candidate is measured on
 COLUMNS = {

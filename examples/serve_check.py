@@ -26,9 +26,9 @@ import torch
 from openai import OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deltacome.checkpoint import Checkpoint
+from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.data import Encoder, read_examples
-from deltacome.merging import load_merged, open_checked
+from deltacome.restore.merging import load_merged, open_checked
 from mixed_batch import answers
 
 

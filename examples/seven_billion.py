@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from deltacome import compress
-from deltacome.checkpoint import Checkpoint, pair
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.checkpoints.pairing import pair
 
 HIDDEN, INTERMEDIATE, VOCABULARY, HEADS = 4096, 11008, 32000, 32
 DECAY = -0.5  # of the k-th singular value, as a power of k

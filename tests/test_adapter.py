@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from conftest import Save, make_other, make_tokenizer
 from deltacome import DeltacomeError, compress, merge
-from deltacome.adapter import Adapted
-from deltacome.artifact import Artifact
-from deltacome.checkpoint import Checkpoint
+from deltacome.checkpoints.adapter import Adapted
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.format.artifact import Artifact
 from test_exporting import logits, make
 
 
@@ -81,7 +81,7 @@ def test_an_adapter_is_compressed_and_merged(save: Save, tmp_path: Path) -> None
 
 
 def test_tied_embeddings(save: Save, tmp_path: Path) -> None:
-    from deltacome.exporting import export
+    from deltacome.restore.exporting import export
     from test_exporting import change_matrices
 
     finetuned = make("llama", tie_word_embeddings=True)

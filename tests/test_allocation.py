@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltacome.allocation import DISTORTION, Spectrum, allocate, spent_bits
-from deltacome.terms import component_bits
+from deltacome.compression.allocation import DISTORTION, Spectrum, allocate, spent_bits
+from deltacome.format.terms import component_bits
 
 
 def error(spectrum: Spectrum, widths: Tensor) -> float:

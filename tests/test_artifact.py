@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deltacome import Artifact, DeltacomeError, compress, merge
-from deltacome.artifact import MANIFEST, MODEL_CARD, rebuild, write_manifest
-from deltacome.checkpoint import Checkpoint
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.checkpoints.rebuilding import rebuild
+from deltacome.format.manifest import MANIFEST, MODEL_CARD, write_manifest
 from format_reader import Reader
 
 SETTINGS = {

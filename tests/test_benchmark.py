@@ -18,9 +18,9 @@ from deltacome.benchmark import quality as module
 from deltacome.benchmark.quality import quality
 from deltacome.benchmark.suite import read_suite
 from deltacome.data import Encoder
-from deltacome.evaluation import evaluate
-from deltacome.merging import load_merged
-from deltacome.metrics import answer, divergence
+from deltacome.evaluate.comparison import evaluate
+from deltacome.evaluate.metrics import answer, divergence
+from deltacome.restore.merging import load_merged
 from test_cli import fail, succeed
 
 PROMPTS = {"math": [f"What is {i} + 3?" for i in range(6)], "intent": [f"Where is card number {i}?" for i in range(5)]}
@@ -192,7 +192,7 @@ def test_a_killed_run_does_only_what_is_missing(
         ]
     log.clear()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("deltacome.compression._Run._write", killed)  # within the third
+        patch.setattr("deltacome.compression.pipeline._Run._write", killed)  # within the third
         quality(one, out)
     assert log == ["load_merged math/delta-come/8", "compress math/low-rank-16-bit/4"]
     log.clear()
@@ -263,7 +263,7 @@ def test_a_full_disk_is_not_the_cells_fault(
         raise OSError(28, os.strerror(28))
 
     with monkeypatch.context() as patch, pytest.raises(DeltacomeError, match="the disk is full"):
-        patch.setattr("deltacome.compression._Run._write", full)
+        patch.setattr("deltacome.compression.pipeline._Run._write", full)
         quality(suite, out)
     assert not (out / "rows/math/delta-come").exists()
     assert "failed" not in {key for row in quality(suite, out) for key in row}

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltacome.bits import BIT_WIDTHS, pack, planes, unpack, words_per_row
+from deltacome.format.bits import BIT_WIDTHS, pack, planes, unpack, words_per_row
 
 
 @settings(deadline=None, max_examples=200)

@@ -21,8 +21,8 @@ from transformers import (
 
 from conftest import Save, fine_tune, make_model, make_tokenizer
 from deltacome import Artifact, DeltacomeError, compress, merge
-from deltacome.checkpoint import Checkpoint
-from deltacome.journal import work_folder
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.compression.journal import work_folder
 
 
 def files(folder: Path) -> dict[str, bytes]:

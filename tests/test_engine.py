@@ -8,12 +8,12 @@ import torch
 
 import deltacome
 from conftest import Save, fine_tune, make_other, make_tokenizer
-from deltacome.checkpoint import Checkpoint
-from deltacome.merging import load_merged, open_checked
-from deltacome.serve.cache import join, new_cache
-from deltacome.serve.engine import Engine, Event, Limits, QueueFullError, Sequence
-from deltacome.serve.sampling import Sampling, choose, likelihood
-from deltacome.serve.text import TextStream
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.restore.merging import load_merged, open_checked
+from deltacome.serve.engine.cache import join, new_cache
+from deltacome.serve.engine.sampling import Sampling, choose, likelihood
+from deltacome.serve.engine.scheduler import Engine, Event, Limits, QueueFullError, Sequence
+from deltacome.serve.engine.text import TextStream
 
 NEW_TOKENS = 10
 

@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 
 from conftest import Save, fine_tune, make_model
 from deltacome import DeltacomeError, compress
-from deltacome.checkpoint import Checkpoint, module_kind, pair
-from deltacome.engines import Local, OnRay, Task, make_engine
-from deltacome.journal import Store
-from deltacome.matrices import Matrices
-from deltacome.methods import make_method
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.checkpoints.pairing import pair
+from deltacome.compression.executors import Local, OnRay, Task, make_engine
+from deltacome.compression.journal import Store
+from deltacome.compression.matrices import Matrices
+from deltacome.compression.methods import make_method
+from deltacome.weights import module_kind
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import Save, fine_tune, make_model
 from deltacome import Artifact, DeltacomeError, compress, merge
-from deltacome.checkpoint import Checkpoint
+from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.data import Example
-from deltacome.evaluation import evaluate, save_table
-from deltacome.merging import load_merged, open_checked
-from deltacome.metrics import Mean, answer, divergence, is_right, retention
+from deltacome.evaluate.comparison import evaluate, save_table
+from deltacome.evaluate.metrics import Mean, answer, divergence, is_right, retention
+from deltacome.restore.merging import load_merged, open_checked
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_merging_keeps_the_checkpoints_dtype_and_files(
 
 def test_merging_in_shards(base: Path, delta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     merge(base, delta, tmp_path / "one")
-    monkeypatch.setattr("deltacome.merging.SHARD_BYTES", 40_000)
+    monkeypatch.setattr("deltacome.restore.merging.SHARD_BYTES", 40_000)
     merge(base, delta, tmp_path / "many")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
     one, many = Checkpoint(tmp_path / "one"), Checkpoint(tmp_path / "many")
@@ -58,7 +58,7 @@ def test_merging_in_shards(base: Path, delta: Path, tmp_path: Path, monkeypatch:
 
 
 def test_a_sharded_artifact(base: Path, finetuned: Path, delta: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("deltacome.compression.SHARD_BYTES", 10_000)
+    monkeypatch.setattr("deltacome.compression.pipeline.SHARD_BYTES", 10_000)
     compress(base, finetuned, tmp_path / "delta", ratio=4)
     artifact, whole = Artifact(tmp_path / "delta"), Artifact(delta)
     assert len(artifact.weight_files) > 2 and artifact.entries == whole.entries

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from conftest import Save, fine_tune, make_any, make_other
 from deltacome import DeltacomeError, compress, merge
-from deltacome.artifact import Artifact, rebuild
-from deltacome.checkpoint import Checkpoint
-from deltacome.exporting import export
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.checkpoints.rebuilding import rebuild
+from deltacome.format.artifact import Artifact
+from deltacome.restore.exporting import export
 
 IDS = torch.randint(2, 259, (3, 11), generator=torch.Generator().manual_seed(5))
 

@@ -21,10 +21,10 @@ from transformers import (
 
 from conftest import Save, fine_tune, make_model
 from deltacome import Artifact, DeltacomeError, compress, merge
-from deltacome.checkpoint import Checkpoint
-from deltacome.evaluation import evaluate
-from deltacome.folding import Folded
-from deltacome.journal import work_folder
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.checkpoints.folding import Folded
+from deltacome.compression.journal import work_folder
+from deltacome.evaluate.comparison import evaluate
 from test_cli import fail, succeed
 from test_compression import change_tensor, files
 
@@ -206,7 +206,7 @@ def test_a_killed_run_without_the_option_is_not_gone_on_with(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("deltacome.compression._Run._write", kill)
+        patch.setattr("deltacome.compression.pipeline._Run._write", kill)
         compress(base, finetuned, tmp_path / "delta", ratio=4)
     assert len(list(work_folder(tmp_path / "delta").glob("*.safetensors"))) == 20
     compress(base, finetuned, tmp_path / "delta", ratio=4, fold_norms=True)

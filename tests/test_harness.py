@@ -12,7 +12,8 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from deltacome import DeltacomeError, compress, harness, merge
+from deltacome import DeltacomeError, compress, merge
+from deltacome.evaluate import harness
 
 TASK = Path(__file__).parent.parent / "examples" / "tasks" / "word_problems.yaml"
 CHOICE = """

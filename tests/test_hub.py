@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import Save, make_model
 from deltacome import Artifact, DeltacomeError, compress, merge
-from deltacome.checkpoint import Checkpoint
+from deltacome.checkpoints.checkpoint import Checkpoint
 
 TOKEN = "hf_secret"
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from deltacome.format.terms import Factored, Groups, Sign, Term, add_terms
 from deltacome.runtime.kernels.packed import Tiled, pack_terms, transposed, turn, unpack_term
-from deltacome.terms import Factored, Groups, Sign, Term, add_terms
 
 CPU = torch.device("cpu")
 

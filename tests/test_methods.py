@@ -3,9 +3,9 @@ import torch
 from torch import Tensor
 
 from conftest import term_bytes
+from deltacome.compression.methods import METHODS, Delta, make_method
 from deltacome.errors import DeltacomeError
-from deltacome.methods import METHODS, Delta, make_method
-from deltacome.terms import Factored, Sign, Term, add_terms
+from deltacome.format.terms import Factored, Sign, Term, add_terms
 
 
 def make_delta(m: int, n: int, seed: int = 0) -> Tensor:

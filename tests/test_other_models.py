@@ -8,7 +8,7 @@ import torch
 
 from conftest import Save, make_other, make_tokenizer
 from deltacome import compress
-from deltacome.evaluation import evaluate
+from deltacome.evaluate.comparison import evaluate
 
 SIZES = {"hidden_size": 192, "intermediate_size": 400, "num_hidden_layers": 4}
 

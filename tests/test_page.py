@@ -13,7 +13,7 @@ import pytest
 from fastapi import FastAPI
 
 from deltacome import compress
-from deltacome.serve.keys import Keys
+from deltacome.serve.http.keys import Keys
 from deltacome.serve.server import build
 from serving import serving
 

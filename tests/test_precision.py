@@ -1,8 +1,8 @@
 import pytest
 
+from deltacome.compression.precision import TRIPLE, PrecisionPlan
 from deltacome.errors import DeltacomeError
-from deltacome.precision import TRIPLE, PrecisionPlan
-from deltacome.terms import component_bits
+from deltacome.format.terms import component_bits
 
 
 @pytest.mark.parametrize(("n", "two_bit"), [(4096, 968), (11008, 1436)])

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltacome.quantize import (
+from deltacome.compression.quantizers import (
     DAMPING,
     NORMAL_STEP,
     fit_scale,
@@ -11,7 +11,7 @@ from deltacome.quantize import (
     quantize_rows,
     quantize_vectors_with_feedback,
 )
-from deltacome.svd import leading_components
+from deltacome.compression.svd import leading_components
 
 # Squared error of the uniform mid-rise code for a unit normal variable, by bit-width (Max, 1960, table 2).
 DISTORTION = {1: 0.3634, 2: 0.1188, 3: 0.03744, 4: 0.01154, 5: 0.00350, 6: 0.00104, 7: 0.000304, 8: 0.0000869}
@@ -77,7 +77,7 @@ def test_groups_span_their_range(length: int, size: int) -> None:
 
 
 def plain_gptq(x: Tensor, moment: Tensor, bits: int) -> Tensor:
-    """Optimal brain quantisation in a fixed order, in float64, inverting the rest of H anew for every column."""
+    """Optimal brain quantization in a fixed order, in float64, inverting the rest of H anew for every column."""
     x, w = x.double(), x.double().clone()
     moment = moment.double() / moment.double().diagonal().mean()
     moment = moment + DAMPING * torch.eye(len(moment), dtype=torch.float64)

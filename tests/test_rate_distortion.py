@@ -3,8 +3,8 @@ import torch
 from torch import Tensor
 
 from conftest import term_bytes
-from deltacome.methods import Delta, make_method
-from deltacome.terms import Factored, Term, add_terms
+from deltacome.compression.methods import Delta, make_method
+from deltacome.format.terms import Factored, Term, add_terms
 from test_methods import make_delta, rebuilt
 
 

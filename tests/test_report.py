@@ -14,7 +14,7 @@ import pytest
 from deltacome import DeltacomeError
 from deltacome.benchmark import page
 from deltacome.benchmark.results import Table, save
-from deltacome.summary import import_pyplot
+from deltacome.evaluate.summary import import_pyplot
 from test_cli import fail, succeed
 
 CHROMIUM = shutil.which("chromium")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from deltacome.rotation import rotate, unrotate
+from deltacome.format.rotation import rotate, unrotate
 from format_reader import rotation
 
 

@@ -27,9 +27,9 @@ from transformers import (
 import deltacome
 from conftest import CONFIGS, SIZES, Save, fine_tune, make_any, make_model, train
 from deltacome import DeltacomeError, compress, load, merge
-from deltacome.checkpoint import Checkpoint
+from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.data import Encoder
-from deltacome.metrics import answer
+from deltacome.evaluate.metrics import answer
 from deltacome.runtime.conversation import Conversation
 
 
@@ -129,7 +129,7 @@ def test_greedy_answers_are_those_of_the_merged_models(model: Any, two: Any) -> 
         assert torch.equal(together[row, : len(alone)], alone)
 
 
-def test_neighbours_do_not_matter(model: Any) -> None:
+def test_neighbors_do_not_matter(model: Any) -> None:
     order = [3, 5, 0, 4, 1, 2]
     with torch.no_grad():
         logits = model(IDS, tenants=NAMES).logits

@@ -12,10 +12,10 @@ from filelock import FileLock
 
 from conftest import Save, make_model
 from deltacome import DeltacomeError, compress
-from deltacome.journal import work_folder
-from deltacome.precision import TRIPLE, PrecisionPlan
-from deltacome.search import search
-from deltacome.strategies import BITS, COUNTS, crossover, genetic, greedy, insert, mutate
+from deltacome.compression.journal import work_folder
+from deltacome.compression.precision import TRIPLE, PrecisionPlan
+from deltacome.search.precision_search import search
+from deltacome.search.strategies import BITS, COUNTS, crossover, genetic, greedy, insert, mutate
 
 PLANTED = "8:4,4:16,2:*"
 
@@ -117,7 +117,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         plans.append(precision)
         return compress(*arguments, precision=precision, **options)
 
-    monkeypatch.setattr("deltacome.search.compress", record)
+    monkeypatch.setattr("deltacome.search.precision_search.compress", record)
     return plans
 
 
@@ -155,7 +155,7 @@ def test_a_killed_search_goes_on(
 def test_strategies_share_their_results(
     base: Path, finetuned: Path, examples: Path, tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deltacome.strategies.COUNTS", (2, 32))
+    monkeypatch.setattr("deltacome.search.strategies.COUNTS", (2, 32))
     out, stages = tmp_path / "search.json", []
     options = {"ratio": 4, "generations": 1, "population": 6, "on_stage": lambda *stage: stages.append(stage)}
     search(base, finetuned, examples, out, strategy="genetic", **options)
@@ -168,7 +168,7 @@ def test_strategies_share_their_results(
 
 
 def test_the_loss_is_that_of_the_evaluation(base: Path, finetuned: Path, examples: Path, tmp_path: Path) -> None:
-    from deltacome.evaluation import evaluate
+    from deltacome.evaluate.comparison import evaluate
 
     options = {"strategy": "genetic", "generations": 1, "population": 2, "chat_template": "none", "examples": 3}
     report = search(base, finetuned, examples, tmp_path / "search.json", ratio=4, **options)
@@ -185,7 +185,9 @@ def test_infeasible_plans_are_recorded(
     """A plan without `*` fixes its size; no strategy has one, and it misses the ratio as others may by their scales."""
     losses: list[float] = []
     fixed = [PrecisionPlan.parse("8:20"), PrecisionPlan.parse("2:*")]
-    monkeypatch.setattr("deltacome.search.greedy", lambda measure: losses.extend(measure("fixed", fixed)))
+    monkeypatch.setattr(
+        "deltacome.search.precision_search.greedy", lambda measure: losses.extend(measure("fixed", fixed))
+    )
     report = search(base, finetuned, examples, tmp_path / "search.json", ratio=8)
     assert losses[0] == math.inf > losses[1] and "8 cannot be reached" in report["candidates"]["8:20"]["infeasible"]
     with pytest.raises(DeltacomeError, match="no plan will do: a ratio of 5000 cannot be reached"):
@@ -240,7 +242,7 @@ def test_a_full_disk_is_one_sentence(
     def full(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("deltacome.search.write_atomically", full)
+    monkeypatch.setattr("deltacome.search.precision_search.write_atomically", full)
     with pytest.raises(DeltacomeError, match="the disk is full"):
         search(base, finetuned, examples, tmp_path / "search.json", ratio=4)
     assert not list(tmp_path.iterdir())

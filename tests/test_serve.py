@@ -32,12 +32,12 @@ from conftest import Save, fine_tune, make_model, make_tokenizer
 from deltacome import DeltacomeError
 from deltacome.benchmark.load import plan
 from deltacome.benchmark.serve import CACHE, DELTAS, DISK
-from deltacome.checkpoint import Checkpoint
+from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.data import Encoder
-from deltacome.merging import load_merged, open_checked
-from deltacome.serve.engine import Engine, Limits
-from deltacome.serve.guards import BodyGuard
-from deltacome.serve.keys import Keys
+from deltacome.restore.merging import load_merged, open_checked
+from deltacome.serve.engine.scheduler import Engine, Limits
+from deltacome.serve.http.guards import BodyGuard
+from deltacome.serve.http.keys import Keys
 from deltacome.serve.server import build
 from serving import serving
 
@@ -471,7 +471,7 @@ def test_without_a_folder_nothing_can_be_loaded(address: str, folder: Path) -> N
 
 
 def test_a_watched_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deltacome.serve.app.WATCH_SECONDS", 0.05)
+    monkeypatch.setattr("deltacome.serve.http.app.WATCH_SECONDS", 0.05)
     deltas = tmp_path / "deltas"
     deltas.mkdir()
     with serving(make_app(folder, deltas={}, folder=deltas)) as address:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from deltacome.checkpoint import Checkpoint
-from deltacome.merging import load_merged, open_checked
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.restore.merging import load_merged, open_checked
 from deltacome.runtime.model import load
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

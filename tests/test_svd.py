@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deltacome.svd import leading_components, singular_values, split_components
+from deltacome.compression.svd import leading_components, singular_values, split_components
 
 
 def decaying(m: int, n: int) -> torch.Tensor:

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from conftest import term_bytes
-from deltacome.bits import BIT_WIDTHS, pack
-from deltacome.terms import Dense, Factored, Groups, Sign, add_terms, component_bits, groups_per_row
+from deltacome.format.bits import BIT_WIDTHS, pack
+from deltacome.format.terms import Dense, Factored, Groups, Sign, add_terms, component_bits, groups_per_row
 
 
 def random_factored(bits: int, m: int, n: int, rank: int, group_size: int = 0) -> tuple[Factored, np.ndarray]:

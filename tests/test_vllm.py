@@ -40,7 +40,7 @@ from vllm.lora.request import LoRARequest
 
 from conftest import Save, fine_tune, make_model
 from deltacome import compress, load, merge
-from deltacome.exporting import export
+from deltacome.restore.exporting import export
 
 SIZES: dict[str, Any] = {
     "vocab_size": 259,

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from deltacome import DeltacomeError, compress, vllm
-from deltacome.artifact import Artifact
+from deltacome.format.artifact import Artifact
+from deltacome.format.terms import Sign, add_terms
 from deltacome.runtime.kernels import reference
 from deltacome.runtime.kernels.packed import pack_terms
-from deltacome.terms import Sign, add_terms
 from deltacome.vllm import command
 from deltacome.vllm.changes import share
 from deltacome.vllm.rows import KEPT, Rows, Step

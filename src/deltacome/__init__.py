@@ -2,29 +2,18 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from deltacome.version import __version__
 
 if TYPE_CHECKING:
-    from deltacome.artifact import Artifact
-    from deltacome.compression import compress
-    from deltacome.errors import DeltacomeError
-    from deltacome.merging import merge
-    from deltacome.runtime.model import load
+    from deltacome.api import Artifact, DeltacomeError, compress, load, merge
 
 __all__ = ["Artifact", "DeltacomeError", "__version__", "compress", "load", "merge"]
-_HOMES = {
-    "Artifact": "artifact",
-    "DeltacomeError": "errors",
-    "compress": "compression",
-    "load": "runtime.model",
-    "merge": "merging",
-}
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use: the command line's help must not wait for torch."""
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'deltacome' has no attribute {name!r}")
-    from importlib import import_module
+    from deltacome import api
 
-    return getattr(import_module(f"deltacome.{_HOMES[name]}"), name)
+    return getattr(api, name)

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
+from torch import Tensor
 
 from deltacome.errors import DeltacomeError
 
@@ -121,3 +123,14 @@ class Encoder:
         completion = self.tokenizer(example.completion, add_special_tokens=False).input_ids
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         return [*prompt, *completion, *end], len(prompt)
+
+
+def pad(rows: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
+    """Token ids as one tensor (rows, longest), and its attention mask."""
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        place = slice(ids.shape[1] - len(row), None) if left else slice(0, len(row))
+        ids[i, place] = torch.tensor(row)
+        mask[i, place] = 1
+    return ids, mask

@@ -1,6 +1,7 @@
 """Files: hashing, folders that appear only when complete, and safetensors written as a stream."""
 
 import errno
+import fnmatch
 import hashlib
 import json
 import os
@@ -28,6 +29,27 @@ SAFETENSORS_DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+
+# Files that belong to a model besides its weights.
+SIDECARS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.tiktoken",
+    "*.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "*.py",
+)
 
 
 def raw(tensor: Tensor) -> memoryview:
@@ -39,6 +61,12 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sidecars_in(folder: Path) -> list[Path]:
+    """The files in a folder that belong to a model besides its weights, by name."""
+    files = (path for path in folder.iterdir() if path.is_file() and not path.name.endswith(".index.json"))
+    return sorted(path for path in files if any(fnmatch.fnmatch(path.name, pattern) for pattern in SIDECARS))
 
 
 @contextmanager

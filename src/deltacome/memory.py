@@ -1,12 +1,14 @@
 """Peak memory of a piece of work."""
 
-import resource
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psutil
+
+if sys.platform != "win32":
+    import resource
 
 INTERVAL = 0.02  # seconds between two looks
 
@@ -44,5 +46,6 @@ def peak_memory() -> Iterator[Peak]:
     finally:
         stop.set()
         watcher.join()
-        largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        peak.bytes = max(peak.bytes, largest - resident)
+        if sys.platform != "win32":  # which has no such count
+            largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            peak.bytes = max(peak.bytes, largest - resident)

@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltacome.artifact import Artifact, rebuild_stored
 from deltacome.benchmark.results import Row, Table, save, set_ticks
-from deltacome.calibration import batch
-from deltacome.checkpoint import Checkpoint
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.checkpoints.module_names import Names
+from deltacome.checkpoints.rebuilding import rebuild_stored
+from deltacome.compression.calibration import batch
 from deltacome.data import Encoder, read_examples
 from deltacome.errors import DeltacomeError
-from deltacome.evaluation import load
+from deltacome.evaluate.comparison import load
+from deltacome.evaluate.summary import import_pyplot
 from deltacome.files import new_folder
-from deltacome.merging import open_checked
-from deltacome.names import Names
+from deltacome.format.artifact import Artifact
 from deltacome.progress import bar
-from deltacome.summary import import_pyplot
+from deltacome.restore.merging import open_checked
 
 PARTS = ("low", "middle", "high")  # thirds of the decoder layers
 OUTLIERS = 0.01  # of a layer's outputs, the largest

@@ -8,9 +8,9 @@ from textwrap import fill
 from typing import Any
 
 from deltacome.benchmark.results import Row, Table, set_ticks
-from deltacome.summary import import_pyplot
+from deltacome.evaluate.summary import import_pyplot
 
-MARKERS, DASHES = "os^DvP*X", ("-", "--", ":", "-.")  # of other numbers than the colours, so that pairs differ
+MARKERS, DASHES = "os^DvP*X", ("-", "--", ":", "-.")  # of other numbers than the colors, so that pairs differ
 WIDTH = 44  # letters of a line of the legend
 TICKS = 8  # the most numbers of tenants that all have a tick
 MERGED, SHARED = "merged models", "one base with deltas"

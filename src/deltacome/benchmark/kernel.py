@@ -11,10 +11,10 @@ import torch
 from deltacome.benchmark.random_model import computed_in, random_delta
 from deltacome.benchmark.results import Row, Table, save
 from deltacome.benchmark.timing import Run, captured, copy_bandwidth, measure
+from deltacome.evaluate.summary import import_pyplot
 from deltacome.files import new_folder
 from deltacome.progress import bar
 from deltacome.runtime.kernels import kernels_for
-from deltacome.summary import import_pyplot
 
 SIZES = (1024, 2048, 4096, 8192)
 BATCHES = (1, 2, 4, 8, 16)

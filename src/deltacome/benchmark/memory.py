@@ -15,10 +15,10 @@ from torch import Tensor
 from deltacome.benchmark.random_model import random_model, random_tenant, shared_with_tenants
 from deltacome.benchmark.results import Row, Table, save, set_ticks
 from deltacome.errors import DeltacomeError
+from deltacome.evaluate.summary import import_pyplot
 from deltacome.files import new_folder
 from deltacome.progress import bar
 from deltacome.runtime.model import load
-from deltacome.summary import import_pyplot
 
 COUNTS = (2, 5, 10, 20, 50)
 CONTEXT = 64  # tokens that each row has read

@@ -10,14 +10,14 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from pydantic import BaseModel, ValidationError
 
-from deltacome import __version__
 from deltacome.benchmark.glance import KINDS, Panel, panels
 from deltacome.benchmark.results import Table
 from deltacome.errors import DeltacomeError
-from deltacome.evaluation import cells
+from deltacome.evaluate.comparison import cells
+from deltacome.evaluate.summary import import_pyplot
 from deltacome.files import disk_errors, write_atomically
 from deltacome.progress import print_warning
-from deltacome.summary import import_pyplot
+from deltacome.version import __version__
 
 LONG = 12  # rows; a longer table is folded
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -14,18 +14,19 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from deltacome import __version__
 from deltacome.benchmark import report
 from deltacome.benchmark.suite import Candidate, Finetune, Suite, file_name, read_suite
-from deltacome.checkpoint import Checkpoint, pair
-from deltacome.compression import compress
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.checkpoints.pairing import pair
+from deltacome.compression.pipeline import compress
 from deltacome.data import NO_TEMPLATE, read_examples
 from deltacome.errors import DeltacomeError
-from deltacome.evaluation import BASE, FINETUNED, Comparison, load, sizes
+from deltacome.evaluate.comparison import BASE, FINETUNED, Comparison, load, sizes
+from deltacome.evaluate.summary import import_pyplot
 from deltacome.files import disk_errors, sha256, write_atomically
-from deltacome.merging import load_merged, open_checked
 from deltacome.progress import print_warning
-from deltacome.summary import import_pyplot
+from deltacome.restore.merging import load_merged, open_checked
+from deltacome.version import __version__
 
 Row = dict[str, Any]
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltacome.bits import planes
 from deltacome.errors import DeltacomeError
+from deltacome.format.bits import planes
 from deltacome.runtime.kernels.packed import TILE, Packed, PackedTerm, Plane, Tiled
 from deltacome.runtime.model import share
 from deltacome.runtime.tenant import Change, Tenant

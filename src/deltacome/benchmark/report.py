@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from deltacome.benchmark import results
-from deltacome.evaluation import BASE
+from deltacome.evaluate.comparison import BASE
+from deltacome.evaluate.summary import import_pyplot
 from deltacome.files import write_atomically
-from deltacome.summary import import_pyplot
 
 FIGURES = ("on_task_kl", "off_task_kl", "other_kl", "nll", "accuracy", "retention")
 CSV_COLUMNS = (

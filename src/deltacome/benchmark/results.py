@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from deltacome import __version__
-from deltacome.evaluation import markdown
+from deltacome.evaluate.comparison import markdown
+from deltacome.evaluate.summary import import_pyplot
 from deltacome.files import write_atomically
-from deltacome.summary import import_pyplot
+from deltacome.version import __version__
 
 Row = dict[str, Any]
 

@@ -11,9 +11,9 @@ import torch
 from deltacome.benchmark.random_model import random_model, random_tenant, shared_with_tenants
 from deltacome.benchmark.results import Row, Table, save
 from deltacome.benchmark.timing import captured, measure
+from deltacome.evaluate.summary import import_pyplot
 from deltacome.files import new_folder
 from deltacome.progress import bar
-from deltacome.summary import import_pyplot
 
 COUNTS = (1, 2, 4, 8, 16)
 CONTEXT = 64  # tokens in the cache

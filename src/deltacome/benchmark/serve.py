@@ -21,10 +21,10 @@ from deltacome.benchmark.load import Answered, Planned, drive, plan
 from deltacome.benchmark.results import Row, Table, save
 from deltacome.data import read_examples
 from deltacome.errors import DeltacomeError
+from deltacome.evaluate.summary import import_pyplot
 from deltacome.files import new_folder
-from deltacome.merging import merge
 from deltacome.progress import bar
-from deltacome.summary import import_pyplot
+from deltacome.restore.merging import merge
 
 COLUMNS = {
     "system": "system",

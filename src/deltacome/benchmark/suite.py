@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deltacome.compression.methods import make_method
 from deltacome.data import NO_TEMPLATE, read_examples
 from deltacome.errors import DeltacomeError
-from deltacome.evaluation import BASE, FINETUNED
-from deltacome.methods import make_method
-from deltacome.metrics import ANSWER_PATTERN, compile_pattern
+from deltacome.evaluate.comparison import BASE, FINETUNED
+from deltacome.evaluate.metrics import ANSWER_PATTERN, compile_pattern
 
 SUITE_KEYS: dict[str, type] = {"base": str, "finetunes": dict, "methods": dict, "ratios": list}
 SUITE_OPTIONS: dict[str, type] = {"chat_template": str, "offtask": str}

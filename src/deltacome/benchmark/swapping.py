@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from fastapi import FastAPI
 
-from deltacome.artifact import Artifact
-from deltacome.checkpoint import Checkpoint
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.format.artifact import Artifact
 from deltacome.runtime.model import share
 from deltacome.runtime.tenant import Tenant
-from deltacome.serve.app import create_app
-from deltacome.serve.attention import share_keys
-from deltacome.serve.engine import Engine, Limits, Sequence
-from deltacome.serve.keys import Keys
+from deltacome.serve.engine.attention import share_keys
+from deltacome.serve.engine.scheduler import Engine, Limits, Sequence
+from deltacome.serve.http.app import create_app
+from deltacome.serve.http.keys import Keys
 from deltacome.serve.metrics import Metrics
 from deltacome.serve.registry import Loaded, Registry
 

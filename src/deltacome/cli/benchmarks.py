@@ -6,16 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from deltacome.cli.common import (
-    Base,
-    Json,
-    NewTokens,
-    Template,
-    app,
-    named_folders,
-    print_table,
-    quiet,
-)
+from deltacome.cli.common import Base, Json, NewTokens, Template, app, named_folders, print_table, quiet
 
 benchmarks = typer.Typer(help="Whole comparisons, each by one command; a killed one goes on.", no_args_is_help=True)
 app.add_typer(benchmarks, name="benchmark")
@@ -33,7 +24,7 @@ def quality(
     """Compare methods at several ratios on several fine-tunes: KL, accuracy and bytes, in a table and a picture."""
     from deltacome.benchmark import report
     from deltacome.benchmark.quality import quality as run
-    from deltacome.evaluation import cells
+    from deltacome.evaluate.comparison import cells
 
     quiet()
     rows = run(suite, output, limit=limit)
@@ -55,7 +46,7 @@ Shape = Literal["135m", "7b"]
 
 
 def _show(results: dict[str, Any], as_json: bool) -> None:
-    from deltacome.evaluation import cells
+    from deltacome.evaluate.comparison import cells
 
     if as_json:
         print(json.dumps(results))
@@ -181,7 +172,7 @@ def serve_benchmark(
 ) -> None:
     """Drive the server with a Poisson load over many deltas, and the same load on merged models swapped in and out."""
     from deltacome.benchmark.serve import COLUMNS, benchmark_serve
-    from deltacome.evaluation import cells
+    from deltacome.evaluate.comparison import cells
 
     quiet()
     files = dict((item.partition("=")[::2] if "=" in item else ("", item)) for item in data)

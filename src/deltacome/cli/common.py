@@ -5,14 +5,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from deltacome import __version__
 from deltacome.errors import DeltacomeError
+from deltacome.version import __version__
 
 app = typer.Typer(
     name="deltacome",
     help="Full fine-tunes of language models as compressed deltas on one base.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )

@@ -6,16 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from deltacome.cli.common import (
-    Base,
-    DeltaFolder,
-    Dtype,
-    Json,
-    Template,
-    app,
-    print_table,
-    quiet,
-)
+from deltacome.cli.common import Base, DeltaFolder, Dtype, Json, Template, app, print_table, quiet
 from deltacome.errors import DeltacomeError
 from deltacome.progress import print_warning
 
@@ -76,7 +67,7 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Compress the delta between a base and a fine-tuned checkpoint. Started again after a kill, it goes on."""
-    from deltacome.compression import compress as run
+    from deltacome.compression.pipeline import compress as run
 
     quiet()
     report = run(
@@ -123,9 +114,9 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a compressed delta holds: a table by module, and totals."""
-    from deltacome import summary
-    from deltacome.artifact import Artifact
+    from deltacome.evaluate import summary
     from deltacome.files import disk_errors
+    from deltacome.format.artifact import Artifact
 
     artifact = Artifact(delta)
     rows, totals = summary.table(artifact, weights), summary.totals(artifact)
@@ -165,9 +156,9 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check every file of a compressed delta against its SHA-256, and its base."""
-    from deltacome.artifact import Artifact
-    from deltacome.checkpoint import Checkpoint
-    from deltacome.merging import open_checked
+    from deltacome.checkpoints.checkpoint import Checkpoint
+    from deltacome.format.artifact import Artifact
+    from deltacome.restore.merging import open_checked
 
     if base is None:
         artifact = Artifact(delta)
@@ -192,8 +183,8 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Rebuild the fine-tuned checkpoint from its base and a compressed delta."""
-    from deltacome.merging import DTYPES
-    from deltacome.merging import merge as run
+    from deltacome.restore.merging import DTYPES
+    from deltacome.restore.merging import merge as run
 
     report = run(base, delta, output, DTYPES[dtype] if dtype else None)
     print(json.dumps(report) if as_json else f"{output}: {report['bytes']:,} bytes")
@@ -210,8 +201,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a delta as a LoRA adapter, the nearest of its rank, for what knows nothing of deltas."""
-    from deltacome.exporting import export as run
-    from deltacome.merging import DTYPES
+    from deltacome.restore.exporting import export as run
+    from deltacome.restore.merging import DTYPES
 
     report = run(base, delta, output, max_rank=max_rank, dtype=DTYPES[dtype])
     if report["capped"]:
@@ -236,7 +227,8 @@ def push(
 ) -> None:
     """Upload a compressed delta, with its model card, to the Hugging Face Hub. Log in with `hf auth login`."""
     from deltacome import hub
-    from deltacome.artifact import MANIFEST, MODEL_CARD, Artifact
+    from deltacome.format.artifact import Artifact
+    from deltacome.format.manifest import MANIFEST, MODEL_CARD
 
     artifact = Artifact(delta)
     artifact.check_digests()

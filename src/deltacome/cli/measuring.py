@@ -7,15 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from deltacome.cli.common import (
-    Base,
-    Finetuned,
-    Json,
-    Template,
-    app,
-    print_table,
-    quiet,
-)
+from deltacome.cli.common import Base, Finetuned, Json, Template, app, print_table, quiet
 from deltacome.errors import DeltacomeError
 
 OF_DATA = ("offtask", "max_new_tokens", "answer_pattern", "show")  # options of `evaluate` that go with --data
@@ -59,8 +51,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Compare base, fine-tuned model and compressed deltas: KL, NLL, accuracy, retention; or tasks of lm-eval."""
-    from deltacome import evaluation
     from deltacome.data import read_examples
+    from deltacome.evaluate import comparison as evaluation
     from deltacome.files import disk_errors
 
     quiet()
@@ -123,7 +115,7 @@ def _evaluate_tasks(
     include_path: Path | None,
     options: dict[str, Any],
 ) -> None:
-    from deltacome.evaluation import markdown_table
+    from deltacome.evaluate.comparison import markdown_table
     from deltacome.files import disk_errors
 
     harness = _harness()
@@ -140,7 +132,7 @@ def _evaluate_tasks(
 
 def _harness() -> Any:
     try:
-        from deltacome import harness
+        from deltacome.evaluate import harness
     except ImportError as error:
         raise DeltacomeError("this needs lm-evaluation-harness; pip install 'deltacome[lm-eval]'") from error
     return harness
@@ -187,8 +179,8 @@ def search(
 
     Prints the plan for `compress --precision`, and each stage's candidates on standard error.
     """
-    from deltacome.search import cells
-    from deltacome.search import search as run
+    from deltacome.search.precision_search import cells
+    from deltacome.search.precision_search import search as run
 
     quiet()
     report = run(

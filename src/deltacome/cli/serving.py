@@ -8,16 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from deltacome.cli.common import (
-    Base,
-    Dtype,
-    Json,
-    NewTokens,
-    Template,
-    app,
-    named_folders,
-    quiet,
-)
+from deltacome.cli.common import Base, Dtype, Json, NewTokens, Template, app, named_folders, quiet
 from deltacome.errors import DeltacomeError
 
 Deltas = Annotated[
@@ -78,8 +69,8 @@ def chat(
 
 def _conversation(base: str, deltas: list[str], chat_template: str | None, dtype: str) -> Any:
     """A conversation with the deltas of the command line, or with the base if there are none."""
-    from deltacome.checkpoint import Checkpoint
-    from deltacome.merging import DTYPES
+    from deltacome.checkpoints.checkpoint import Checkpoint
+    from deltacome.restore.merging import DTYPES
     from deltacome.runtime.conversation import Conversation
     from deltacome.runtime.model import load
 
@@ -132,9 +123,9 @@ def serve(
     ] = "embedded",
 ) -> None:
     """Serve a base and any number of its deltas through OpenAI's API, all of them in one running batch."""
-    from deltacome.merging import DTYPES
-    from deltacome.serve.engine import Limits
-    from deltacome.serve.keys import Keys
+    from deltacome.restore.merging import DTYPES
+    from deltacome.serve.engine.scheduler import Limits
+    from deltacome.serve.http.keys import Keys
     from deltacome.serve.server import build, log_as_json, run
     from deltacome.vllm import command
 

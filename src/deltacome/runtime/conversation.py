@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from deltacome.checkpoint import Checkpoint
-from deltacome.data import Encoder
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.data import Encoder, pad
 from deltacome.errors import DeltacomeError
-from deltacome.merging import copy_sidecars
-from deltacome.metrics import pad
+from deltacome.restore.merging import copy_sidecars
 from deltacome.runtime.tenant import Tenant
 
 Messages = tuple[dict[str, str], ...]

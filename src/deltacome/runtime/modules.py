@@ -62,7 +62,7 @@ class _Job:
 
 
 class _Linear:
-    """`nn.Linear`, also quantised, and transformers' `Conv1D`, whose weight lies the other way round."""
+    """`nn.Linear`, also quantized, and transformers' `Conv1D`, whose weight lies the other way round."""
 
     deltacome = True
 

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from deltacome.artifact import Artifact, Entry
-from deltacome.bits import unpack
-from deltacome.checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Checkpoint
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.checkpoints.module_names import Names, Place
 from deltacome.errors import DeltacomeError
-from deltacome.names import Names, Place
+from deltacome.format.artifact import Artifact
+from deltacome.format.bits import unpack
+from deltacome.format.manifest import Entry
+from deltacome.format.terms import Dense, Factored, Term, add_terms
 from deltacome.runtime.kernels.packed import Packed, pack_terms, transposed
-from deltacome.terms import Dense, Factored, Term, add_terms
+from deltacome.weights import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
 
 # Settings of a model that change nothing in what it computes for a token, or are dealt with by what a delta holds.
 WITHOUT_EFFECT = {

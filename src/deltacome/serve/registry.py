@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from deltacome.artifact import MANIFEST, Artifact, locate_artifact
-from deltacome.checkpoint import Checkpoint
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.checkpoints.rebuilding import check_base
 from deltacome.data import Encoder
 from deltacome.errors import DeltacomeError
+from deltacome.format.artifact import Artifact, locate_artifact
+from deltacome.format.manifest import MANIFEST
 from deltacome.runtime.conversation import load_language
 from deltacome.runtime.kernels.cpu import compute_alone
 from deltacome.runtime.tenant import Tenant, check_config
@@ -133,7 +135,7 @@ class Registry:
         folder = locate_artifact(folder).resolve()
         stamp = _stamp(folder)
         artifact = Artifact(folder)
-        artifact.check_base(self.base_checkpoint)
+        check_base(artifact, self.base_checkpoint)
         check_config(artifact, self.base_checkpoint)
         return Entry(folder, artifact.bytes, artifact.finetuned_bytes, stamp, is_watched)
 

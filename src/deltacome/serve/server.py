@@ -14,12 +14,12 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
-from deltacome.checkpoint import Checkpoint
+from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError
 from deltacome.runtime.model import load
-from deltacome.serve.app import create_app
-from deltacome.serve.engine import Engine, Limits
-from deltacome.serve.keys import Keys
+from deltacome.serve.engine.scheduler import Engine, Limits
+from deltacome.serve.http.app import create_app
+from deltacome.serve.http.keys import Keys
 from deltacome.serve.metrics import Metrics
 from deltacome.serve.registry import Registry
 

@@ -14,7 +14,7 @@ def register() -> None:
     import vllm
     from vllm.logger import init_logger
 
-    from deltacome import __version__
+    from deltacome.version import __version__
 
     if _kept:
         return

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from deltacome.errors import DeltacomeError
+from deltacome.format.terms import Factored, Groups, Sign, Term
 from deltacome.runtime.kernels.packed import Packed
-from deltacome.terms import Factored, Groups, Sign, Term
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from deltacome.checkpoint import Checkpoint
+from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError
-from deltacome.merging import open_checked
+from deltacome.restore.merging import open_checked
 
 FOLDER_SLOTS = 16  # for the deltas of a folder; a slot without one takes no memory
 

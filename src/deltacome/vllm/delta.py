@@ -6,15 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltacome.artifact import Artifact, Entry
-from deltacome.checkpoint import OUTPUT_EMBEDDINGS, Checkpoint, is_embedding
+from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError
+from deltacome.format.artifact import Artifact
+from deltacome.format.manifest import Entry
+from deltacome.format.terms import Dense, Term
 from deltacome.runtime.kernels.packed import pack_terms
 from deltacome.runtime.tenant import check_config, embedding_vectors
-from deltacome.terms import Dense, Term
 from deltacome.vllm import internals
 from deltacome.vllm.changes import Gains, Part, share
 from deltacome.vllm.layers import Content, Embedding, Linear, Logits, Norm
+from deltacome.weights import OUTPUT_EMBEDDINGS, is_embedding
 
 CPU = torch.device("cpu")
 

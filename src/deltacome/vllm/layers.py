@@ -280,7 +280,7 @@ class Logits(Layer, internals.LogitsProcessorWithLoRA):
 class Norm(Layer, internals.BaseLayerWithLoRA):
     """A norm that adapters have their own of.
 
-    The rows of adapters are normalised a second time, in float32: scaling what the base's norm gives would round twice.
+    The rows of adapters are normalized a second time, in float32: scaling what the base's norm gives would round twice.
     """
 
     def __init__(self, base_layer: Any) -> None:
@@ -311,8 +311,8 @@ class Norm(Layer, internals.BaseLayerWithLoRA):
         if values is None:
             return
         own, weight, bias = values
-        normalise = layer_norm if self.is_layer_norm else rms_norm
-        changed = normalise(x[own].float(), x.shape[-1:], eps=self.epsilon) * weight
+        normalize = layer_norm if self.is_layer_norm else rms_norm
+        changed = normalize(x[own].float(), x.shape[-1:], eps=self.epsilon) * weight
         y[own] = (changed if bias is None else changed + bias).to(y.dtype)
 
     def _values(self, rows: Rows, dimensions: int) -> tuple[Tensor, Tensor, Tensor | None] | None:

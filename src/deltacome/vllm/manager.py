@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from deltacome.artifact import MANIFEST
-from deltacome.checkpoint import Checkpoint
+from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError
-from deltacome.merging import open_checked
+from deltacome.format.manifest import MANIFEST
+from deltacome.restore.merging import open_checked
 from deltacome.vllm import internals
 from deltacome.vllm.delta import Layers, read
 from deltacome.vllm.layers import Content, Layer, Norm

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from deltacome.artifact import MANIFEST
+from deltacome.format.manifest import MANIFEST
 from deltacome.vllm import internals
 
 

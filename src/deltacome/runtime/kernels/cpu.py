@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltacome.rotation import signs_of
+from deltacome.format.rotation import signs_of
 from deltacome.runtime.kernels import reference
 from deltacome.runtime.kernels.packed import Packed
 from deltacome.runtime.kernels.steps import (

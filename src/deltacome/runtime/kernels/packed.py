@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltacome.bits import pack, planes, unpack
-from deltacome.terms import Factored, Sign, Term
+from deltacome.format.bits import pack, planes, unpack
+from deltacome.format.terms import Factored, Sign, Term
 
 TILE = 8  # columns of a matrix of words that lie together
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from deltacome.bits import planes, unpack
-from deltacome.rotation import rotate, unrotate
+from deltacome.format.bits import planes, unpack
+from deltacome.format.rotation import rotate, unrotate
 from deltacome.runtime.kernels.packed import Packed, unpack_term
 
 

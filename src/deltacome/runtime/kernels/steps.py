@@ -156,7 +156,7 @@ def _equal(a, b):  # type: ignore[no-untyped-def]
 def _read_inputs(data, segments, rows, begin, end):  # type: ignore[no-untyped-def]
     """First step: each row of x, rotated where its delta asks for it, and after it, its sum.
 
-    Neighbouring matrices have the same inputs (q, k and v; gate and up), and then the row lies there already.
+    Neighboring matrices have the same inputs (q, k and v; gate and up), and then the row lies there already.
     """
     n, stride = data[N], data[INPUT_STRIDE]
     for s in range(data[SEGMENT_COUNT]):

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deltacome.rotation import signs_of, unrotate
+from deltacome.format.rotation import signs_of, unrotate
 from deltacome.runtime.kernels import reference
 from deltacome.runtime.kernels.packed import TILE, Packed, turn
 from deltacome.runtime.kernels.reference import columns

@@ -58,7 +58,7 @@ def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
 def _inner(width: int) -> Any:
     """Build `inner_WIDTH(words, stride, count, x, out)`.
 
-    The sums `sum_i x[i] * code[i, lane]` of LANES neighbouring columns of a matrix of words (count, stride); x has
+    The sums `sum_i x[i] * code[i, lane]` of LANES neighboring columns of a matrix of words (count, stride); x has
     `count * 32 / width` entries. words, x, out: addresses; out takes LANES floats.
     """
     per_word = 32 // width
@@ -91,7 +91,7 @@ def _inner(width: int) -> Any:
 def _outer(width: int) -> Any:
     """Build `outer_WIDTH(words, stride, count, shift, t, out, out_stride, fresh)`.
 
-    For LANES neighbouring words of each row and the SHIFTS codes of each from bit `shift` on:
+    For LANES neighboring words of each row and the SHIFTS codes of each from bit `shift` on:
     `out[i, lane] = sum_k t[k] * code[k, lane, i]`, added to what is there unless `fresh`.
     words: a matrix of words (count, stride). out: (SHIFTS, out_stride) floats, fewer where a word has fewer codes.
     """
@@ -139,7 +139,7 @@ def _butterfly(_: Any, a: Any, b: Any) -> Any:
 
 
 def _lane_hadamard(_: Any, x: Any) -> Any:
-    """`lane_hadamard(x)`: the Hadamard transform, not normalised, of the LANES floats at the address x."""
+    """`lane_hadamard(x)`: the Hadamard transform, not normalized, of the LANES floats at the address x."""
 
     def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
         place = _address(builder, arguments[0], _I64(0), _F32)
@@ -163,7 +163,7 @@ butterfly, lane_hadamard = intrinsic(_butterfly), intrinsic(_lane_hadamard)
 def _lift(width: int) -> Any:
     """Build `lift_WIDTH(words, out, stride, weight)`.
 
-    The codes of LANES neighbouring words, times `weight`, are added to `32 / width` rows of LANES floats that lie
+    The codes of LANES neighboring words, times `weight`, are added to `32 / width` rows of LANES floats that lie
     `stride` floats apart.
     """
 

@@ -1,0 +1,49 @@
+"""Fine-tuned weights, from an artifact and its base."""
+
+import torch
+from torch import Tensor
+
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.errors import DeltacomeError
+from deltacome.format.artifact import Artifact
+from deltacome.format.manifest import Entry
+from deltacome.format.terms import Dense, Term, add_terms
+from deltacome.weights import split_stack
+
+
+def rebuild_stored(name: str, artifact: Artifact, base: Checkpoint, dtype: torch.dtype | None = None) -> Tensor:
+    """A fine-tuned weight or stack of a name in `artifact.stored`; dtype: of those in floating point, else its own."""
+    entries = artifact.stored[name]
+    own = entries[0].dtype
+    chosen = dtype if dtype is not None and own.is_floating_point else own
+    parts = [rebuild(entry, artifact.terms(entry.name), base).to(chosen) for entry in entries]
+    return parts[0] if split_stack(entries[0].name)[1] is None else torch.stack(parts)
+
+
+def rebuild(entry: Entry, terms: list[Term], base: Checkpoint) -> Tensor:
+    """The fine-tuned weight: in its own dtype where it is exact, else in float32."""
+    if entry.dense == 0 or entry.base is None:
+        return next(term.value for term in terms if isinstance(term, Dense))
+    if not terms:
+        weight = base.read(entry.base).to(entry.dtype)
+        return weight[: entry.shape[0]] if entry.shape else weight
+    weight = base.read_float(entry.base)[: entry.shape[0]]
+    rebuilt = torch.zeros(entry.shape)
+    rebuilt[: weight.shape[0]] = weight
+    return add_terms(rebuilt, terms)
+
+
+def check_base(artifact: Artifact, base: Checkpoint) -> None:
+    """Compare the base's weights and the files that the artifact takes from it.
+
+    Raises:
+        DeltacomeError: if it is another base.
+    """
+    if base.fingerprint() != artifact.fingerprint:
+        raise DeltacomeError(
+            f"{base.source} is not the base of {artifact.folder}: its weights' fingerprint differs; "
+            f"the delta was made on {artifact.base_name}"
+        )
+    for name, digest in artifact.base_files.items():
+        if base.sidecar_digest(name) != digest:
+            raise DeltacomeError(f"{name} in {base.source} is not the one that {artifact.folder} was made with")

@@ -1,0 +1,79 @@
+"""The work on single matrices of a compression, wherever the checkpoints and the work folder can be seen."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.checkpoints.pairing import Pair
+from deltacome.compression.journal import Store
+from deltacome.compression.methods import Delta, Method, SharesByError
+from deltacome.format.manifest import Entry, term_tensors
+from deltacome.format.terms import Dense, Term, add_terms
+from deltacome.weights import is_embedding, module_kind
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """All that the work takes: what to read, how to compress, and where to put the results.
+
+    pairs: by name, of these matrices and any other weights. layers, bits_per_weight: see `Delta`; layers by kind of
+    matrix. energies, sensitivities, budgets (bits): by matrix, filled in as they become known.
+    """
+
+    base: Checkpoint
+    finetuned: Checkpoint
+    method: Method
+    store: Store
+    pairs: Mapping[str, Pair]
+    layers: Mapping[str, int]
+    bits_per_weight: float
+    energies: dict[str, Tensor] = field(default_factory=dict)
+    sensitivities: dict[str, float] = field(default_factory=dict)
+    budgets: dict[str, float] = field(default_factory=dict)
+
+    def measure(self, name: str) -> None:
+        """Store what the method needs to know of a matrix for sharing out the bits, under `spectrum of NAME`."""
+        assert isinstance(self.method, SharesByError)
+        delta = self._known(name, None)
+        found = self.method.spectrum(delta) if bool(delta.values.any()) else None
+        self.store.keep(f"spectrum of {name}", found.tensors() if found is not None else {})
+
+    def compress(self, name: str, second_moment: Tensor | None = None) -> None:
+        """Compress a matrix and store it."""
+        p = self.pairs[name]
+        delta = self._known(name, second_moment)
+        terms: list[Term] = []
+        error = None
+        norm = float(delta.values.norm())
+        if norm:
+            terms = self.method.compress(delta, self.budgets.get(name, 0))
+            error = float(f"{float(add_terms(delta.values.neg_(), terms).norm()) / norm:.4g}")
+        if p.rows < p.shape[0]:
+            terms.append(Dense(self.finetuned.read(name)[p.rows :], p.rows))
+        self.write(name, terms, error)
+
+    def write(self, name: str, terms: list[Term], error: float | None = None) -> None:
+        """Store a weight's terms."""
+        p = self.pairs[name]
+        fields, tensors = term_tensors(terms, p.shape)
+        entry = Entry(name, p.shape, p.dtype, p.base_name, error=error, **fields)
+        self.store.write(entry, {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
+
+    def _known(self, name: str, second_moment: Tensor | None) -> Delta:
+        """All that the method gets to know of a matrix."""
+        sensitivity, energy = self.sensitivities.get(name, 1.0), self.energies.get(name)
+        values, _ = read_delta(self.pairs[name], self.base, self.finetuned)
+        layers = self.layers[module_kind(name)]
+        return Delta(values, is_embedding(name), second_moment, energy, sensitivity, layers, self.bits_per_weight)
+
+
+def read_delta(p: Pair, base: Checkpoint, finetuned: Checkpoint) -> tuple[Tensor, float]:
+    """The delta in float32, rows that the base lacks being zero, and the norm of the base's weight."""
+    assert p.base_name is not None
+    delta = finetuned.read_float(p.name)
+    theirs = base.read_float(p.base_name)
+    delta[: p.rows] -= theirs[: p.rows]
+    delta[p.rows :] = 0
+    return delta, float(theirs.norm())

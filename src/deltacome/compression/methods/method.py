@@ -1,0 +1,69 @@
+"""What a method is given, and what it gives."""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from deltacome.compression.allocation import Spectrum
+from deltacome.format.terms import Term
+
+Statistics = Literal["nothing", "second moments", "energies"]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """One matrix to compress, and what is known of the layer's inputs x.
+
+    values: float32, (m, n), at least one entry other than zero.
+    is_embedding: whether it is an embedding or a language-model head, whose rows are tokens.
+    second_moment: E[x xT], (n, n); None if it was not measured.
+    energy: E[x²] of each input, (n,), scaled to a mean of 1; None if it was not measured.
+    layers: how many matrices of its kind the model has, one a layer.
+    bits_per_weight: what the asked ratio leaves each weight of the model.
+    sensitivity: how large the layer's output error is, against its output, for a unit of squared error in the weight;
+        scaled so that the geometric mean over a model's weights is 1.
+    """
+
+    values: Tensor
+    is_embedding: bool = False
+    second_moment: Tensor | None = None
+    energy: Tensor | None = None
+    sensitivity: float = 1.0
+    layers: int = 1
+    bits_per_weight: float = 1.0
+
+
+class Method(Protocol):
+    """One method with its settings; a frozen dataclass whose fields are the settings."""
+
+    @property
+    def spends_a_budget(self) -> bool:
+        """Whether the size follows the budget; otherwise the method fixes it."""
+        ...
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the method cannot do without the user's data."""
+        ...
+
+    @property
+    def statistics(self) -> Statistics:
+        """What of the layers' inputs the method makes use of. Energies are measured without data, too."""
+        ...
+
+    def compress(self, delta: Delta, budget_bits: float) -> list[Term]:
+        """Terms of one delta that take `budget_bits` at most, all scales counted."""
+        ...
+
+
+@runtime_checkable
+class SharesByError(Protocol):
+    """What a method has besides if the bits are to be shared out by the errors of all matrices.
+
+    Without it every matrix gets the same bits a weight.
+    """
+
+    def spectrum(self, delta: Delta) -> Spectrum:
+        """What sharing out needs to know of a matrix."""
+        ...

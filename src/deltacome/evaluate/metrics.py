@@ -1,0 +1,143 @@
+"""How far a model is from another, and how well it answers: KL, NLL, accuracy of greedy answers."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltacome.data import Example, pad
+from deltacome.errors import DeltacomeError
+
+TOKENS_AT_ONCE = 1024  # logits of so many tokens are in memory, twice
+ANSWERS_AT_ONCE = 32
+ANSWER_PATTERN = r"####\s*(\S+)"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean and its standard error."""
+
+    value: float
+    error: float
+
+    @classmethod
+    def of_ratio(cls, sums: Tensor, counts: Tensor) -> "Mean":
+        """All sums over all counts, a mean over tokens for instance; the examples, (n,), are what is independent."""
+        total, examples = max(float(counts.sum()), 1.0), len(counts)
+        value = float(sums.sum()) / total
+        spread = float((sums - value * counts).square().sum())
+        return cls(value, (spread * examples / max(examples - 1, 1)) ** 0.5 / total)
+
+    @classmethod
+    def of_successes(cls, successes: int, trials: int) -> "Mean":
+        """A proportion."""
+        value = successes / trials
+        return cls(value, (value * (1 - value) / trials) ** 0.5)
+
+
+@torch.inference_mode()
+def divergence(
+    reference: Any, model: Any, encoded: Sequence[tuple[list[int], int]], advance: Callable[[float], None]
+) -> tuple[Mean, Mean]:
+    """KL(reference || model) and the model's NLL, in nats a token, over the tokens from each example's start on.
+
+    Args:
+        reference, model: causal language models of transformers.
+        encoded: token ids, and the first position that counts, per example.
+        advance: called with the number of examples done.
+    """
+    lengths = [len(ids) for ids, _ in encoded]
+    order = sorted(range(len(encoded)), key=lengths.__getitem__)
+    kl, nll, counts = torch.zeros(len(encoded)), torch.zeros(len(encoded)), torch.zeros(len(encoded))
+    start = 0
+    while start < len(order):
+        chunk = [order[start]]
+        while (
+            start + len(chunk) < len(order) and lengths[order[start + len(chunk)]] * (len(chunk) + 1) <= TOKENS_AT_ONCE
+        ):
+            chunk.append(order[start + len(chunk)])
+        start += len(chunk)
+        ids, mask = pad([encoded[i][0] for i in chunk], left=False)
+        expected = reference(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        found = expected
+        if model is not reference:
+            found = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        vocabulary = min(expected.shape[-1], found.shape[-1])  # one of them may be padded
+        for row, i in enumerate(chunk):
+            first, last = encoded[i][1], lengths[i]
+            p, q = (x[row, first - 1 : last - 1, :vocabulary].float().log_softmax(-1) for x in (expected, found))
+            kl[i] = torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True)
+            nll[i] = -q.gather(1, ids[row, first:last, None]).sum()
+            counts[i] = last - first
+        advance(len(chunk))
+    return Mean.of_ratio(kl, counts), Mean.of_ratio(nll, counts)
+
+
+@torch.inference_mode()
+def answer(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    new_tokens: int,
+    advance: Callable[[float], None] = lambda _: None,
+) -> list[str]:
+    """Greedy answers to prompts of token ids, up to the end token or `new_tokens` tokens."""
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), ANSWERS_AT_ONCE):
+        chunk = order[start : start + ANSWERS_AT_ONCE]
+        ids, mask = pad([prompts[i] for i in chunk], left=True)
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id or 0,
+        )
+        for i, row in zip(chunk, output[:, ids.shape[1] :], strict=True):
+            answers[i] = tokenizer.decode(row, skip_special_tokens=True)
+        advance(len(chunk))
+    return answers
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """The regular expression that finds an answer.
+
+    Raises:
+        DeltacomeError: if it is none.
+    """
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise DeltacomeError(f"{pattern!r} is no regular expression: {error}") from error
+
+
+def is_right(output: str, example: Example, pattern: str | re.Pattern[str] = ANSWER_PATTERN) -> bool:
+    """Whether an answer is the example's: its `answer` as the last match of `pattern`, else the whole completion."""
+    if example.answer is None:
+        return output.strip() == example.completion.strip()
+    found = re.findall(pattern, output)
+    if not found:
+        return False
+    given, wanted = found[-1].strip(), example.answer.strip()
+    try:
+        return float(given.replace(",", "")) == float(wanted.replace(",", ""))
+    except ValueError:
+        return bool(given == wanted)
+
+
+def retention(right: Tensor, base: Tensor, finetuned: Tensor) -> Mean | None:
+    """(score - base's) / (fine-tuned's - base's), or None where the fine-tune leaves the score as it is.
+
+    The error is that of paired examples: a problem that every model solves adds nothing to it.
+
+    Args:
+        right, base, finetuned: 1 for each example that a model gets right and 0 for the others, (n,).
+    """
+    gained = finetuned - base
+    sign = gained.sum().sign()  # a fine-tune may lower the score
+    return Mean.of_ratio(sign * (right - base), sign * gained) if sign else None

@@ -1,0 +1,112 @@
+"""Rebuild a fine-tuned model from its base and a compressed delta, on disk or in memory."""
+
+import json
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.checkpoints.rebuilding import check_base, rebuild_stored
+from deltacome.errors import DeltacomeError
+from deltacome.files import new_folder, shard_names, shards, write_safetensors
+from deltacome.format.artifact import Artifact
+from deltacome.progress import bar, each
+
+SHARD_BYTES = 5 * 10**9
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def merge(base: str | Path, delta: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Write the rebuilt checkpoint, tensor by tensor, to the folder `out`.
+
+    Args:
+        dtype: of the floating-point weights; the fine-tuned checkpoint's own by default. Rounding to 16 bit costs
+            some of the delta; `torch.float32` keeps all of it.
+
+    Returns:
+        `folder` and `bytes`.
+
+    Raises:
+        DeltacomeError: on a broken artifact, another base, or an output that exists; nothing is left behind.
+    """
+    out = Path(out)
+    with new_folder(out) as folder:
+        checkpoint = Checkpoint(base)
+        artifact = open_checked(checkpoint, delta)
+        specs = {}
+        for name, (first, *_) in artifact.stored.items():
+            own = dtype if dtype is not None and first.dtype.is_floating_point else first.dtype
+            specs[name] = (own, artifact.stored_shape(name))
+        sizes = {name: d.itemsize * torch.Size(shape).numel() for name, (d, shape) in specs.items()}
+        runs = shards(sizes, SHARD_BYTES)
+        files = shard_names("model", len(runs))
+        with bar("merging", len(specs)) as advance:
+
+            def read(name: str) -> torch.Tensor:
+                advance(1)
+                return rebuild_stored(name, artifact, checkpoint, dtype)
+
+            for file, names in zip(files, runs, strict=True):
+                write_safetensors(folder / file, {name: specs[name] for name in names}, read)
+        if len(files) > 1:
+            weight_map = {name: file for file, names in zip(files, runs, strict=True) for name in names}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        copy_sidecars(artifact, checkpoint, folder)
+    return {"folder": str(out), "bytes": sum(path.stat().st_size for path in out.iterdir())}
+
+
+def open_checked(base: Checkpoint, delta: str | Path) -> Artifact:
+    """Open an artifact and check all of its digests, and that the base is its own.
+
+    Raises:
+        DeltacomeError: on a broken artifact or another base.
+    """
+    artifact = Artifact(delta)
+    artifact.check_digests()
+    check_base(artifact, base)
+    return artifact
+
+
+def copy_sidecars(artifact: Artifact, base: Checkpoint, folder: Path) -> None:
+    """Put the fine-tuned model's tokenizer and configuration files, of weights not quantized, into a folder."""
+    for name in artifact.base_files:
+        shutil.copyfile(base.folder / name, folder / name)
+    for name in artifact.files.keys() - {path.name for path in artifact.weight_files}:
+        shutil.copyfile(artifact.folder / name, folder / name)
+    config = folder / "config.json"
+    if config.is_file() and "quantization_config" in (settings := json.loads(config.read_text(encoding="utf-8"))):
+        del settings["quantization_config"]
+        config.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+def load_merged(base: Checkpoint, artifact: Artifact, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """The rebuilt model, in evaluation mode, and its tokenizer, without writing the weights to disk.
+
+    The weights are those of `merge(..., dtype=dtype)`, bit for bit. The artifact is one from `open_checked`.
+
+    Raises:
+        DeltacomeError: if transformers does not know the architecture.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
+
+    weights = {}
+    with bar("rebuilding", len(artifact.stored)) as advance:
+        for name in each(artifact.stored, advance):
+            weights[name] = rebuild_stored(name, artifact, base, dtype)
+    with TemporaryDirectory() as temporary:
+        copy_sidecars(artifact, base, Path(temporary))
+        try:
+            config = AutoConfig.from_pretrained(temporary)
+            architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            model = architecture.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+            if (Path(temporary) / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(temporary)
+            tokenizer = AutoTokenizer.from_pretrained(temporary)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise DeltacomeError(f"transformers cannot load the model of {artifact.folder}: {reason}") from error
+    return model.eval(), tokenizer

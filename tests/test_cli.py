@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import deltacome
+from commands import fail, run, succeed
 from deltacome import DeltacomeError
 from deltacome.benchmark.activations import benchmark_activations
 from deltacome.benchmark.kernel import benchmark_kernel
@@ -15,25 +16,6 @@ from deltacome.benchmark.random_model import SHAPES
 from deltacome.benchmark.runtime import benchmark_runtime
 
 COMMANDS = ("compress", "inspect", "verify", "merge", "export", "generate", "chat", "evaluate", "search", "report")
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "deltacome.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-
-def succeed(*arguments: object) -> str:
-    result = run(*arguments)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def fail(message: str, *arguments: object) -> None:
-    """Exit status 1 and one line on standard error, progress bars aside, that has the message in it."""
-    result = run(*arguments)
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert result.returncode == 1 and len(errors) == 1 and message in errors[0], result.stderr
-    assert "Traceback" not in result.stderr and result.stdout == ""
 
 
 @pytest.fixture(scope="module")
@@ -112,15 +94,14 @@ def test_merge_and_generate(delta: Path, base: Path, tmp_path: Path) -> None:
 
 
 def test_chat(delta: Path, base: Path) -> None:
-    command = [sys.executable, "-m", "deltacome.cli", "chat", base, "--max-new-tokens", "4"]
+    chat = ("chat", base, "--max-new-tokens", "4")
     said = "Hello\n\nAnd?\n/reset\nHello\n/exit\nnever\n"
-    two = ("--delta", f"a={delta}", "--delta", f"b={delta}")
-    several = subprocess.run([*command, *two], input=said, capture_output=True, text=True, timeout=120)
+    several = run(*chat, "--delta", f"a={delta}", "--delta", f"b={delta}", said=said)
     assert several.returncode == 0, several.stderr
     answers = [part.partition("b: ") for part in several.stdout.split("a: ")[1:]]
     assert len(answers) == 3 and answers[0] == answers[2]
     assert all(a.strip() == b.strip() for a, _, b in answers)
-    one = subprocess.run([*command, "--delta", delta], input="Hello\n", capture_output=True, text=True, timeout=120)
+    one = run(*chat, "--delta", delta, said="Hello\n")
     assert one.returncode == 0 and one.stdout.strip() == answers[0][0].strip()
 
 
@@ -192,6 +173,14 @@ def test_errors_are_one_line(base: Path, finetuned: Path, tmp_path: Path) -> Non
     fail("no folder", "inspect", tmp_path / "nothing")
     fail("is no compressed delta", "verify", base)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_installed_program_says_the_same(tmp_path: Path) -> None:
+    """In a process of its own, where an error that nobody foresaw would be a traceback."""
+    command = [sys.executable, "-m", "deltacome.cli", "inspect", str(tmp_path / "nothing")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr == f"error: there is no folder {tmp_path / 'nothing'}\n"
 
 
 def test_wrong_usage_has_its_own_exit_status() -> None:

@@ -1,8 +1,6 @@
 """lm-evaluation-harness with deltas, on task files and data of our own; there is no network."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from commands import run
 from deltacome import DeltacomeError, compress, merge
 from deltacome.evaluate import harness
 
@@ -45,11 +44,6 @@ def place(base: Path, finetuned: Path, tmp_path_factory: pytest.TempPathFactory)
     text = TASK.read_text().replace("test: test.jsonl", f"test: {folder / 'test.jsonl'}")
     (folder / "tasks" / "word_problems.yaml").write_text(text)
     return folder
-
-
-def run(*arguments: Any, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "deltacome.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd)
 
 
 def test_a_delta_scores_as_its_merged_checkpoint(place: Path, base: Path, finetuned: Path, tmp_path: Path) -> None:

@@ -1,0 +1,48 @@
+"""The command line, run in this process: the imports of a new one take longer than most commands."""
+
+import io
+import signal
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from subprocess import CompletedProcess
+from unittest.mock import patch
+
+from deltacome.cli import main
+
+
+def run(*arguments: object, said: str = "") -> CompletedProcess[str]:
+    """What `deltacome ARGUMENTS` prints, and its exit status. said: what it reads from standard input.
+
+    An exception other than those that the command line foresees comes through.
+    """
+    words = list(map(str, arguments))
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    handler = signal.getsignal(signal.SIGTERM)  # which `main` replaces
+    try:
+        with (
+            redirect_stdout(out),
+            redirect_stderr(err),
+            patch.object(sys, "argv", ["deltacome", *words]),
+            patch.object(sys, "stdin", io.StringIO(said)),
+        ):
+            main()
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    return CompletedProcess(words, status, out.getvalue(), err.getvalue())
+
+
+def succeed(*arguments: object) -> str:
+    """What is printed by a command that works."""
+    result = run(*arguments)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def fail(message: str, *arguments: object) -> None:
+    """Exit status 1 and one line on standard error, progress bars aside, that has the message in it."""
+    result = run(*arguments)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 1 and len(errors) == 1 and message in errors[0], result.stderr
+    assert "Traceback" not in result.stderr and result.stdout == ""

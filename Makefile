@@ -3,6 +3,7 @@
 # make quick  the quick tests alone
 # make test-all   all tests, the slow ones too
 # make test-vllm   the tests of the plugin for vLLM, on vLLM's CPU build (five minutes)
+# make gpu-check   on a machine with a GPU, with its own Python: kernel tests, a step of 7B, the kernel alone (six minutes)
 # make docs   the documentation as a site, in site/
 # Each makes its own virtual environment the first time.
 # PYTHON=python3.12 takes another Python, CONSTRAINTS=constraints-oldest.txt the oldest torch and transformers that are
@@ -16,7 +17,7 @@ VLLM_VENV := .venv/vllm
 DOCS_VENV := .venv/docs
 INSTALL = pip install --quiet --disable-pip-version-check
 
-.PHONY: demo quick test test-all test-vllm docs lint clean
+.PHONY: demo quick test test-all test-vllm gpu-check docs lint clean
 
 demo: $(DEMO_VENV)/ready
 	$(DEMO_VENV)/bin/python examples/demo.py demo-output
@@ -32,6 +33,15 @@ test-all: lint
 
 test-vllm: $(VLLM_VENV)/ready
 	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_parts.py
+
+# The Python that has torch for the GPU; the package itself need not be installed.
+GPU_OUT ?= gpu-check-output
+gpu-check: export PYTHONPATH = src
+gpu-check:
+	mkdir -p $(GPU_OUT)
+	$(PYTHON) -m pytest tests/test_gpu.py tests/test_kernels.py
+	$(PYTHON) -m deltacome.cli benchmark runtime --shape 7b --tenants 1 --tenants 4 --tenants 16 --tenants 50 --rounds 3 -o $(GPU_OUT)/runtime
+	$(PYTHON) -m deltacome.cli benchmark kernel --rounds 3 -o $(GPU_OUT)/kernel
 
 docs: $(DOCS_VENV)/ready
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict

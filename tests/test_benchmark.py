@@ -192,7 +192,7 @@ def test_a_killed_run_does_only_what_is_missing(
         ]
     log.clear()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("deltacome.compression.pipeline._Run._write", killed)  # within the third
+        patch.setattr("deltacome.compression.pipeline.write_artifact", killed)  # within the third
         quality(one, out)
     assert log == ["load_merged math/delta-come/8", "compress math/low-rank-16-bit/4"]
     log.clear()
@@ -263,7 +263,7 @@ def test_a_full_disk_is_not_the_cells_fault(
         raise OSError(28, os.strerror(28))
 
     with monkeypatch.context() as patch, pytest.raises(DeltacomeError, match="the disk is full"):
-        patch.setattr("deltacome.compression.pipeline._Run._write", full)
+        patch.setattr("deltacome.compression.pipeline.write_artifact", full)
         quality(suite, out)
     assert not (out / "rows/math/delta-come").exists()
     assert "failed" not in {key for row in quality(suite, out) for key in row}

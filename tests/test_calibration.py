@@ -86,7 +86,7 @@ def test_without_data_inputs_are_measured_and_with_data_too(
     messages: list[str] = []
     for name, options in {"free": {}, "plain": {"input_weight": 0.0}, "data": {"calibration": examples}}.items():
         compress(base, finetuned, tmp_path / name, ratio=8, warn=messages.append, **options)
-    monkeypatch.setattr("deltacome.compression.pipeline.random_tokens", lambda _: 1 / 0)
+    monkeypatch.setattr("deltacome.compression.measuring.random_tokens", lambda _: 1 / 0)
     compress(base, finetuned, tmp_path / "blind", ratio=8, warn=messages.append)
     assert len(messages) == 1 and "all count alike: division by zero" in messages[0]
     codes = {path.name: (path / "delta.safetensors").read_bytes() for path in tmp_path.iterdir()}

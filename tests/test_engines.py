@@ -101,7 +101,7 @@ def test_what_a_lost_worker_was_at_is_done_again(
     assert (tmp_path / "work" / "begun").exists()  # somebody died
     assert list(Local().each(Matrices.compress, alone, names)) == names
     for name in names:
-        ours, theirs = (load_file(store.place(name)) for store in (work.store, alone.store))
+        ours, theirs = (load_file(store.path(name)) for store in (work.store, alone.store))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
     def dies(work: Matrices, name: str) -> None:

@@ -58,7 +58,7 @@ def test_merging_in_shards(base: Path, delta: Path, tmp_path: Path, monkeypatch:
 
 
 def test_a_sharded_artifact(base: Path, finetuned: Path, delta: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("deltacome.compression.pipeline.SHARD_BYTES", 10_000)
+    monkeypatch.setattr("deltacome.compression.writing.SHARD_BYTES", 10_000)
     compress(base, finetuned, tmp_path / "delta", ratio=4)
     artifact, whole = Artifact(tmp_path / "delta"), Artifact(delta)
     assert len(artifact.weight_files) > 2 and artifact.entries == whole.entries

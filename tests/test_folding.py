@@ -206,7 +206,7 @@ def test_a_killed_run_without_the_option_is_not_gone_on_with(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("deltacome.compression.pipeline._Run._write", kill)
+        patch.setattr("deltacome.compression.pipeline.write_artifact", kill)
         compress(base, finetuned, tmp_path / "delta", ratio=4)
     assert len(list(work_folder(tmp_path / "delta").glob("*.safetensors"))) == 20
     compress(base, finetuned, tmp_path / "delta", ratio=4, fold_norms=True)

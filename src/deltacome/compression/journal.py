@@ -32,22 +32,25 @@ class Store:
 
     def write(self, entry: Entry, tensors: dict[str, Tensor]) -> None:
         """Store a finished weight; `tensors` by their names in the artifact."""
-        _save(tensors, self.place(entry.name), {"name": entry.name, "fields": json.dumps(entry.fields())})
+        _save(tensors, self.path(entry.name), {"name": entry.name, "fields": json.dumps(entry.fields())})
 
-    def place(self, name: str) -> Path:
+    def path(self, name: str) -> Path:
         """Where a finished weight of that name is."""
         return self.folder / f"{_digest(name)}.safetensors"
 
-    def keep(self, key: str, tensors: dict[str, Tensor]) -> None:
+    def save_intermediate(self, key: str, tensors: dict[str, Tensor]) -> None:
         """Store tensors of unfinished work under a key."""
-        _save(tensors, self.folder / f"{_digest(key)}.kept", {})
+        _save(tensors, self._intermediate(key), {})
 
-    def kept(self, key: str) -> dict[str, Tensor] | None:
-        """What `keep` was given, None if there is nothing whole under the key."""
+    def load_intermediate(self, key: str) -> dict[str, Tensor] | None:
+        """What `save_intermediate` was given, None if there is nothing whole under the key."""
         try:
-            return load_file(self.folder / f"{_digest(key)}.kept")
+            return load_file(self._intermediate(key))
         except (OSError, SafetensorError):
             return None
+
+    def _intermediate(self, key: str) -> Path:
+        return self.folder / f"{_digest(key)}.intermediate"
 
 
 class Journal:
@@ -96,7 +99,7 @@ class Journal:
 
     def add(self, name: str) -> Entry:
         """Take up a weight that has been stored."""
-        self._load(self.store.place(name))
+        self._load(self.store.path(name))
         return self.entries[name]
 
     def read(self, tensor: str) -> Tensor:

@@ -19,7 +19,7 @@ class Matrices:
     """All that the work takes: what to read, how to compress, and where to put the results.
 
     pairs: by name, of these matrices and any other weights. layers, bits_per_weight: see `Delta`; layers by kind of
-    matrix. energies, sensitivities, budgets (bits): by matrix, filled in as they become known.
+    matrix. energies, sensitivities, budgets (bits): by matrix, empty as long as they are not known.
     """
 
     base: Checkpoint
@@ -29,16 +29,16 @@ class Matrices:
     pairs: Mapping[str, Pair]
     layers: Mapping[str, int]
     bits_per_weight: float
-    energies: dict[str, Tensor] = field(default_factory=dict)
-    sensitivities: dict[str, float] = field(default_factory=dict)
-    budgets: dict[str, float] = field(default_factory=dict)
+    energies: Mapping[str, Tensor] = field(default_factory=dict)
+    sensitivities: Mapping[str, float] = field(default_factory=dict)
+    budgets: Mapping[str, float] = field(default_factory=dict)
 
     def measure(self, name: str) -> None:
         """Store what the method needs to know of a matrix for sharing out the bits, under `spectrum of NAME`."""
         assert isinstance(self.method, SharesByError)
         delta = self._known(name, None)
         found = self.method.spectrum(delta) if bool(delta.values.any()) else None
-        self.store.keep(f"spectrum of {name}", found.tensors() if found is not None else {})
+        self.store.save_intermediate(f"spectrum of {name}", found.tensors() if found is not None else {})
 
     def compress(self, name: str, second_moment: Tensor | None = None) -> None:
         """Compress a matrix and store it."""

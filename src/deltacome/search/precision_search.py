@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.compression.budget import DEFAULT_RATIO
 from deltacome.compression.journal import claim
-from deltacome.compression.pipeline import DEFAULT_RATIO, compress
+from deltacome.compression.pipeline import compress
 from deltacome.compression.precision import TRIPLE, PrecisionPlan
 from deltacome.data import Encoder, read_examples
 from deltacome.errors import DeltacomeError, UnreachableRatioError

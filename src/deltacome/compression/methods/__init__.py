@@ -38,4 +38,7 @@ def make_method(name: str, **settings: Any) -> Method:
 
 def describe(name: str, method: Method) -> dict[str, Any]:
     """Name and settings of a method, as the artifact records them."""
-    return {"name": name, **asdict(method)}  # type: ignore[call-overload]
+    settings = asdict(method)  # type: ignore[call-overload]
+    if isinstance(method, DeltaCome):
+        settings["group_size"] = method.groups  # the default is written down as what it comes to
+    return {"name": name, **settings}

@@ -42,16 +42,16 @@ class DeltaCome:
     def __post_init__(self) -> None:
         if self.scale not in ("unbiased", "least-squares", "minmax"):
             raise DeltacomeError(f"there is no scale {self.scale!r}; choose unbiased, least-squares or minmax")
-        if self.group_size is None:
-            object.__setattr__(self, "group_size", REFERENCE_GROUP if self.scale == "minmax" else 0)
         if self.groups < 0 or (self.scale == "minmax" and not self.groups):
-            raise DeltacomeError(f"a group size of {self.group_size} does not go with scale {self.scale}; try 128")
+            raise DeltacomeError(f"a group size of {self.groups} does not go with scale {self.scale}; try 128")
         PrecisionPlan.parse(self.precision)
 
     @property
     def groups(self) -> int:
-        """Entries a group, 0 for none."""
-        return self.group_size or 0
+        """Entries a group, 0 for none: `group_size`, or its default."""
+        if self.group_size is None:
+            return REFERENCE_GROUP if self.scale == "minmax" else 0
+        return self.group_size
 
     @property
     def spends_a_budget(self) -> bool:

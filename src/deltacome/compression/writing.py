@@ -1,0 +1,78 @@
+"""The last step of a compression: an artifact put together from finished weights."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.compression.journal import Journal
+from deltacome.files import publish, sha256, shard_names, shards, write_safetensors
+from deltacome.format.artifact import Artifact
+from deltacome.format.card import model_card
+from deltacome.format.manifest import FORMAT_VERSION, MODEL_CARD, WEIGHTS, Entry, linear_ratio, write_manifest
+from deltacome.version import __version__
+
+SHARD_BYTES = 5 * 10**9
+
+
+def write_artifact(
+    out: Path,
+    journal: Journal,
+    base: Checkpoint,
+    finetuned: Checkpoint,
+    method: dict[str, Any],
+    check: Callable[[Artifact], None],
+) -> None:
+    """Write the journal's weights as an artifact in its folder, and give that its name when it is complete.
+
+    Args:
+        method: the method and its settings, as the manifest has them.
+        check: raises if the artifact is not what was asked for; nothing is there under the name `out` then.
+    """
+    folder = journal.folder / "artifact"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    entries = [journal.entries[name] for name in sorted(journal.entries)]
+    files = _write_weights(folder, entries, journal)
+    weight_bytes = sum((folder / file).stat().st_size for file in files)
+    base_files = {}
+    for path in finetuned.sidecars():
+        digest = sha256(path)
+        if digest == base.sidecar_digest(path.name):
+            base_files[path.name] = digest
+        else:
+            shutil.copyfile(path, folder / path.name)
+            files[path.name] = digest
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "deltacome": __version__,
+        "method": method,
+        "base": {"name": base.name, "fingerprint": base.fingerprint()},
+        "finetuned": {"name": finetuned.name},
+        "finetuned_bytes": 2 * finetuned.elements,
+        "linear_ratio": round(linear_ratio(entries), 3),
+        "files": files,
+        "base_files": base_files,
+        "weights": {entry.name: entry.fields() for entry in entries},
+    }
+    write_manifest(folder, manifest, weight_bytes)
+    artifact = Artifact(folder)
+    check(artifact)
+    (folder / MODEL_CARD).write_text(model_card(artifact), encoding="utf-8")
+    publish(folder, out)
+
+
+def _write_weights(folder: Path, entries: list[Entry], journal: Journal) -> dict[str, str]:
+    """Write the weight files; their SHA-256 by name."""
+    specs = {name: spec for entry in entries for name, spec in entry.tensors().items()}
+    # Larger items first keeps every tensor aligned to its item size.
+    order = sorted(specs, key=lambda name: -specs[name][0].itemsize)
+    sizes = {name: specs[name][0].itemsize * torch.Size(specs[name][1]).numel() for name in order}
+    runs = shards(sizes, SHARD_BYTES)
+    return {
+        file: write_safetensors(folder / file, {name: specs[name] for name in names}, journal.read)
+        for file, names in zip(shard_names(WEIGHTS, len(runs)), runs, strict=True)
+    }

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -87,14 +87,15 @@ def compress(
         scale=scale,
         group_size=group_size,
     )
-    if as_json:
-        print(json.dumps(report))
-    else:
-        print(
-            f"{output}: {report['artifact_bytes']:,} bytes for {report['finetuned_bytes']:,}, ratio "
-            f"1/{report['artifact_ratio']:.1f} (linear weights 1/{report['linear_ratio']:.1f}), "
-            f"{report['seconds']:.1f} s, peak memory {report['peak_bytes'] / 2**20:.0f} MiB"
-        )
+    print(json.dumps(report) if as_json else _as_sentence(report))
+
+
+def _as_sentence(report: dict[str, Any]) -> str:
+    return (
+        f"{report['artifact']}: {report['artifact_bytes']:,} bytes for {report['finetuned_bytes']:,}, ratio "
+        f"1/{report['artifact_ratio']:.1f} (linear weights 1/{report['linear_ratio']:.1f}), "
+        f"{report['seconds']:.1f} s, peak memory {report['peak_bytes'] / 2**20:.0f} MiB"
+    )
 
 
 def _renames(given: list[str]) -> dict[str, str]:

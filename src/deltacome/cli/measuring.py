@@ -56,21 +56,12 @@ def evaluate(
     from deltacome.files import disk_errors
 
     quiet()
-    deltas: dict[str, str] = {}
-    for item in delta:
-        name, equals, folder = item.partition("=")
-        if not (name and equals and folder) or name in deltas or name in (evaluation.BASE, evaluation.FINETUNED):
-            raise DeltacomeError(f"--delta {item}: write NAME=DELTA, each name once and neither base nor fine-tuned")
-        deltas[name] = folder
+    deltas = _named_deltas(delta, {evaluation.BASE, evaluation.FINETUNED})
     if not output.absolute().parent.is_dir():
         raise DeltacomeError(f"cannot write {output}: there is no folder {output.parent}")
     if (data is None) == (tasks is None):
         raise DeltacomeError("give either --data FILE.jsonl or --tasks TASK,...")
-    for name in OF_TASKS if tasks is None else OF_DATA:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            option = f"--{name.replace('_', '-')}"
-            raise DeltacomeError(f"{option} goes with {'--tasks' if tasks is None else '--data'}; leave it out")
+    _refuse_options_of_the_other_kind(context, has_tasks=tasks is not None)
     if tasks is not None:
         options = {
             "apply_chat_template": apply_chat_template,
@@ -99,10 +90,28 @@ def evaluate(
         return
     print_table(list(evaluation.COLUMNS.values()), [evaluation.cells(row) for row in rows])
     examples = [example for example in read_examples(data, limit) if example.messages]
-    for place, example in enumerate(examples[:show]):
+    for number, example in enumerate(examples[:show]):
         print(f"\nprompt: {example.messages[-1]['content']}\nexpected: {example.completion!r}")
         for row in rows:
-            print(f"{row['name']}: {row['outputs'][place]!r}")
+            print(f"{row['name']}: {row['outputs'][number]!r}")
+
+
+def _named_deltas(given: list[str], taken: set[str]) -> dict[str, str]:
+    deltas: dict[str, str] = {}
+    for item in given:
+        name, equals, folder = item.partition("=")
+        if not (name and equals and folder) or name in deltas or name in taken:
+            raise DeltacomeError(f"--delta {item}: write NAME=DELTA, each name once and neither base nor fine-tuned")
+        deltas[name] = folder
+    return deltas
+
+
+def _refuse_options_of_the_other_kind(context: typer.Context, *, has_tasks: bool) -> None:
+    for name in OF_DATA if has_tasks else OF_TASKS:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            raise DeltacomeError(f"{option} goes with {'--data' if has_tasks else '--tasks'}; leave it out")
 
 
 def _evaluate_tasks(

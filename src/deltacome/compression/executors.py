@@ -1,18 +1,18 @@
 """Where the work on matrices is done: in this process, or on a Ray cluster whose nodes share the storage."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 
 from deltacome.compression.matrices import Matrices
 from deltacome.errors import DeltacomeError
 
-EngineName = Literal["local", "ray"]
+ExecutorName = Literal["local", "ray"]
 Task = Callable[[Matrices, str], None]  # a method of `Matrices`
 
 
-class Engine(Protocol):
+class Executor(Protocol):
     """Does a task for each of some matrices."""
 
     def each(self, task: Task, work: Matrices, names: Sequence[str]) -> Iterator[str]:
@@ -20,7 +20,7 @@ class Engine(Protocol):
         ...
 
 
-class Local:
+class LocalExecutor:
     """One matrix after another, each on all cores."""
 
     def each(self, task: Task, work: Matrices, names: Sequence[str]) -> Iterator[str]:
@@ -30,12 +30,12 @@ class Local:
             yield name
 
 
-class OnRay:
+class RayExecutor:
     """Matrices spread over a Ray cluster: that of RAY_ADDRESS or of this machine, or one that is started here.
 
     Ray does what a lost worker was at again. Each task has as many threads as torch has here, or as the smallest node
-    has cores if these are fewer: on one kind of machine the results are those of `Local`, to the last bit, for the same
-    number of threads.
+    has cores if these are fewer: on one kind of machine the results are those of `LocalExecutor`, to the last bit, for
+    the same number of threads.
 
     Raises:
         DeltacomeError: if Ray is not installed, or there is no cluster where RAY_ADDRESS says.
@@ -92,14 +92,13 @@ def _run(task: Task, work: Matrices, name: str, threads: int) -> None:
     task(work, name)
 
 
-def make_engine(name: EngineName) -> Engine:
-    """The engine of that name.
+def make_executor(name: ExecutorName) -> Executor:
+    """The executor of that name.
 
     Raises:
-        DeltacomeError: if there is none, or as `OnRay`.
+        DeltacomeError: if there is none, or as `RayExecutor`.
     """
-    engines: dict[str, Any] = {"local": Local, "ray": OnRay}
-    if name not in engines:
+    executors: dict[str, type[Executor]] = {"local": LocalExecutor, "ray": RayExecutor}
+    if name not in executors:
         raise DeltacomeError(f"there is no engine {name!r}; choose local or ray")
-    found: Engine = engines[name]()
-    return found
+    return executors[name]()

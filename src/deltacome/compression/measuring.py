@@ -10,7 +10,7 @@ from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.pairing import Pair
 from deltacome.compression.allocation import Spectrum
 from deltacome.compression.calibration import CalibrationStream, random_tokens
-from deltacome.compression.executors import Engine
+from deltacome.compression.executors import Executor
 from deltacome.compression.journal import Store
 from deltacome.compression.matrices import Matrices
 from deltacome.progress import bar
@@ -75,7 +75,7 @@ def _measured_energies(
     return merged
 
 
-def measure_spectra(work: Matrices, matrices: Sequence[Pair], executor: Engine) -> Mapping[str, Spectrum]:
+def measure_spectra(work: Matrices, matrices: Sequence[Pair], executor: Executor) -> Mapping[str, Spectrum]:
     """What sharing out the bits by errors needs to know of each matrix, those without a delta left out."""
     tensors = {p.name: work.store.load_intermediate(f"spectrum of {p.name}") for p in matrices}
     left = [name for name, found in tensors.items() if found is None]

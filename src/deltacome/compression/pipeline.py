@@ -20,7 +20,7 @@ from deltacome.checkpoints.pairing import Pair, pair
 from deltacome.checkpoints.rebuilding import rebuild
 from deltacome.compression.budget import DEFAULT_RATIO, Budget
 from deltacome.compression.calibration import CalibrationStream, batch
-from deltacome.compression.executors import Engine, EngineName, make_engine
+from deltacome.compression.executors import Executor, ExecutorName, make_executor
 from deltacome.compression.journal import Journal, work_folder
 from deltacome.compression.matrices import Matrices, read_delta
 from deltacome.compression.measuring import measure_energies, measure_spectra
@@ -57,7 +57,7 @@ def compress(
     chat_template: str | None = None,
     fold_norms: bool = False,
     renames: Mapping[str, str] | None = None,
-    engine: EngineName = "local",
+    engine: ExecutorName = "local",
     warn: Warn = print_warning,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def compress(
         fold_norms: put what changed in a norm into the layers behind it, where that is exact; see
             `deltacome.folding.Folded`.
         renames: beginnings of the fine-tuned weights' names and the base's for them, if they differ.
-        engine: where the work on matrices is done, see `deltacome.engines`.
+        engine: where the work on matrices is done, see `deltacome.compression.executors`.
         warn: called with each warning.
         settings: the method's own; None keeps its default.
 
@@ -99,7 +99,7 @@ def compress(
         opened, exact = Checkpoint(base), embeddings == "exact"
         tuned = _open(opened, finetuned, exact, fold_norms)
         budget = Budget(chosen, {p.name: p for p in pair(opened, tuned, renames)}, ratio, exact)
-        run = _Run(opened, tuned, budget, make_engine(engine), warn)
+        run = _Run(opened, tuned, budget, make_executor(engine), warn)
         tokens = None
         if calibration is not None:
             tokens = _read_tokens(tuned, calibration, calibration_examples, chat_template)
@@ -122,7 +122,7 @@ def compress(
     }
 
 
-def _check_statistics(name: str, method: Method, has_data: bool, engine: EngineName) -> None:
+def _check_statistics(name: str, method: Method, has_data: bool, engine: ExecutorName) -> None:
     """Refuse calibration data that the method makes no use of, and a method that cannot do without."""
     if method.needs_calibration and not has_data:
         raise DeltacomeError(f"method {name} needs data with these settings; add --calibration FILE.jsonl")
@@ -148,7 +148,7 @@ class _Run:
     base: Checkpoint
     finetuned: Checkpoint
     budget: Budget
-    executor: Engine
+    executor: Executor
     warn: Warn
 
 

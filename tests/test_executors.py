@@ -18,7 +18,7 @@ from conftest import Save, fine_tune, make_model
 from deltacome import DeltacomeError, compress
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.pairing import pair
-from deltacome.compression.executors import Local, OnRay, Task, make_engine
+from deltacome.compression.executors import LocalExecutor, RayExecutor, Task, make_executor
 from deltacome.compression.journal import Store
 from deltacome.compression.matrices import Matrices
 from deltacome.compression.methods import make_method
@@ -97,9 +97,9 @@ def test_what_a_lost_worker_was_at_is_done_again(
 ) -> None:
     work, alone = (work_in(tmp_path / name, *pair_of_models) for name in ("work", "alone"))
     names = [f"model.layers.{i}.mlp.{part}_proj.weight" for i in (0, 1) for part in ("gate", "up", "down")]
-    assert sorted(OnRay().each(dying_once(names[3]), work, names)) == sorted(names)
+    assert sorted(RayExecutor().each(dying_once(names[3]), work, names)) == sorted(names)
     assert (tmp_path / "work" / "begun").exists()  # somebody died
-    assert list(Local().each(Matrices.compress, alone, names)) == names
+    assert list(LocalExecutor().each(Matrices.compress, alone, names)) == names
     for name in names:
         ours, theirs = (load_file(store.path(name)) for store in (work.store, alone.store))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -108,7 +108,7 @@ def test_what_a_lost_worker_was_at_is_done_again(
         os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(DeltacomeError, match="Ray gave up on some-weight"):
-        list(OnRay().each(dies, work, ["some-weight"]))
+        list(RayExecutor().each(dies, work, ["some-weight"]))
 
 
 def test_a_lost_node(cluster: Cluster, pair_of_models: tuple[Path, Path], tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_lost_node(cluster: Cluster, pair_of_models: tuple[Path, Path], tmp_pa
         time.sleep(0.5)
 
     done: list[str] = []
-    for name in OnRay().each(slow, work, [str(i) for i in range(9)]):
+    for name in RayExecutor().each(slow, work, [str(i) for i in range(9)]):
         done.append(name)
         if len(done) == 3:
             cluster.remove_node(node, allow_graceful=False)
@@ -129,15 +129,15 @@ def test_a_lost_node(cluster: Cluster, pair_of_models: tuple[Path, Path], tmp_pa
 def test_bad_input_on_a_worker_is_one_sentence(cluster: Cluster, pair_of_models: Any, tmp_path: Path) -> None:
     work = work_in(tmp_path / "work", *pair_of_models)
     with pytest.raises(KeyError):
-        list(OnRay().each(Matrices.compress, work, ["no.such.weight"]))
+        list(RayExecutor().each(Matrices.compress, work, ["no.such.weight"]))
     (tmp_path / "work").rmdir()
     with pytest.raises(DeltacomeError, match="must be on storage that all nodes share"):
-        list(OnRay().each(Matrices.compress, work, ["lm_head.weight"]))
+        list(RayExecutor().each(Matrices.compress, work, ["lm_head.weight"]))
 
 
 def test_engines_are_named(pair_of_models: Any, tmp_path: Path) -> None:
     with pytest.raises(DeltacomeError, match="no engine 'slurm'; choose local or ray"):
-        make_engine("slurm")  # type: ignore[arg-type]
+        make_executor("slurm")  # type: ignore[arg-type]
 
 
 def test_calibration_layer_by_layer_is_local(pair_of_models: Any, examples: Path, tmp_path: Path) -> None:

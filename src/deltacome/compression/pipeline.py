@@ -67,14 +67,15 @@ def compress(
         base, finetuned: checkpoint folders or hub ids; `finetuned` may be a folder with a LoRA adapter of the base.
         ratio: bytes of the fine-tuned weights in 16 bit over those of the artifact, 16 by default. A method or
             precision plan that fixes its own size must reach it, if it is given.
-        method: one of `deltacome.methods.METHODS`; by default `delta-come` for a precision plan, else the first.
+        method: one of `deltacome.compression.methods.METHODS`; by default `delta-come` for a precision plan, else the
+            first.
         embeddings: `exact` keeps changed embeddings and the head as they are and leaves them out of the ratio's sum.
         calibration: JSONL file of examples (see `deltacome.data.read_examples`). Without it no data is used; methods
             that weigh inputs measure them on random tokens.
         calibration_examples: how many of the file's first lines are used.
         chat_template: Jinja file, or `none`, in place of the tokenizer's own template.
         fold_norms: put what changed in a norm into the layers behind it, where that is exact; see
-            `deltacome.folding.Folded`.
+            `deltacome.checkpoints.folding.Folded`.
         renames: beginnings of the fine-tuned weights' names and the base's for them, if they differ.
         engine: where the work on matrices is done, see `deltacome.compression.executors`.
         warn: called with each warning.

@@ -50,7 +50,7 @@ class Factored:
     the steps of both vectors. With groups the entries are scaled per group and `scale` is the singular value.
 
     u: int32, (rank, words of m). v: int32, (rank, words of n). scale: bfloat16, (rank,). shape: (m, n).
-    rotated: the sides whose codes are of rotated vectors (`deltacome.rotation`): "", "u", "v" or "uv".
+    rotated: the sides whose codes are of rotated vectors (`deltacome.format.rotation`): "", "u", "v" or "uv".
     rows: int64, (m,), ascending: the rows of the weight that the term adds to; None if it adds to all of them.
     """
 

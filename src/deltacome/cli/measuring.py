@@ -11,6 +11,7 @@ from deltacome.cli.common import Base, Finetuned, Json, Template, app, print_tab
 from deltacome.errors import DeltacomeError
 
 OF_DATA = ("offtask", "max_new_tokens", "answer_pattern", "show")  # options of `evaluate` that go with --data
+LESS = ("linear ratio", "method", "seconds", "NLL")  # headings that a narrow terminal does without
 OF_TASKS = ("include_path", "apply_chat_template", "allow_code")
 
 
@@ -88,7 +89,7 @@ def evaluate(
     if as_json:
         print(json.dumps(rows, ensure_ascii=False))
         return
-    print_table(list(evaluation.COLUMNS.values()), [evaluation.cells(row) for row in rows])
+    print_evaluation(rows)
     examples = [example for example in read_examples(data, limit) if example.messages]
     for number, example in enumerate(examples[:show]):
         print(f"\nprompt: {example.messages[-1]['content']}\nexpected: {example.completion!r}")
@@ -112,6 +113,13 @@ def _refuse_options_of_the_other_kind(context: typer.Context, *, has_tasks: bool
         if source is not None and source.name == "COMMANDLINE":
             option = f"--{name.replace('_', '-')}"
             raise DeltacomeError(f"{option} goes with {'--data' if has_tasks else '--tasks'}; leave it out")
+
+
+def print_evaluation(rows: list[dict[str, Any]]) -> None:
+    """The table of `evaluate`; a narrow terminal does without some columns."""
+    from deltacome.evaluation import COLUMNS, cells
+
+    print_table(list(COLUMNS.values()), [cells(row) for row in rows], less=LESS)
 
 
 def _evaluate_tasks(

@@ -35,6 +35,7 @@ from transformers import (
 from deltacome.format.terms import Factored, Sign
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+pytest.register_assert_rewrite("serving")  # fixtures and helpers of several files
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

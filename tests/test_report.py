@@ -87,11 +87,11 @@ def test_errors(results: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     odd = put(tmp_path / "odd", "odd", [{"artifact_ratio": 16}], {"artifact_ratio": "ratio"})
     odd.write_text(odd.read_text().replace("16\n", '"x"\n'))
-    fail("broken.json is no result of a benchmark: Invalid JSON", "report", results / "deeper/broken.json", "-o", out)
+    fail("broken.json is no result of a benchmark: Expecting", "report", results / "deeper/broken.json", "-o", out)
     wrong = {
         tmp_path / "nowhere": "cannot read .*nowhere: No such file",
         tmp_path / "empty": "there is no result of a benchmark in .*empty",
-        results / "deeper/other.json": "other.json is no result of a benchmark: benchmark: Field required",
+        results / "deeper/other.json": "other.json is no result of a benchmark: it has not the benchmark, command",
         odd: "has a figure that is no number",
     }
     for named, message in wrong.items():

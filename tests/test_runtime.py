@@ -352,7 +352,7 @@ def test_no_memory_for_a_delta(model: Any, two: Any, monkeypatch: pytest.MonkeyP
         raise error
 
     _, deltas, _ = two
-    monkeypatch.setattr("deltacome.runtime.model.load_tenant", fail)
+    monkeypatch.setattr("deltacome.runtime.tenants.load_tenant", fail)
     with pytest.raises(DeltacomeError, match="not enough memory"):
         model.add_delta("c", deltas[0])
     assert set(model.deltas) == {"a", "b"}

@@ -1,14 +1,15 @@
 """`deltacome report`: results of benchmarks as one HTML page that needs nothing else."""
 
 import datetime
+import json
 import re
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from pydantic import BaseModel, ValidationError
 
 from deltacome.benchmark.glance import KINDS, Panel, panels
 from deltacome.benchmark.results import Table
@@ -24,7 +25,8 @@ PNG = b"\x89PNG\r\n\x1a\n"
 SHRINK = 2.6  # times at the most that a picture is made smaller; a screen that is narrower scrolls it
 
 
-class Stored(BaseModel):
+@dataclass(frozen=True)
+class Stored:
     """What `results.save` writes, as far as the page shows it. title: that it has instead of one by its names."""
 
     benchmark: str
@@ -91,15 +93,42 @@ def _find(path: Path) -> list[tuple[Path, Stored]]:
             if any(part.startswith(".") for part in file.relative_to(path).parts):
                 continue
             try:
-                found.append((file, Stored.model_validate_json(file.read_bytes())))
-            except ValidationError as error:
+                found.append((file, _parse(file.read_bytes())))
+            except (ValueError, RecursionError) as error:
                 if file == path:
-                    first = error.errors()[0]
-                    why = ": ".join([*map(str, first["loc"]), first["msg"]])
-                    raise DeltacomeError(f"{path} is no result of a benchmark: {why}") from error
+                    raise DeltacomeError(f"{path} is no result of a benchmark: {error}") from error
     if not found:
         raise DeltacomeError(f"there is no result of a benchmark in {path}; deltacome benchmark leaves some")
     return found
+
+
+def _parse(content: bytes) -> Stored:
+    """The result in a file; others of JSON may lie beside it.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    match json.loads(content):
+        case {
+            "benchmark": str(benchmark),
+            "command": str(command),
+            "machine": str(machine),
+            "date": str(date),
+            "tables": list(tables),
+            **more,
+        } if isinstance(title := more.get("title"), str | None):
+            day = datetime.date.fromisoformat(date)
+            return Stored(benchmark, command, machine, day, [_parse_table(table) for table in tables], title)
+    raise ValueError("it has not the benchmark, command, machine, date and tables of one")
+
+
+def _parse_table(found: Any) -> Table:
+    match found:
+        case {"title": str(title), "columns": dict(columns), "rows": list(rows)} if all(
+            isinstance(heading, str) for heading in columns.values()
+        ) and all(isinstance(row, dict) for row in rows):
+            return Table(title, columns, rows)
+    raise ValueError("it has a table without title, columns or rows")
 
 
 def _section(anchor: str, path: Path, stored: Stored) -> Section:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from fastapi import FastAPI
 
 from deltacome.benchmark.load import Answered, Planned, drive, plan
 from deltacome.benchmark.results import Row, Table, save
@@ -25,6 +24,7 @@ from deltacome.evaluate.summary import import_pyplot
 from deltacome.files import new_folder
 from deltacome.progress import bar
 from deltacome.restore.merging import merge
+from deltacome.serve import check_installed
 
 COLUMNS = {
     "system": "system",
@@ -71,6 +71,7 @@ def benchmark_serve(
         DeltacomeError: if a file or checkpoint is broken, or the output exists.
     """
     import_pyplot()
+    check_installed()
     prompts: Prompts = {}
     for name in deltas:
         if name not in data and "" not in data:
@@ -136,12 +137,12 @@ def _serve_merged(
     chat_template: str | None,
 ) -> None:
     from deltacome.benchmark.swapping import build_swapping
+    from deltacome.serve.http.app import create_app
     from deltacome.serve.server import on_a_thread, run
 
-    def make() -> FastAPI:
-        return build_swapping(base, deltas, merged, patience=patience, from_disk=from_disk, chat_template=chat_template)
-
-    run(on_a_thread(make), "127.0.0.1", port)
+    build = on_a_thread(build_swapping)
+    service = build(base, deltas, merged, patience=patience, from_disk=from_disk, chat_template=chat_template)
+    run(create_app(service), "127.0.0.1", port)
 
 
 def _measure(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastapi import FastAPI
 
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.format.artifact import Artifact
@@ -17,8 +16,8 @@ from deltacome.runtime.model import share
 from deltacome.runtime.tenant import Tenant
 from deltacome.serve.engine.attention import share_keys
 from deltacome.serve.engine.scheduler import Engine, Limits, Sequence
-from deltacome.serve.http.app import create_app
 from deltacome.serve.http.keys import Keys
+from deltacome.serve.http.service import Service
 from deltacome.serve.metrics import Metrics
 from deltacome.serve.registry import Loaded, Registry
 
@@ -103,8 +102,8 @@ def build_swapping(
     patience: float,
     from_disk: bool,
     chat_template: str | None,
-) -> FastAPI:
-    """The server's application over merged checkpoints."""
+) -> Service:
+    """The server's service over merged checkpoints."""
     from transformers import AutoModelForCausalLM
 
     checkpoint = Checkpoint(base)
@@ -120,4 +119,4 @@ def build_swapping(
             _forget_pages(folder)
     longest = model.config.get_text_config().max_position_embeddings
     engine = SwappingEngine(model, merged, metrics, patience, from_disk)
-    return create_app(engine, registry, metrics, Keys(None, None), max_length=longest, deadline=3600.0)
+    return Service(engine, registry, metrics, Keys(None, None), longest, deadline=3600.0)

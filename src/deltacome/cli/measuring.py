@@ -117,7 +117,7 @@ def _refuse_options_of_the_other_kind(context: typer.Context, *, has_tasks: bool
 
 def print_evaluation(rows: list[dict[str, Any]]) -> None:
     """The table of `evaluate`; a narrow terminal does without some columns."""
-    from deltacome.evaluation import COLUMNS, cells
+    from deltacome.evaluate.comparison import COLUMNS, cells
 
     print_table(list(COLUMNS.values()), [cells(row) for row in rows], less=LESS)
 

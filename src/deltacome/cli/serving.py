@@ -79,6 +79,41 @@ def _conversation(base: str, deltas: list[str], chat_template: str | None, dtype
     return Conversation(model, Checkpoint(base), list(folders) or [None], chat_template)
 
 
+ServedDeltas = Annotated[
+    list[str] | None, typer.Option(metavar="[NAME=]DELTA", help="A compressed delta to serve; may be repeated.")
+]
+DeltaDir = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Serve every delta in this folder, come when it may; others may be loaded."),
+]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="For deltas, such as 500MB or 2GB; the longest unused are dropped for room."),
+]
+Host = Annotated[str, typer.Option(help="0.0.0.0 to serve other machines too.")]
+Port = Annotated[int, typer.Option(min=0, max=65535)]
+Name = Annotated[str | None, typer.Option(help="The base's, as a model. [default: its folder's or hub id]")]
+ApiKey = Annotated[
+    str | None, typer.Option(envvar="DELTACOME_API_KEY", help="Asked of everybody; better in the environment.")
+]
+ApiKeys = Annotated[
+    Path | None, typer.Option(metavar="FILE.json", help='Keys for some models each: {"KEY": ["MODEL", ...]}.')
+]
+MaxBatch = Annotated[int, typer.Option(min=1, help="Answers in the running batch.")]
+MaxQueue = Annotated[int, typer.Option(min=1, help="Answers that may wait; others get 429.")]
+MaxLength = Annotated[
+    int | None, typer.Option(min=2, help="Tokens of a prompt and its answer. [default: what the base has room for]")
+]
+CacheTokens = Annotated[int, typer.Option(min=1, help="Tokens whose keys and values are kept, padding too.")]
+Deadline = Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda where there is one]")]
+ServedDtype = Annotated[Dtype | None, typer.Option(help="To compute in. [default: float32 on the CPU]")]
+ServingEngine = Annotated[
+    Literal["embedded", "vllm"], typer.Option(help="vllm: vLLM's own server; arguments behind -- are for it.")
+]
+NOT_FOR_VLLM = ("memory_limit", "api_keys", "max_queue", "cache_tokens", "deadline", "device")
+
+
 @app.command(
     epilog="Example: deltacome serve base/ --delta math=math-delta/ --delta intent=intent-delta/",
     context_settings={"allow_extra_args": True},
@@ -86,73 +121,44 @@ def _conversation(base: str, deltas: list[str], chat_template: str | None, dtype
 def serve(
     context: typer.Context,
     base: Base,
-    delta: Annotated[
-        list[str] | None, typer.Option(metavar="[NAME=]DELTA", help="A compressed delta to serve; may be repeated.")
-    ] = None,
-    delta_dir: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Serve every delta in this folder, come when it may; others may be loaded."),
-    ] = None,
-    memory_limit: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="For deltas, such as 500MB or 2GB; the longest unused are dropped for room."),
-    ] = None,
-    host: Annotated[str, typer.Option(help="0.0.0.0 to serve other machines too.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
-    name: Annotated[str | None, typer.Option(help="The base's, as a model. [default: its folder's or hub id]")] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="DELTACOME_API_KEY", help="Asked of everybody; better in the environment.")
-    ] = None,
-    api_keys: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help='Keys for some models each: {"KEY": ["MODEL", ...]}.')
-    ] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Answers in the running batch.")] = 32,
-    max_queue: Annotated[int, typer.Option(min=1, help="Answers that may wait; others get 429.")] = 256,
-    max_length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a prompt and its answer. [default: what the base has room for]")
-    ] = None,
-    cache_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens whose keys and values are kept, padding too.")
-    ] = 32768,
-    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 600.0,
+    delta: ServedDeltas = None,
+    delta_dir: DeltaDir = None,
+    memory_limit: MemoryLimit = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    name: Name = None,
+    api_key: ApiKey = None,
+    api_keys: ApiKeys = None,
+    max_batch: MaxBatch = 32,
+    max_queue: MaxQueue = 256,
+    max_length: MaxLength = None,
+    cache_tokens: CacheTokens = 32768,
+    deadline: Deadline = 600.0,
     chat_template: Template = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda where there is one]")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="To compute in. [default: float32 on the CPU]")] = None,
-    engine: Annotated[
-        Literal["embedded", "vllm"], typer.Option(help="vllm: vLLM's own server; arguments behind -- are for it.")
-    ] = "embedded",
+    device: Device = None,
+    dtype: ServedDtype = None,
+    engine: ServingEngine = "embedded",
 ) -> None:
     """Serve a base and any number of its deltas through OpenAI's API, all of them in one running batch."""
+    if engine == "vllm":
+        _serve_by_vllm(context)
+        return
+    if context.args:
+        raise DeltacomeError(f"{context.args[0]} is no option; arguments behind -- are for --engine vllm")
+    from deltacome.serve import check_installed
+
+    check_installed()
     from deltacome.restore.merging import DTYPES
     from deltacome.serve.engine.scheduler import Limits
     from deltacome.serve.http.keys import Keys
-    from deltacome.serve.server import build, log_as_json, run
-    from deltacome.vllm import command
+    from deltacome.serve.logs import log_as_json
+    from deltacome.serve.server import build, run
 
     quiet()
-    folders = named_folders(delta or [])
-    if engine == "vllm":
-        sources = {name: context.get_parameter_source(name) for name in context.params}
-        given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
-        for option in ("memory_limit", "api_keys", "max_queue", "cache_tokens", "deadline", "device"):
-            if option in given:
-                raise DeltacomeError(f"--{option.replace('_', '-')} is not for vLLM; leave it out")
-        options = {
-            "host": host,
-            "port": port,
-            "served-model-name": name,
-            "max-num-seqs": max_batch if "max_batch" in given else None,
-            "max-model-len": max_length,
-            "chat-template": chat_template,
-            "dtype": dtype,
-        }
-        command.run(base, folders, folder=delta_dir, options=options, api_key=api_key, more=context.args)
-    if context.args:
-        raise DeltacomeError(f"{context.args[0]} is no option; arguments behind -- are for --engine vllm")
     log_as_json()  # a delta that is refused says why, before the server is up
     application = build(
         base,
-        folders,
+        named_folders(delta or []),
         name=name,
         folder=delta_dir,
         memory_limit=_bytes(memory_limit) if memory_limit else None,
@@ -165,6 +171,36 @@ def serve(
         dtype=DTYPES[dtype] if dtype else None,
     )
     run(application, host, port)
+
+
+def _serve_by_vllm(context: typer.Context) -> None:
+    """Become vLLM's server, by the options that mean something to it."""
+    from deltacome.vllm import command
+
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+    for option in NOT_FOR_VLLM:
+        if option in given:
+            raise DeltacomeError(f"--{option.replace('_', '-')} is not for vLLM; leave it out")
+    params = context.params
+    options = {
+        "host": params["host"],
+        "port": params["port"],
+        "served-model-name": params["name"],
+        "max-num-seqs": params["max_batch"] if "max_batch" in given else None,
+        "max-model-len": params["max_length"],
+        "chat-template": params["chat_template"],
+        "dtype": params["dtype"],
+    }
+    quiet()
+    command.run(
+        params["base"],
+        named_folders(params["delta"] or []),
+        folder=params["delta_dir"],
+        options=options,
+        api_key=params["api_key"],
+        more=context.args,
+    )
 
 
 def _bytes(size: str) -> int:

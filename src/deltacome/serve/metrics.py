@@ -22,21 +22,21 @@ class Metrics:
         self.steps = Histogram(
             "deltacome_step_rows", "Rows of each step.", buckets=[2**i for i in range(9)], registry=own
         )
-        self.first = Histogram(
+        self.first_token_seconds = Histogram(
             "deltacome_time_to_first_token_seconds",
             "From request to first token.",
             tenant,
             buckets=SECONDS,
             registry=own,
         )
-        self.each = Histogram(
+        self.seconds_per_token = Histogram(
             "deltacome_time_per_token_seconds",
             "Between tokens of an answer, mean.",
             tenant,
             buckets=SECONDS,
             registry=own,
         )
-        self.bytes = Gauge(
+        self.delta_bytes = Gauge(
             "deltacome_delta_bytes", "Bytes of a delta in memory, 0 when it is not.", tenant, registry=own
         )
         self.loads = Counter("deltacome_delta_loads", "Deltas read from disk.", tenant, registry=own)

@@ -61,7 +61,7 @@ class Loaded:
 
 
 @dataclass(eq=False)
-class Entry:
+class RegisteredDelta:
     """A delta that can be asked for. size: bytes of its artifact. is_watched: it came from the watched folder."""
 
     folder: Path
@@ -97,14 +97,14 @@ class Registry:
         self.memory_limit, self.chat_template = memory_limit, chat_template
         self._languages: WeakValueDictionary[frozenset[tuple[str, str]], Language] = WeakValueDictionary()
         self.base, self.created = self._loaded(None), int(time.time())
-        self.entries: dict[str, Entry] = {}
+        self.deltas: dict[str, RegisteredDelta] = {}
         self.in_memory: set[Loaded] = set()  # replaced ones that are still used included
         self.loading = asyncio.Lock()
         self._reader = ThreadPoolExecutor(1, "reader", compute_alone)
         self.released = asyncio.Condition()
         self._refused: dict[Path, tuple[int, int]] = {}
 
-    # What there is.
+    # Which deltas there are.
 
     def add(self, name: str, folder: Path, *, is_watched: bool = False, replace: bool = False) -> None:
         """Make a delta known; it is loaded when it is first asked for.
@@ -112,7 +112,7 @@ class Registry:
         Raises:
             DeltacomeError: if the name is taken or odd, or the folder holds no artifact that this base can serve.
         """
-        self._put(name, self._entry(name, folder, is_watched, replace))
+        self._register(name, self._open(name, folder, is_watched, replace))
 
     async def load(self, name: str, folder: Path, *, replace: bool = False) -> None:
         """Make a delta known and load it now.
@@ -120,29 +120,29 @@ class Registry:
         Raises:
             DeltacomeError: as `add`, or if its files are broken or do not fit; then nothing has changed.
         """
-        entry = self._entry(name, folder, False, replace)
+        delta = self._open(name, folder, False, replace)
         async with self.loading:
-            await self._fill(name, entry)
-            self._put(name, entry)
+            await self._load_from_disk(name, delta)
+            self._register(name, delta)
 
-    def _entry(self, name: str, folder: Path, is_watched: bool, replace: bool) -> Entry:
+    def _open(self, name: str, folder: Path, is_watched: bool, replace: bool) -> RegisteredDelta:
         if not NAME.fullmatch(name):
             raise DeltacomeError(f"{name!r} is no name for a model: letters, digits and ._- only, up to 96")
         if name == self.name:
             raise DeltacomeError(f"{name!r} is the base's name; take another")
-        if name in self.entries and not replace:
+        if name in self.deltas and not replace:
             raise DeltacomeError(f"there is a model {name!r} already; unload it, or load in place")
         folder = locate_artifact(folder).resolve()
         stamp = _stamp(folder)
         artifact = Artifact(folder)
         check_base(artifact, self.base_checkpoint)
         check_config(artifact, self.base_checkpoint)
-        return Entry(folder, artifact.bytes, artifact.finetuned_bytes, stamp, is_watched)
+        return RegisteredDelta(folder, artifact.bytes, artifact.finetuned_bytes, stamp, is_watched)
 
-    def _put(self, name: str, entry: Entry) -> None:
+    def _register(self, name: str, delta: RegisteredDelta) -> None:
         self.remove(name, missing_ok=True)
-        self.entries[name] = entry
-        self.metrics.bytes.labels(name).set(0 if entry.loaded is None else entry.loaded.bytes)
+        self.deltas[name] = delta
+        self.metrics.delta_bytes.labels(name).set(0 if delta.loaded is None else delta.loaded.bytes)
 
     def remove(self, name: str, missing_ok: bool = False) -> None:
         """Forget a delta; requests that run keep it until they end.
@@ -150,14 +150,14 @@ class Registry:
         Raises:
             UnknownModelError: if there is none of that name.
         """
-        entry = self.entries.pop(name, None)
-        if entry is None:
+        delta = self.deltas.pop(name, None)
+        if delta is None:
             if missing_ok:
                 return
             raise UnknownModelError(f"there is no delta {name!r}")
-        if entry.loaded is not None:
-            self._drop(entry.loaded)
-        self.metrics.bytes.remove(name)
+        if delta.loaded is not None:
+            self._drop(delta.loaded)
+        self.metrics.delta_bytes.remove(name)
 
     def resolve(self, path: str) -> Path:
         """A folder that a request names, which must lie in the configured one, links followed.
@@ -180,18 +180,18 @@ class Registry:
         """Bring what is known into line with the watched folder: each subfolder with an artifact is a tenant."""
         if self.folder is None:
             return
-        found = {}
+        present = {}
         for folder in sorted(self.folder.iterdir()):
             if NAME.fullmatch(folder.name) and (folder / MANIFEST).is_file():
                 inside = folder.resolve()
                 if inside.is_relative_to(self.folder):
-                    found[folder.name] = inside
-        for name, entry in list(self.entries.items()):
-            if entry.is_watched and found.get(name) != entry.folder:
+                    present[folder.name] = inside
+        for name, delta in list(self.deltas.items()):
+            if delta.is_watched and present.get(name) != delta.folder:
                 self.remove(name)
                 log.info("delta gone", extra={"fields": {"tenant": name}})
-        for name, folder in found.items():
-            known = self.entries.get(name)
+        for name, folder in present.items():
+            known = self.deltas.get(name)
             try:
                 stamp = _stamp(folder)
                 if (known is not None and (not known.is_watched or known.stamp == stamp)) or (
@@ -205,7 +205,7 @@ class Registry:
             except (DeltacomeError, OSError) as error:
                 log.warning("delta refused", extra={"fields": {"tenant": name, "reason": str(error)}})
 
-    # What is in memory.
+    # Which of them are in memory.
 
     async def lease(self, name: str) -> Loaded:
         """The model of that name, loaded from disk if need be; give it back by `release`.
@@ -215,7 +215,7 @@ class Registry:
             NoRoomError: if the memory limit is less than it takes.
             DeltacomeError: if its files are broken.
         """
-        loaded = await self._get(name)
+        loaded = await self._load_on_demand(name)
         loaded.uses += 1
         loaded.last_used = time.monotonic()
         return loaded
@@ -229,31 +229,31 @@ class Registry:
             self.released.notify_all()
 
     def _current(self) -> set[Loaded]:
-        return {self.base, *(entry.loaded for entry in self.entries.values() if entry.loaded is not None)}
+        return {self.base, *(delta.loaded for delta in self.deltas.values() if delta.loaded is not None)}
 
-    async def _get(self, name: str) -> Loaded:
+    async def _load_on_demand(self, name: str) -> Loaded:
         if name == self.name:
             return self.base
         while True:
-            entry = self.entries.get(name)
-            if entry is None:
+            delta = self.deltas.get(name)
+            if delta is None:
                 raise UnknownModelError(f"there is no model {name!r}")
-            if entry.loaded is not None:
-                return entry.loaded
+            if delta.loaded is not None:
+                return delta.loaded
             async with self.loading:
-                if entry.loaded is not None or self.entries.get(name) is not entry:
+                if delta.loaded is not None or self.deltas.get(name) is not delta:
                     continue
-                loaded = await self._fill(name, entry)
-                if self.entries.get(name) is entry:
-                    self.metrics.bytes.labels(name).set(loaded.bytes)
+                loaded = await self._load_from_disk(name, delta)
+                if self.deltas.get(name) is delta:
+                    self.metrics.delta_bytes.labels(name).set(loaded.bytes)
                 else:  # removed or replaced meanwhile
                     self._drop(loaded)
 
-    async def _fill(self, name: str, entry: Entry) -> Loaded:
-        """Read an entry's delta from disk."""
-        await self._make_room(name, int(1.1 * entry.size))  # a bound on what it takes in memory
-        return self._hold(
-            name, entry, await asyncio.get_running_loop().run_in_executor(self._reader, self._read, name, entry.folder)
+    async def _load_from_disk(self, name: str, delta: RegisteredDelta) -> Loaded:
+        """Read a delta from disk, and keep it."""
+        await self._make_room(name, int(1.1 * delta.size))  # a bound on what it takes in memory
+        return self._keep_in_memory(
+            name, delta, await asyncio.get_running_loop().run_in_executor(self._reader, self._read, name, delta.folder)
         )
 
     def preload(self, name: str) -> None:
@@ -262,16 +262,16 @@ class Registry:
         Raises:
             DeltacomeError: if its files are broken.
         """
-        entry = self.entries[name]
-        loaded = self._read(name, entry.folder)
+        delta = self.deltas[name]
+        loaded = self._read(name, delta.folder)
         if (
             self.memory_limit is None
             or sum(other.bytes for other in self.in_memory) + loaded.bytes <= self.memory_limit
         ):
-            self._hold(name, entry, loaded)
+            self._keep_in_memory(name, delta, loaded)
 
-    def _hold(self, name: str, entry: Entry, loaded: Loaded) -> Loaded:
-        entry.loaded = loaded
+    def _keep_in_memory(self, name: str, delta: RegisteredDelta, loaded: Loaded) -> Loaded:
+        delta.loaded = loaded
         self.in_memory.add(loaded)
         self.metrics.loads.labels(name).inc()
         log.info("delta loaded", extra={"fields": {"tenant": name, "bytes": loaded.bytes}})
@@ -317,16 +317,16 @@ class Registry:
             raise NoRoomError(f"{name} takes {size:,} bytes and the memory limit is {self.memory_limit:,}; raise it")
         while sum(loaded.bytes for loaded in self.in_memory) + size > self.memory_limit:
             idle = [
-                (entry.loaded.last_used, key, entry)
-                for key, entry in self.entries.items()
-                if entry.loaded is not None and not entry.loaded.uses
+                (delta.loaded.last_used, key, delta)
+                for key, delta in self.deltas.items()
+                if delta.loaded is not None and not delta.loaded.uses
             ]
             if idle:
-                _, key, entry = min(idle)
-                assert entry.loaded is not None
-                self._drop(entry.loaded)
-                entry.loaded = None
-                self.metrics.bytes.labels(key).set(0)
+                _, key, delta = min(idle)
+                assert delta.loaded is not None
+                self._drop(delta.loaded)
+                delta.loaded = None
+                self.metrics.delta_bytes.labels(key).set(0)
                 self.metrics.evictions.labels(key).inc()
                 log.info("delta evicted", extra={"fields": {"tenant": key}})
             else:
@@ -334,7 +334,7 @@ class Registry:
                     await self.released.wait()
 
     def _drop(self, loaded: Loaded) -> None:
-        """Let go of a model that is no entry's any more, unless requests use it: the last of them lets it go."""
+        """Let go of a model that no name has any more, unless requests use it: the last of them lets it go."""
         if not loaded.uses:
             self.in_memory.discard(loaded)
             self.model._tenants.forget_batches()

@@ -175,7 +175,7 @@ class Engine:
             for sequence in [*self.reading, *self.running]:
                 self._end(sequence, "failed")
             self.reading.clear()
-            self._keep([])
+            self._select_rows([])
         self.on_step(self)
 
     def _drop_ended(self) -> None:
@@ -193,7 +193,7 @@ class Engine:
         self.reading = deque(sequence for sequence in self.reading if not is_over(sequence))
         kept = [row for row, sequence in enumerate(self.running) if not is_over(sequence)]
         if len(kept) < len(self.running):
-            self._keep(kept)
+            self._select_rows(kept)
 
     def _admit(self) -> None:
         """Take sequences from the queue while the batch and its cache have room."""
@@ -245,7 +245,7 @@ class Engine:
         for sequence in group:
             sequence.cache = None
         if joining:
-            self._keep(list(range(len(self.running))), cache, [(row, group[row]) for row in joining])
+            self._select_rows(list(range(len(self.running))), cache, [(row, group[row]) for row in joining])
 
     def _make_tokens(self) -> None:
         while len(self.running) > 1 and len(self.running) * (self.length + 1) > self.limits.cache:
@@ -260,12 +260,12 @@ class Engine:
             sequence.read += 1
         ended = self._choose(self.running, logits)
         if any(ended):
-            self._keep([row for row, is_ended in enumerate(ended) if not is_ended])
+            self._select_rows([row for row, is_ended in enumerate(ended) if not is_ended])
 
     def _put_back(self) -> None:
         """Take the youngest sequence out of a cache that has grown too full; its tokens are read again later."""
         sequence = self.running[-1]
-        self._keep(list(range(len(self.running) - 1)))
+        self._select_rows(list(range(len(self.running) - 1)))
         sequence.read = 0
         with self.lock:
             self.waiting.appendleft(sequence)
@@ -322,7 +322,7 @@ class Engine:
         if begun is not None:
             self.seconds_per_answer += 0.1 * (time.monotonic() - begun - self.seconds_per_answer)
 
-    def _keep(
+    def _select_rows(
         self, rows: list[int], other: Cache | None = None, joining: list[tuple[int, Sequence]] | None = None
     ) -> None:
         """Let some rows of the batch be the batch, and rows of another cache join them."""

@@ -3,13 +3,15 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 
 from deltacome.serve.engine.sampling import Sampling
-from deltacome.serve.engine.scheduler import Engine, Event, Finish, Sequence
+from deltacome.serve.engine.scheduler import Event, Finish, Sequence
 from deltacome.serve.engine.text import TextStream
-from deltacome.serve.http.protocol import ApiError, Usage
-from deltacome.serve.metrics import Metrics
-from deltacome.serve.registry import Loaded, Registry
+from deltacome.serve.http.errors import ApiError
+from deltacome.serve.http.protocol import GenerationRequest, Usage
+from deltacome.serve.http.service import Service
+from deltacome.serve.registry import Loaded
 
 FAILURES: dict[Finish, tuple[int, str, str]] = {
     "deadline": (504, "the request took longer than this server allows", "deadline_exceeded"),
@@ -19,30 +21,18 @@ FAILURES: dict[Finish, tuple[int, str, str]] = {
 
 
 class Answers:
-    """One request's answers, `prompts` times `choices` of them, numbered in that order.
+    """One request's answers, `n` of them to each prompt, numbered in that order.
 
     The lease of the model is given back when the last of them has ended, not when somebody has read it.
+
+    started: when the request came, of `time.monotonic`.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        registry: Registry,
-        metrics: Metrics,
-        name: str,
-        loaded: Loaded,
-        prompts: list[list[int]],
-        *,
-        choices: int,
-        max_tokens: list[int],
-        sampling: Sampling,
-        stop: list[str],
-        ends: set[int],
-        started: float,
-        deadline: float,
+        self, service: Service, body: GenerationRequest, loaded: Loaded, prompts: list[list[int]], started: float
     ) -> None:
-        self.engine, self.registry, self.metrics = engine, registry, metrics
-        self.name, self.loaded, self.tokenizer = name, loaded, loaded.language.tokenizer
+        self.service, self.loaded, self.tokenizer = service, loaded, loaded.language.tokenizer
+        self.name = body.model
         self.prompt_tokens = sum(map(len, prompts))
         self.generated = 0
         self.status = "ok"
@@ -51,23 +41,29 @@ class Answers:
         self.last = started
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._left = len(prompts) * choices
         self.ended = asyncio.Event()
         self._release: asyncio.Task[None] | None = None
-        self.sequences = [
-            Sequence(
-                loaded.tenant,
-                list(prompts[index // choices]),
-                max_tokens[index // choices],
-                ends,
-                sampling,
-                TextStream(loaded.language.tokenizer, stop),
-                lambda event, index=index: self._from_engine(index, event),  # type: ignore[misc]
-                deadline,
-                index,
-            )
-            for index in range(self._left)
-        ]
+        every = [prompt for prompt in prompts for _ in range(body.n or 1)]
+        self.sequences = [self._sequence(index, prompt, body) for index, prompt in enumerate(every)]
+        self._left = len(self.sequences)
+
+    def _sequence(self, index: int, prompt: list[int], body: GenerationRequest) -> Sequence:
+        return Sequence(
+            self.loaded.tenant,
+            list(prompt),
+            body.answer_tokens or self.service.max_length - len(prompt),
+            set() if body.ignore_eos else self.loaded.language.ends,
+            Sampling(
+                1.0 if body.temperature is None else body.temperature,
+                1.0 if body.top_p is None else body.top_p,
+                body.seed,
+                body.likeliest,
+            ),
+            TextStream(self.tokenizer, body.stops),
+            partial(self._from_engine, index),
+            self.started + self.service.deadline,
+            index,
+        )
 
     def reject(self) -> None:
         """The engine does not take them."""
@@ -93,20 +89,21 @@ class Answers:
                 self._finish()
 
     def _finish(self) -> None:
-        self.metrics.requests.labels(self.name, self.status).inc()
-        self.metrics.prompt_tokens.labels(self.name).inc(self.prompt_tokens)
-        self.metrics.tokens.labels(self.name).inc(self.generated)
+        metrics = self.service.metrics
+        metrics.requests.labels(self.name, self.status).inc()
+        metrics.prompt_tokens.labels(self.name).inc(self.prompt_tokens)
+        metrics.tokens.labels(self.name).inc(self.generated)
         if self.first is not None:
-            self.metrics.first.labels(self.name).observe(self.first - self.started)
+            metrics.first_token_seconds.labels(self.name).observe(self.first - self.started)
             if self.generated > len(self.sequences):
                 steps = self.generated / len(self.sequences) - 1
-                self.metrics.each.labels(self.name).observe((self.last - self.first) / steps)
-        self._release = self._loop.create_task(self.registry.release(self.loaded))
+                metrics.seconds_per_token.labels(self.name).observe((self.last - self.first) / steps)
+        self._release = self._loop.create_task(self.service.registry.release(self.loaded))
         self.ended.set()
 
     def cancel(self) -> None:
         """Free their places; nobody reads on."""
-        self.engine.cancel(self.sequences)
+        self.service.engine.cancel(self.sequences)
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """What happens, with the number of the answer that it happens to.

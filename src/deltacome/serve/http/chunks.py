@@ -27,6 +27,7 @@ from deltacome.serve.http.protocol import (
 class Chunks(Protocol):
     """One request's answers in the form of an endpoint."""
 
+    answers: Answers
     id: str
 
     async def whole(self) -> BaseModel: ...

@@ -4,7 +4,7 @@ import asyncio
 import json
 from typing import Any
 
-from deltacome.serve.http.protocol import ApiError
+from deltacome.serve.http.errors import ApiError
 
 MOST_BYTES = 8 * 2**20  # of a request's body
 DROPPED = 8  # times as many are read and dropped before the connection is closed

@@ -8,25 +8,6 @@ MOST_CHOICES = 16
 MOST_LOGPROBS = 20
 
 
-class ApiError(Exception):
-    """A request that is refused, with the API's error object."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str | None = None,
-        param: str | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.headers = status, headers
-        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-        kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
 def _is_text(text: str) -> str:
     try:
         text.encode()
@@ -46,7 +27,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class Asked(BaseModel):
+class GenerationRequest(BaseModel):
     """What completions and chat completions have in common."""
 
     model_config = Strict
@@ -70,11 +51,21 @@ class Asked(BaseModel):
     store: bool | None = Field(None, description="Taken and not used.")
 
     @property
+    def answer_tokens(self) -> int | None:
+        """The most that an answer may take, None for as many as there is room for."""
+        raise NotImplementedError
+
+    @property
+    def likeliest(self) -> int | None:
+        """How many tokens to tell with their log-probabilities at each place; None for no log-probabilities."""
+        raise NotImplementedError
+
+    @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
-class CompletionRequest(Asked):
+class CompletionRequest(GenerationRequest):
     prompt: (
         Text
         | Annotated[list[Token], Field(min_length=1)]
@@ -83,6 +74,14 @@ class CompletionRequest(Asked):
     )
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="16 if left out.")
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+
+    @property
+    def answer_tokens(self) -> int | None:
+        return self.max_tokens or 16
+
+    @property
+    def likeliest(self) -> int | None:
+        return self.logprobs
 
 
 class TextPart(BaseModel):
@@ -104,7 +103,7 @@ class Message(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
-class ChatRequest(Asked):
+class ChatRequest(GenerationRequest):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="As many as there is room for if left out."
@@ -112,6 +111,14 @@ class ChatRequest(Asked):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="The new name of max_tokens.")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+
+    @property
+    def answer_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def likeliest(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class LoadRequest(BaseModel):

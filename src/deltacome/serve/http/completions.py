@@ -1,0 +1,192 @@
+"""What happens to a request for answers: admission, the lease of its model, tokens, the engine, the answer or a stream.
+
+The same for both endpoints, which differ in how a prompt is encoded and in the form of the answers.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel
+
+from deltacome.errors import DeltacomeError
+from deltacome.serve.engine.scheduler import QueueFullError
+from deltacome.serve.http.answers import Answers
+from deltacome.serve.http.chunks import ChatChunks, Chunks, CompletionChunks
+from deltacome.serve.http.errors import ApiError, queue_full, unknown_model
+from deltacome.serve.http.keys import Allowed
+from deltacome.serve.http.protocol import (
+    ChatCompletion,
+    ChatRequest,
+    Completion,
+    CompletionRequest,
+    GenerationRequest,
+    Message,
+)
+from deltacome.serve.http.service import FromService, Key, Service
+from deltacome.serve.registry import Loaded, NoRoomError, UnknownModelError
+
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+Encode = Callable[[Loaded], list[list[int]]]  # token ids of each prompt of a request
+log = logging.getLogger("deltacome.serve")
+router = APIRouter()
+
+
+@router.post("/v1/completions", response_model=Completion, responses=STREAMED)
+async def completions(request: Request, body: CompletionRequest, service: FromService, key: Key) -> Response:
+    answers = await _begin(service, request, body, key, partial(_encode_prompts, body.prompt))
+    return await _respond(service, request, body, CompletionChunks(answers))
+
+
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAMED)
+async def chat(request: Request, body: ChatRequest, service: FromService, key: Key) -> Response:
+    if body.top_logprobs is not None and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    answers = await _begin(service, request, body, key, partial(_encode_messages, body.messages))
+    return await _respond(service, request, body, ChatChunks(answers))
+
+
+def _encode_prompts(prompt: Any, loaded: Loaded) -> list[list[int]]:
+    """Token ids of a text, of several, of tokens, or of several lists of tokens."""
+    if isinstance(prompt, str):
+        prompt = [prompt]
+    elif isinstance(prompt[0], int):
+        return [prompt]
+    return [loaded.language.tokenizer(one).input_ids if isinstance(one, str) else one for one in prompt]
+
+
+def _encode_messages(messages: list[Message], loaded: Loaded) -> list[list[int]]:
+    """Token ids of a conversation, by the model's own chat template."""
+    try:
+        return [loaded.language.encoder.prompt(tuple(message.plain for message in messages))]
+    except DeltacomeError as error:
+        raise ApiError(400, str(error), param="messages") from error
+
+
+async def _begin(service: Service, request: Request, body: GenerationRequest, key: Allowed, encode: Encode) -> Answers:
+    """The answers to a request, which the engine has in its queue.
+
+    Raises:
+        ApiError: if the request is refused.
+    """
+    started = time.monotonic()
+    if body.model not in key:
+        raise unknown_model(body.model)
+    engine = service.engine
+    if len(service.arriving) + len(engine.waiting) >= engine.limits.waiting:
+        raise queue_full(engine.seconds_to_wait())
+    loaded = await _lease(service, request, body.model)
+    try:
+        prompts = await asyncio.to_thread(encode, loaded)
+        _check(prompts, body.answer_tokens, service.max_length, loaded.vocabulary)
+        answers = Answers(service, body, loaded, prompts, started)
+    except BaseException:
+        await service.registry.release(loaded)
+        raise
+    try:
+        engine.submit(answers.sequences)
+    except QueueFullError as error:
+        answers.reject()
+        raise queue_full(engine.seconds_to_wait()) from error
+    return answers
+
+
+async def _lease(service: Service, request: Request, model: str) -> Loaded:
+    """The model that is asked for, once it is in memory.
+
+    Raises:
+        ApiError: if there is none, no room for it in time, or its files are broken.
+    """
+    service.arriving.add(request)
+    try:
+        async with asyncio.timeout(service.deadline):
+            return await service.registry.lease(model)
+    except UnknownModelError as error:
+        raise unknown_model(model) from error
+    except TimeoutError as error:
+        raise ApiError(503, "no memory for this model came free in time", code="no_room") from error
+    except NoRoomError as error:
+        raise ApiError(503, str(error), code="no_room") from error
+    except DeltacomeError as error:
+        log.error("delta broken", extra={"fields": {"tenant": model, "reason": str(error)}})
+        raise ApiError(500, f"the files of {model} are broken; see the server's log") from error
+    finally:
+        service.arriving.discard(request)
+
+
+def _check(prompts: list[list[int]], max_tokens: int | None, max_length: int, vocabulary: int) -> None:
+    """Refuse prompts that are empty or too long, or hold tokens that the model has not."""
+    for prompt in prompts:
+        if not prompt:
+            raise ApiError(400, "the prompt is empty", param="prompt")
+        if len(prompt) + (max_tokens or 1) > max_length:
+            raise ApiError(
+                400,
+                f"this model has room for {max_length} tokens; the prompt takes {len(prompt)} and the answer may take "
+                f"{max_tokens or 1}: shorten the prompt, or ask for fewer tokens",
+                code="context_length_exceeded",
+            )
+        if max(prompt) >= vocabulary:
+            raise ApiError(400, f"the prompt holds token {max(prompt)}; this model has {vocabulary}", param="prompt")
+
+
+async def _respond(service: Service, request: Request, body: GenerationRequest, chunks: Chunks) -> Response:
+    """The answers as the client wants them, and in any case a line in the log."""
+    service.background.add(task := asyncio.create_task(_log(chunks.answers, chunks.id)))
+    task.add_done_callback(service.background.discard)
+    if body.stream:
+        wants_usage = body.stream_options is not None and body.stream_options.include_usage
+        return StreamingResponse(_stream(chunks, wants_usage), media_type="text/event-stream")
+    whole = await _unless_gone(request, chunks.whole())
+    return Response(status_code=499) if whole is None else JSONResponse(whole.model_dump(exclude_none=False))
+
+
+async def _stream(chunks: Chunks, wants_usage: bool) -> AsyncIterator[str]:
+    """Server-sent events; a failure midway is one too."""
+    try:
+        async for chunk in chunks.stream():
+            yield f"data: {chunk.model_dump_json(exclude_none=True)}\n\n"
+        if wants_usage:
+            yield f"data: {chunks.usage().model_dump_json(exclude_none=True)}\n\n"
+    except ApiError as error:
+        yield f"data: {json.dumps(error.body)}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, BaseModel]) -> BaseModel | None:
+    """What the work gives; None, the work being cancelled, if the client goes away before."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return await tasks[0] if tasks[0].done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _log(answers: Answers, identifier: str) -> None:
+    """A line for each request that ended, without a word of what was said."""
+    await answers.ended.wait()
+    now = time.monotonic()
+    fields = {
+        "id": identifier,
+        "tenant": answers.name,
+        "status": answers.status,
+        "answers": len(answers.sequences),
+        "prompt_tokens": answers.prompt_tokens,
+        "tokens": answers.generated,
+        "first_token_seconds": None if answers.first is None else round(answers.first - answers.started, 3),
+        "seconds": round(now - answers.started, 3),
+    }
+    log.info("request", extra={"fields": fields})

@@ -1,0 +1,118 @@
+"""`deltacome serve` and `deltacome benchmark serve`."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deltacome.benchmark.load import plan
+from deltacome.benchmark.serve import CACHE, DELTAS, DISK
+from serving import client
+
+pytest_plugins = ["serving"]
+
+
+def test_the_command_finishes_what_runs_when_told_to_stop(folder: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = ["serve", str(folder / "base"), "--delta", f"a={folder / 'deltas/a'}", "--port", str(port)]
+    environment = {**os.environ, "DELTACOME_API_KEY": "secret"}
+    command = [sys.executable, "-m", "deltacome.cli", *arguments]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        lines = []
+        for line in server.stderr:
+            lines.append(line)
+            if "running on" in line:
+                break
+        api = client(f"http://127.0.0.1:{port}", "secret")
+        stream = api.completions.create(model="a", prompt="Private words", max_tokens=300, stream=True, seed=1)
+        parts = [next(iter(stream))]
+        busy = subprocess.run(command, env=environment, capture_output=True, text=True)
+        server.send_signal(signal.SIGTERM)
+        parts += list(stream)
+        assert parts[-1].choices[0].finish_reason in ("length", "stop") and len(parts) > 50
+        lines += list(server.stderr)
+        assert server.wait(30) == 0
+    assert busy.returncode == 1 and busy.stderr.splitlines()[-1].startswith(f"error: cannot serve on 127.0.0.1:{port}")
+    found = [json.loads(line) for line in lines if line.startswith("{")]
+    request = next(line for line in found if line["event"] == "request")
+    assert request["tenant"] == "a" and request["status"] == "ok" and request["tokens"] == len(parts)
+    assert "Private" not in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--delta", "a=nothing"], "nothing"),
+        (["--delta-dir", "nothing"], "there is no folder nothing"),
+        (["--memory-limit", "much"], "much is no size"),
+        (["--api-keys", "nothing.json"], "cannot read the keys"),
+        (["--max-length", "100000"], "room for 512"),
+        (["--delta", "../x=nothing"], "no name for a model"),
+    ],
+)
+def test_bad_commands(folder: Path, options: list[str], said: str) -> None:
+    command = [sys.executable, "-m", "deltacome.cli", "serve", str(folder / "base"), *options]
+    result = subprocess.run(command, capture_output=True, text=True)
+    last = result.stderr.splitlines()[-1]
+    assert result.returncode == 1 and last.startswith("error: ") and said in last
+    assert "Traceback" not in result.stderr
+
+
+def test_benchmark(folder: Path, tmp_path: Path) -> None:
+    """The same requests to both servers: the same answers, and a model loaded whenever another's turn comes."""
+    data = tmp_path / "data.jsonl"
+    lines = [json.dumps({"prompt": f"Say {i}", "completion": str(i)}) for i in range(5)]
+    data.write_text("\n".join(lines))
+    deltas = [part for name in ("a", "b") for part in ("--delta", f"{name}={folder / 'deltas' / name}")]
+    options = [
+        "--data",
+        str(data),
+        "--rate",
+        "20",
+        "--requests",
+        "8",
+        "--max-new-tokens",
+        "6",
+        "--ignore-eos",
+        "--json",
+    ]
+    command = ["benchmark", "serve", str(folder / "base"), *deltas, *options, "-o", str(tmp_path / "out"), "--json"]
+    result = subprocess.run([sys.executable, "-m", "deltacome.cli", *command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = {row["system"]: row for row in json.loads(result.stdout)}
+    assert list(rows) == [DELTAS, DISK, CACHE]
+    for row in rows.values():
+        assert row["same"] == 8 and row["failed"] == 0
+        assert row["tokens_per_second"] == pytest.approx(6 * row["requests_per_second"], rel=0.05)
+        assert 0 < row["first_median"] <= row["first_p95"] <= row["first_p99"]
+    assert rows[DELTAS]["swaps"] == 0 and rows[DISK]["swaps"] >= 2
+    assert (tmp_path / "out/serve.png").stat().st_size > 10_000
+    assert (tmp_path / "out/serve.md").read_text().count("\n| ") == 5
+
+
+def test_the_plan_of_a_load() -> None:
+    prompts: Any = {name: [({"role": "user", "content": f"{name}{i}"},) for i in range(3)] for name in "xyz"}
+    planned = plan(prompts, 4000, 10.0, 1.0, 0)
+    assert planned == plan(prompts, 4000, 10.0, 1.0, 0) != plan(prompts, 4000, 10.0, 1.0, 1)
+    gaps = [after.seconds - before.seconds for before, after in pairwise(planned)]
+    assert min(gaps) > 0 and sum(gaps) / len(gaps) == pytest.approx(0.1, rel=0.1)
+    deviation = sum((gap - 0.1) ** 2 for gap in gaps) / len(gaps)
+    assert deviation == pytest.approx(0.01, rel=0.2)  # exponential
+    shares = [sum(request.model == name for request in planned) / 4000 for name in "xyz"]
+    assert shares == pytest.approx([6 / 11, 3 / 11, 2 / 11], abs=0.03)
+    assert [request.messages[0]["content"] for request in planned if request.model == "x"][:4] == [
+        "x0",
+        "x1",
+        "x2",
+        "x0",
+    ]

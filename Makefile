@@ -18,7 +18,7 @@ test: lint
 	$(TEST_VENV)/bin/python -m pytest
 
 test-vllm: $(VLLM_VENV)/ready
-	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_parts.py
+	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm*.py
 
 lint: $(TEST_VENV)/ready
 	$(TEST_VENV)/bin/ruff check .

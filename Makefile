@@ -32,7 +32,7 @@ test-all: lint
 	$(TEST_VENV)/bin/python -m pytest --slow
 
 test-vllm: $(VLLM_VENV)/ready
-	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_parts.py
+	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm*.py
 
 # The Python that has torch for the GPU; the package itself need not be installed.
 GPU_OUT ?= gpu-check-output

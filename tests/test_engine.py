@@ -130,6 +130,21 @@ def test_a_full_cache_puts_sequences_back(served: SimpleNamespace, monkeypatch: 
     assert [answers[number] for number in numbers] == [served.alone[number] for number in numbers]
 
 
+def test_what_is_prepared_serves_every_step_of_the_same_rows(served: SimpleNamespace) -> None:
+    answers: dict[int, list[int]] = {}
+    engine = Engine(served.model, Limits())
+    numbers = [number for number, answer in enumerate(served.alone) if len(answer) == NEW_TOKENS][:2]
+    engine.submit([ask(served, number, answers) for number in numbers])
+    while len(engine.running) < 2:
+        engine.step()
+    engine.step()
+    batch = engine.batch
+    engine.step()
+    assert engine.batch is batch is not None
+    finish(engine)
+    assert engine.batch is None  # or it would keep tenants alive
+
+
 def test_a_long_prompt_holds_nobody_up(served: SimpleNamespace) -> None:
     answers: dict[int, list[int]] = {}
     engine = Engine(served.model, Limits(prompt=8))

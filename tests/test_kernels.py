@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deltacome.format.terms import Factored, Groups, Sign, Term, add_terms
-from deltacome.runtime.kernels.packed import Tiled, pack_terms, transposed, turn, unpack_term
+from deltacome.runtime.kernels.packed import Tiled, pack_terms, transposed, unpack_term, words_along_rank
 
 CPU = torch.device("cpu")
 
@@ -168,7 +168,7 @@ def test_unpack_term(bits: int) -> None:
     term = factored(35, 41, [(bits, 13)])[0]
     assert isinstance(term, Factored)
     packed = pack_terms([term], (35, 41), CPU)
-    for same in (packed, turn(packed), turn(turn(packed))):
+    for same in (packed, words_along_rank(packed), words_along_rank(words_along_rank(packed))):
         u, v = unpack_term(same.terms[0], same)
         assert torch.equal(u, term.vectors()[0])
         assert torch.equal(v, term.vectors()[1])

@@ -15,7 +15,7 @@ from deltacome.runtime.kernels import reference
 from deltacome.runtime.kernels.packed import pack_terms
 from deltacome.vllm import command
 from deltacome.vllm.changes import share
-from deltacome.vllm.rows import KEPT, Rows, Step
+from deltacome.vllm.rows import COMPOSITIONS, Rows, Step
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ def test_rows_are_found_by_slot() -> None:
     assert rows.count == 5
 
 
-def test_preparations_are_kept_until_an_adapter_comes_or_goes() -> None:
+def test_what_is_prepared_stays_until_an_adapter_comes_or_goes() -> None:
     step, made = Step(CPU), []
 
     def prepare() -> int:
@@ -34,19 +34,19 @@ def test_preparations_are_kept_until_an_adapter_comes_or_goes() -> None:
         return len(made)
 
     step.set([1, 2], [2], (1, 2))
-    assert step.tokens.keep("layer", prepare) == 1
+    assert step.tokens.prepared("layer", prepare) == 1
     step.set([2, 1], [2], (1, 2))
-    assert step.tokens.keep("layer", prepare) == 2
+    assert step.tokens.prepared("layer", prepare) == 2
     step.set([1, 2], [2], (1, 2))
-    assert step.tokens.keep("layer", prepare) == 1
-    for adapter in range(3, 3 + KEPT):
+    assert step.tokens.prepared("layer", prepare) == 1
+    for adapter in range(3, 3 + COMPOSITIONS):
         step.set([adapter], [adapter], (1, 2))
     step.set([1, 2], [2], (1, 2))
-    assert step.tokens.keep("layer", prepare) == 3  # pushed out
+    assert step.tokens.prepared("layer", prepare) == 3  # pushed out
     step.forget()
     assert step.tokens.count == 0
     step.set([1, 2], [2], (2, 1))
-    assert step.tokens.keep("layer", prepare) == 4
+    assert step.tokens.prepared("layer", prepare) == 4
     assert step.tokens.by_slot[0].tolist() == [1]
 
 
@@ -129,8 +129,8 @@ def test_another_vllm_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = logging.Logger("recorder")
     recorder.error = lambda message, *values: lines.append(message % values)  # type: ignore[assignment]
     logger.init_logger = lambda name: recorder  # type: ignore[attr-defined]
-    monkeypatch.setattr(vllm, "_kept", [])
+    monkeypatch.setattr(vllm, "_operators", [])
     monkeypatch.setitem(sys.modules, "vllm", fake)
     monkeypatch.setitem(sys.modules, "vllm.logger", logger)
     vllm.register()
-    assert "in vLLM 0.32.x, and this is 0.99.1" in lines[0] and not vllm._kept
+    assert "in vLLM 0.32.x, and this is 0.99.1" in lines[0] and not vllm._operators

@@ -68,7 +68,7 @@ def benchmark_memory(
             assert deltas is not None
             shared = load(base, device=place)
             names = islice(cycle(deltas), max(counts))
-            tenants: Iterator[Any] = (shared._tenants.read(f"{i}", deltas[name]) for i, name in enumerate(names))
+            tenants: Iterator[Any] = (shared.tenants.read(f"{i}", deltas[name]) for i, name in enumerate(names))
         else:
             assert shape is not None
             shared = shared_with_tenants(random_model(shape, None, place))
@@ -77,7 +77,7 @@ def benchmark_memory(
         rows: list[Row] = []
         with bar("benchmark", max(counts)) as advance:
             for number, tenant in enumerate(tenants, 1):
-                shared._tenants.put(tenant)
+                shared.tenants.put(tenant)
                 if number in counts:
                     rows.append(_row(shared, number, place, before))
                 advance(1)
@@ -96,7 +96,6 @@ def benchmark_memory(
 
 def _row(shared: Any, count: int, place: torch.device, before: int) -> Row:
     """Memory with the tenants that are there, at rest and during a step."""
-    shared._tenants.forget_batches()
     at_rest = _used(place)
     if place.type == "cuda":
         torch.cuda.reset_peak_memory_stats(place)

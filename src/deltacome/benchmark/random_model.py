@@ -98,11 +98,11 @@ def _random_change(
 def random_delta(m: int, n: int, ratio: float, rotated: str, generator: torch.Generator) -> Packed:
     """Random codes for a matrix (m, n) on the generator's device, of the size that a delta of the ratio has."""
     device = generator.device
-    turned = device.type == "cuda"
+    along_rank = device.type == "cuda"
     components = 16 * m * n / ratio / sum(bits * part for bits, part in PLAN.items()) / (m + n)
 
     def codes(rows: int, columns: int) -> Tiled:
-        columns = -(-columns // TILE) * TILE if turned else columns
+        columns = -(-columns // TILE) * TILE if along_rank else columns
         size = (rows * columns + TILE,)
         words = torch.randint(-(2**31), 2**31, size, generator=generator, device=device, dtype=torch.int32)
         return Tiled(words, rows, columns)
@@ -113,6 +113,6 @@ def random_delta(m: int, n: int, ratio: float, rotated: str, generator: torch.Ge
         own = []
         for first, width in planes(bits):
             of_m, of_n, of_rank = (-(-length * width // 32) for length in (m, n, rank))
-            own.append(Plane(width, first, codes(of_rank, m) if turned else codes(rank, of_m), codes(of_n, rank)))
+            own.append(Plane(width, first, codes(of_rank, m) if along_rank else codes(rank, of_m), codes(of_n, rank)))
         terms.append(PackedTerm(bits, 1e-4 * torch.rand(rank, generator=generator, device=device), tuple(own)))
-    return Packed((m, n), tuple(terms), rotated, turned=turned)
+    return Packed((m, n), tuple(terms), rotated, along_rank=along_rank)

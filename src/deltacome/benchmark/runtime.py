@@ -61,7 +61,7 @@ def benchmark_runtime(
         with bar("benchmark", len(counts) * rounds) as advance:
             for count in counts:
                 for number in range(len(shared.deltas), count):
-                    shared._tenants.put(random_tenant(f"tenant{number}", shared, ratio, number))
+                    shared.tenants.put(random_tenant(f"tenant{number}", shared, ratio, number))
                 rows.append(_steps(shared, plain, merged, count, rounds, advance))
         figure = _plot(rows, pyplot)
         table = Table(f"{shape}, {layers or 'all'} layers, deltas of 1/{ratio:g}", COLUMNS, rows)

@@ -12,11 +12,15 @@ from deltacome.runtime.tenant import Change, Tenant
 
 
 class Batch:
-    """The tenant of each row, None for the base, and whatever the modules worked out for this batch."""
+    """The tenant of each row, None for the base, and what the modules prepared for these rows.
+
+    It belongs to one call, or to one caller who makes calls with the same tenants one after another: what is prepared
+    depends on how many tokens a row has, and two calls at once would take each other's.
+    """
 
     def __init__(self, tenants: tuple[Tenant | None, ...]) -> None:
         self.tenants = tenants
-        self._kept: dict[Hashable, Any] = {}
+        self._of_steps: dict[Hashable, Any] = {}
         self._of_prompts: dict[Hashable, Any] = {}
         self._tokens = 1
         self._rows: dict[Tenant, list[int]] = {}
@@ -24,23 +28,27 @@ class Batch:
             if tenant is not None:
                 self._rows.setdefault(tenant, []).append(row)
 
-    def keep(self, key: Hashable, make: Callable[[], Any], tokens: int = 1) -> Any:
+    def __len__(self) -> int:
+        """How many rows it has."""
+        return len(self.tenants)
+
+    def prepared(self, key: Hashable, make: Callable[[], Any], tokens: int = 1) -> Any:
         """What `make` returned when the key was first asked for.
 
-        tokens: in a row, if it depends on that: of prompts, whose lengths are many, only the last length's is kept.
+        tokens: in a row, if it depends on that: of prompts, whose lengths are many, only the last length's is there.
         """
         if tokens > 1 and tokens != self._tokens:
             self._of_prompts.clear()
             self._tokens = tokens
-        kept = self._kept if tokens == 1 else self._of_prompts
-        if key not in kept:
-            kept[key] = make()
-        return kept[key]
+        prepared = self._of_steps if tokens == 1 else self._of_prompts
+        if key not in prepared:
+            prepared[key] = make()
+        return prepared[key]
 
     def changes(self, module_name: str) -> list[tuple[Change, list[int]]]:
         """The changes of the batch's tenants in a module, each with the rows that it is for."""
         return [
-            (tenant.changes[module_name], own) for tenant, own in self._rows.items() if module_name in tenant.changes
+            (tenant.changes[module_name], rows) for tenant, rows in self._rows.items() if module_name in tenant.changes
         ]
 
     def of_size(self, size: int) -> "Batch":
@@ -49,13 +57,13 @@ class Batch:
         Raises:
             DeltacomeError: if that is not possible.
         """
-        count = len(self.tenants)
+        count = len(self)
         if size == count:
             return self
         if size % count:
             raise DeltacomeError(f"{count} tenants for a batch of {size} rows; name one, or None, for each row")
         repeated = tuple(tenant for tenant in self.tenants for _ in range(size // count))
-        return self.keep(("size", size), lambda: Batch(repeated))
+        return self.prepared(("size", size), lambda: Batch(repeated))
 
     def token_rows(self, rows: list[int], tokens: int, device: torch.device) -> Tensor:
         """The numbers of the rows of a (batch * tokens, n) matrix that belong to those rows of the batch."""
@@ -64,7 +72,7 @@ class Batch:
             starts = torch.tensor(rows, device=device) * tokens
             return (starts[:, None] + torch.arange(tokens, device=device)).reshape(-1)
 
-        return self.keep(("rows", *rows, device), make, tokens)
+        return self.prepared(("rows", *rows, device), make, tokens)
 
 
 running: ContextVar[Batch | None] = ContextVar("running", default=None)

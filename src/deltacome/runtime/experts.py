@@ -31,7 +31,7 @@ class Experts:
     def __call__(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """hidden: (tokens, n). chosen: numbers of experts, (tokens, k), and weights: theirs."""
         batch = running.get()
-        changes = [] if batch is None else batch.keep(self.name, lambda: batch.changes(self.name))
+        changes = [] if batch is None else batch.prepared(self.name, lambda: batch.changes(self.name))
         if batch is None or not changes:
             return self.forward(hidden, chosen, weights)
         owners = self._owners(batch, changes, hidden)
@@ -47,9 +47,9 @@ class Experts:
 
     def _owners(self, batch: Batch, changes: list[tuple[Change, list[int]]], hidden: Tensor) -> Tensor:
         """For each token the number of its change, -1 for none."""
-        tokens, rest = divmod(len(hidden), len(batch.tenants))
+        tokens, rest = divmod(len(hidden), len(batch))
         if rest:
-            raise DeltacomeError(f"{self.name} was given {len(hidden)} rows for a batch of {len(batch.tenants)}")
+            raise DeltacomeError(f"{self.name} was given {len(hidden)} rows for a batch of {len(batch)}")
         owners = torch.full((len(hidden),), -1, device=hidden.device)
         for number, (_, rows) in enumerate(changes):
             owners[batch.token_rows(rows, tokens, hidden.device)] = number
@@ -73,8 +73,8 @@ class Experts:
                 parts.setdefault(first, []).append((packed, rows))
             if bias is not None and f"{parameter}_bias" in change.exact:
                 y[rows] += (change.exact[f"{parameter}_bias"][expert] - bias).to(y.dtype)
-        for first, found in parts.items():
-            self.kernels.Work(found).add(y[:, first : first + found[0][0].shape[0]], x)
+        for first, deltas in parts.items():
+            self.kernels.Work(deltas).add(y[:, first : first + deltas[0][0].shape[0]], x)
         return y
 
 

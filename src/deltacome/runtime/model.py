@@ -1,8 +1,7 @@
 """One base model in memory with any number of compressed deltas, and a tenant for each row of a batch."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,9 @@ import torch
 
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError
-from deltacome.runtime.batch import running
+from deltacome.runtime.batch import Batch, running
 from deltacome.runtime.tenant import Tenant
-from deltacome.runtime.tenants import Tenants
-
-Names = Sequence[str | Tenant | None]
-KEPT_BATCHES = 8  # combinations of tenants whose preparations are kept for the next call
+from deltacome.runtime.tenants import TenantNames, Tenants
 
 
 def load(
@@ -30,7 +26,8 @@ def load(
     `model.generate(..., tenants=["math", None])` and `model(..., tenants=[...])` take the name of a delta, or None for
     the base, for each row of the batch (or, instead of a name, what `model.deltas` has for it); without `tenants` every
     row is the base's. `model.add_delta(name, folder)` and `model.remove_delta(name)` change what is there at any time,
-    from any thread; `model.deltas` lists it.
+    from any thread; `model.deltas` lists it. `model.tenants` is the `Tenants` behind these, whose `batch_of` makes a
+    batch for several calls.
 
     Args:
         base: a checkpoint folder or hub id.
@@ -42,9 +39,9 @@ def load(
         DeltacomeError: if transformers cannot load the base, or a delta is broken, of another base, or has changes
             that can only be merged.
     """
-    place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = Checkpoint(base)
-    model = _load_base(checkpoint, dtype or (torch.float32 if place.type == "cpu" else None)).to(place).eval()
+    model = _load_base(checkpoint, dtype or (torch.float32 if device.type == "cpu" else None)).to(device).eval()
     share(model, checkpoint)
     for name, folder in (deltas or {}).items():
         model.add_delta(name, folder)
@@ -52,19 +49,20 @@ def load(
 
 
 def share(model: Any, checkpoint: Checkpoint | None) -> None:
-    """Turn a transformers model into one that takes tenants; without its checkpoint, only through `put`."""
+    """Turn a transformers model into one that takes tenants; without its checkpoint, only by `tenants.put`."""
     model.requires_grad_(False)
     model.__class__ = _with_tenants(type(model))
-    model._tenants = Tenants(model, checkpoint)
+    model.tenants = Tenants(model, checkpoint)
 
 
 def _with_tenants(model_class: Any) -> Any:
     """The model class with `tenants` in `forward` and `generate`, and deltas to add and remove."""
 
     @functools.wraps(model_class.forward)
-    def forward(self: Any, *arguments: Any, tenants: Names | None = None, **options: Any) -> Any:
+    def forward(self: Any, *arguments: Any, tenants: TenantNames | Batch | None = None, **options: Any) -> Any:
         if tenants is not None:
-            with _named(self, tenants, _rows(arguments, options)):
+            _check_size(tenants, _rows(arguments, options))
+            with self.tenants.run(tenants):
                 return model_class.forward(self, *arguments, **options)
         batch = running.get()
         if batch is None:
@@ -76,10 +74,11 @@ def _with_tenants(model_class: Any) -> Any:
             running.reset(token)
 
     @functools.wraps(model_class.generate)
-    def generate(self: Any, *arguments: Any, tenants: Names | None = None, **options: Any) -> Any:
+    def generate(self: Any, *arguments: Any, tenants: TenantNames | Batch | None = None, **options: Any) -> Any:
         if tenants is None:
             return model_class.generate(self, *arguments, **options)
-        with _named(self, tenants, _rows(arguments, options)):
+        _check_size(tenants, _rows(arguments, options))
+        with self.tenants.run(tenants):
             return model_class.generate(self, *arguments, **options)
 
     def add_delta(self: Any, name: str, folder: str | Path) -> None:
@@ -88,7 +87,7 @@ def _with_tenants(model_class: Any) -> Any:
         Raises:
             DeltacomeError: if it is broken, of another base, or does not fit; the model is as it was before.
         """
-        self._tenants.add(name, folder)
+        self.tenants.add(name, folder)
 
     def remove_delta(self: Any, name: str) -> None:
         """Forget a delta and free its memory.
@@ -96,11 +95,11 @@ def _with_tenants(model_class: Any) -> Any:
         Raises:
             DeltacomeError: if there is none of that name, or a running call uses it.
         """
-        self._tenants.remove(name)
+        self.tenants.remove(name)
 
     def deltas(self: Any) -> dict[str, Tenant]:
         """The loaded deltas by name."""
-        return dict(self._tenants.by_name)
+        return self.tenants.by_name()
 
     members = {
         "forward": forward,
@@ -114,12 +113,9 @@ def _with_tenants(model_class: Any) -> Any:
     return type(model_class.__name__, (model_class,), members)
 
 
-@contextmanager
-def _named(model: Any, tenants: Names, rows: int) -> Iterator[None]:
+def _check_size(tenants: TenantNames | Batch, rows: int) -> None:
     if len(tenants) != rows:
         raise DeltacomeError(f"{len(tenants)} tenants for a batch of {rows} rows; name one, or None, for each row")
-    with model._tenants.batch(tenants):
-        yield
 
 
 def _rows(arguments: tuple[Any, ...], options: dict[str, Any]) -> int:

@@ -16,7 +16,7 @@ from deltacome.runtime.batch import Batch, running
 from deltacome.runtime.experts import Experts, is_experts
 from deltacome.runtime.tenant import Change, embed
 
-QUANTISED = ("bitsandbytes.nn", "transformers.integrations.finegrained_fp8")  # linear layers, with weights of their own
+QUANTIZED = ("bitsandbytes.nn", "transformers.integrations.finegrained_fp8")  # linear layers, with weights of their own
 FEW_ROWS = 64  # up to which the base's product is faster with the weight on the left
 
 
@@ -31,7 +31,7 @@ def install(name: str, module: nn.Module, kernels: Any) -> None:
     forward: Callable[..., Any]
     if isinstance(module, nn.Linear | Conv1D):
         is_plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
-        if not is_plain and not type(module).__module__.startswith(QUANTISED):
+        if not is_plain and not type(module).__module__.startswith(QUANTIZED):
             raise DeltacomeError(
                 f"{name} is a {type(module).__name__}, whose deltas cannot be served; merge it instead"
             )
@@ -78,13 +78,14 @@ class _Linear:
             return self._base(x)
         inputs = x.reshape(-1, x.shape[-1])
         outputs = self._base(inputs)
-        tokens, rest = divmod(len(inputs), len(batch.tenants))
+        tokens, rest = divmod(len(inputs), len(batch))
         if rest:
             raise DeltacomeError(
-                f"{self.name} was given {len(inputs)} rows for a batch of {len(batch.tenants)}; "
-                "this model cannot be shared"
+                f"{self.name} was given {len(inputs)} rows for a batch of {len(batch)}; this model cannot be shared"
             )
-        job: _Job | None = batch.keep(self.name, lambda: self._job(batch, tokens, outputs.shape[1], x.device), tokens)
+        job: _Job | None = batch.prepared(
+            self.name, lambda: self._job(batch, tokens, outputs.shape[1], x.device), tokens
+        )
         if job is not None:
             outputs = self._change(outputs, inputs, job)
         return outputs.view(*x.shape[:-1], -1)
@@ -100,19 +101,20 @@ class _Linear:
         return product(x, weight.T if self.is_transposed else weight, bias)
 
     def _job(self, batch: Batch, tokens: int, m: int, device: torch.device) -> _Job | None:
-        found = [(change, batch.token_rows(rows, tokens, device)) for change, rows in batch.changes(self.name)]
-        if not found:
+        changes = [(change, batch.token_rows(rows, tokens, device)) for change, rows in batch.changes(self.name)]
+        if not changes:
             return None
-        rows = [(change.rows, own, change.start) for change, own in found if change.rows is not None]
-        packed = [(change.packed, own) for change, own in found if change.packed is not None]
-        biases = [(change.exact["bias"], own) for change, own in found if "bias" in change.exact]
+        exact = [(change.rows, rows, change.start) for change, rows in changes if change.rows is not None]
+        packed = [(change.packed, rows) for change, rows in changes if change.packed is not None]
         return _Job(
-            self.kernels.Work(packed) if packed else None,
-            [(weight, own) for weight, own, start in rows if start == 0],
-            [(weight, own) for weight, own, start in rows if start],
-            biases,
-            max([m, *(start + len(weight) for weight, _, start in rows), *(delta.shape[0] for delta, _ in packed)]),
-            [(change.size, own) for change, own in found if change.size is not None],
+            work=self.kernels.Work(packed) if packed else None,
+            replaced=[(weight, rows) for weight, rows, start in exact if start == 0],
+            added=[(weight, rows) for weight, rows, start in exact if start],
+            biases=[(change.exact["bias"], rows) for change, rows in changes if "bias" in change.exact],
+            width=max(
+                [m, *(start + len(weight) for weight, _, start in exact), *(delta.shape[0] for delta, _ in packed)]
+            ),
+            sizes=[(change.size, rows) for change, rows in changes if change.size is not None],
         )
 
     def _change(self, outputs: Tensor, inputs: Tensor, job: _Job) -> Tensor:
@@ -121,15 +123,15 @@ class _Linear:
         bias = self.module._parameters["bias"]
         for weight, rows in job.replaced:
             known = min(m, len(weight))
-            own = linear(inputs[rows], weight[:known].to(inputs.dtype), None if bias is None else bias[:known])
-            outputs[rows[:, None], torch.arange(known, device=rows.device)] = own
+            product = linear(inputs[rows], weight[:known].to(inputs.dtype), None if bias is None else bias[:known])
+            outputs[rows[:, None], torch.arange(known, device=rows.device)] = product
         if job.width > m:  # tokens that only some tenants have: no other may choose them
             outputs = nn.functional.pad(outputs, (0, job.width - m), value=-torch.inf)
         if job.work is not None:
             job.work.add(outputs, inputs)
-        for own_bias, rows in job.biases:
-            difference = own_bias.to(inputs.dtype) - bias if bias is not None else own_bias.to(inputs.dtype)
-            outputs[rows, :m] += difference
+        for tenants_bias, rows in job.biases:
+            difference = tenants_bias.to(inputs.dtype)
+            outputs[rows, :m] += difference if bias is None else difference - bias
         for weight, rows in job.added:
             outputs[rows, m : m + len(weight)] = linear(inputs[rows], weight.to(inputs.dtype))
         for weight, rows in job.replaced:
@@ -165,28 +167,28 @@ class _Embedding:
 
     def __call__(self, ids: Tensor) -> Tensor:
         batch = running.get()
-        changes = [] if batch is None else batch.keep(self.name, lambda: batch.changes(self.name))
+        changes = [] if batch is None else batch.prepared(self.name, lambda: batch.changes(self.name))
         if batch is None or not changes:
             return self.forward(ids)
         if ids.shape[0] == 1:
-            ids = ids.expand(len(batch.tenants), -1)  # positions, the same for all rows
+            ids = ids.expand(len(batch), -1)  # positions, the same for all rows
         m, n = self.module.weight.shape
         self._check(ids, changes, m)
         y = self.forward(ids.clamp(max=m - 1))
         scale = getattr(self.module, "embed_scale", 1.0)
         for change, numbers in changes:
             rows = batch.token_rows(numbers, 1, ids.device)
-            own = ids[rows]
-            flat = own.reshape(-1)
+            tokens = ids[rows]
+            flat = tokens.reshape(-1)
             if change.rows is not None and change.start == 0:
-                y[rows] = change.rows[flat.clamp(max=len(change.rows) - 1)].to(y.dtype).view(*own.shape, n) * scale
+                y[rows] = change.rows[flat.clamp(max=len(change.rows) - 1)].to(y.dtype).view(*tokens.shape, n) * scale
                 continue
             if change.packed is not None:
-                added = embed(change, flat.clamp(max=(change.size or m) - 1), n, self.kernels).view(*own.shape, n)
+                added = embed(change, flat.clamp(max=(change.size or m) - 1), n, self.kernels).view(*tokens.shape, n)
                 y[rows] += (added * scale).to(y.dtype)
             if change.rows is not None:
-                is_new = own >= m
-                new = change.rows[(own - m).clamp(min=0)].to(y.dtype) * scale
+                is_new = tokens >= m
+                new = change.rows[(tokens - m).clamp(min=0)].to(y.dtype) * scale
                 y[rows] = torch.where(is_new[..., None], new, y[rows])
         return y
 
@@ -215,19 +217,19 @@ class _Exact:
 
     def __call__(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
         batch = running.get()
-        changes = [] if batch is None else batch.keep(self.name, lambda: batch.changes(self.name))
+        changes = [] if batch is None else batch.prepared(self.name, lambda: batch.changes(self.name))
         if batch is None or not changes:
             return self.forward(x, *arguments, **options)
         # The norms of transformers multiply by the weight and nothing else, so that a weight per row broadcasts.
         is_norm = type(self.module).__name__.endswith("RMSNorm") and not isinstance(self.module, nn.RMSNorm)
-        if x.shape[0] == len(batch.tenants) and (is_norm or isinstance(self.module, nn.LayerNorm)):
-            own = batch.keep((self.name, x.ndim), lambda: self._stacked(batch, changes, x))
+        if x.shape[0] == len(batch) and (is_norm or isinstance(self.module, nn.LayerNorm)):
+            values = batch.prepared((self.name, x.ndim), lambda: self._stacked(batch, changes, x))
             if is_norm:
-                module = batch.keep((self.name, x.ndim, "module"), lambda: self._with(own))
+                module = batch.prepared((self.name, x.ndim, "module"), lambda: self._with(values))
                 return module.forward(x, *arguments, **options)
             plain: Any = self.module
-            y = layer_norm(x, plain.normalized_shape, None, None, plain.eps) * own["weight"]
-            return y + own["bias"] if "bias" in own else y
+            y = layer_norm(x, plain.normalized_shape, None, None, plain.eps) * values["weight"]
+            return y + values["bias"] if "bias" in values else y
         if arguments or options:  # which may have a part for each row
             raise DeltacomeError(f"{self.name} takes more than its input; this delta cannot be served, merge it")
         return self._by_tenant(batch, changes, x)
@@ -236,20 +238,20 @@ class _Exact:
         """The module's outputs, one or several, computed for the batch and once more for the rows of each tenant."""
         outputs = self.forward(x)
         parts = outputs if isinstance(outputs, tuple) else (outputs,)
-        if any(len(part) % len(batch.tenants) for part in (x, *parts)):
+        if any(len(part) % len(batch) for part in (x, *parts)):
             raise DeltacomeError(f"{self.name} changes the shape of the batch; this delta cannot be served, merge it")
         for number, (change, rows) in enumerate(changes):
-            module = batch.keep((self.name, number), partial(self._with, change.exact))
-            changed = module.forward(x[batch.token_rows(rows, len(x) // len(batch.tenants), x.device)])
-            for part, own in zip(parts, changed if isinstance(changed, tuple) else (changed,), strict=True):
-                part[batch.token_rows(rows, len(part) // len(batch.tenants), x.device)] = own
+            module = batch.prepared((self.name, number), partial(self._with, change.exact))
+            changed = module.forward(x[batch.token_rows(rows, len(x) // len(batch), x.device)])
+            for part, values in zip(parts, changed if isinstance(changed, tuple) else (changed,), strict=True):
+                part[batch.token_rows(rows, len(part) // len(batch), x.device)] = values
         return outputs
 
     def _stacked(self, batch: Batch, changes: list[tuple[Change, list[int]]], x: Tensor) -> dict[str, Tensor]:
         """Each parameter with a value per row: (batch, 1, ..., n)."""
         stacked = {}
         for key, value in self.module.named_parameters():
-            values = [value.detach()] * len(batch.tenants)
+            values = [value.detach()] * len(batch)
             for change, rows in changes:
                 for row in rows:
                     values[row] = change.exact.get(key, value).to(value.dtype)

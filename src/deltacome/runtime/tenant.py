@@ -1,7 +1,7 @@
 """A compressed delta in memory: what it changes in each module of the base model."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,13 +71,13 @@ class Tenant:
 
     name: str
     artifact: Artifact | None  # a benchmark's random deltas have none
-    changes: dict[str, Change]
+    changes: Mapping[str, Change]
 
     @property
     def bytes(self) -> int:
         """Bytes that it takes in memory."""
-        found = {tensor.data_ptr(): tensor.nbytes for change in self.changes.values() for tensor in change.tensors()}
-        return sum(found.values())
+        tensors = (tensor for change in self.changes.values() for tensor in change.tensors())
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 def load_tenant(name: str, artifact: Artifact, model: nn.Module, device: torch.device) -> Tenant:
@@ -93,25 +93,25 @@ def load_tenant(name: str, artifact: Artifact, model: nn.Module, device: torch.d
         has_vocabulary = entry.name.endswith((*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS))
         if not terms and not has_vocabulary:
             continue
-        place = names.find_expert(entry.name)
-        module_name, _, parameter = (place.parameter if place else names.find(entry.name)).rpartition(".")
+        expert = names.find_expert(entry.name)
+        module_name, _, parameter = (expert.parameter if expert else names.find(entry.name)).rpartition(".")
         module = modules[module_name]
         if has_vocabulary and isinstance(module, nn.Linear | nn.Embedding) and entry.shape[0] < len(module.weight):
             changes.setdefault(module_name, Change()).size = entry.shape[0]
         if not terms:
             continue
         change = changes.setdefault(module_name, Change())
-        if place and not any(isinstance(term, Dense) for term in terms):
-            _change_expert(change, place, parameter, module, entry, terms, device)
+        if expert and not any(isinstance(term, Dense) for term in terms):
+            _change_expert(change, expert, parameter, module, entry, terms, device)
         elif parameter == "weight" and isinstance(module, nn.Linear | nn.Embedding | Conv1D):
             _change_weight(change, module, entry, terms, device)
         elif isinstance(terms[0], Dense) and terms[0].value.ndim == 1 and not list(module.children()):
             change.exact[parameter] = terms[0].value.to(device, copy=True)  # or the file stays mapped
-        elif place is None and len(entry.shape) == 2 and not list(module.children()) and entry.base is not None:
+        elif expert is None and len(entry.shape) == 2 and not list(module.children()) and entry.base is not None:
             # Small, and of modules that compute in their own way, such as routers.
-            own = module.get_parameter(parameter)
-            exact = add_terms(own.detach().to("cpu", torch.float32, copy=True), terms)
-            change.exact[parameter] = exact.to(device, own.dtype)
+            value = module.get_parameter(parameter)
+            exact = add_terms(value.detach().to("cpu", torch.float32, copy=True), terms)
+            change.exact[parameter] = exact.to(device, value.dtype)
         else:
             raise DeltacomeError(
                 f"{artifact.folder} changes {entry.name}, which cannot be served beside the base; merge it instead"
@@ -136,15 +136,15 @@ def _change_weight(change: Change, module: nn.Module, entry: Entry, terms: list[
 
 
 def _change_expert(
-    change: Change, place: Place, parameter: str, module: Any, entry: Entry, terms: list[Term], device: torch.device
+    change: Change, expert: Place, parameter: str, module: Any, entry: Entry, terms: list[Term], device: torch.device
 ) -> None:
     m, n = entry.shape
-    if place.is_slice and module.is_transposed:
+    if expert.is_slice and module.is_transposed:
         terms, (m, n) = transposed(terms), (n, m)
     stack = getattr(module, parameter)
-    first = place.half * stack.shape[2 if module.is_transposed else 1] // 2
+    first = expert.half * stack.shape[2 if module.is_transposed else 1] // 2
     packed = pack_terms(terms, (m, n), device)
-    change.experts.setdefault((parameter, place.expert), []).append((first, packed))
+    change.experts.setdefault((parameter, expert.expert), []).append((first, packed))
 
 
 def embedding_vectors(name: str, terms: Sequence[Term]) -> Tensor | None:

@@ -1,7 +1,7 @@
 """The deltas of a model by name."""
 
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,35 +17,45 @@ from deltacome.runtime.kernels import kernels_for
 from deltacome.runtime.modules import install
 from deltacome.runtime.tenant import Tenant, check_config, load_tenant
 
-Names = Sequence[str | Tenant | None]
-KEPT_BATCHES = 8  # combinations of tenants whose preparations are kept for the next call
+TenantNames = Sequence[str | Tenant | None]
 
 
 class Tenants:
-    """The deltas of a model by name."""
+    """The deltas of a model by name: `model.tenants`, for any thread.
+
+    checkpoint: the base's; without it there is no `read`, and so no `add`.
+    """
 
     def __init__(self, model: Any, checkpoint: Checkpoint | None) -> None:
-        self.model, self.checkpoint = model, checkpoint
-        self.by_name: dict[str, Tenant] = {}
-        self.in_use: Counter[Tenant] = Counter()
-        self.lock = threading.Lock()
-        self._batches: OrderedDict[tuple[Tenant | None, ...], Batch] = OrderedDict()
+        self._model, self._checkpoint = model, checkpoint
+        self._by_name: dict[str, Tenant] = {}
+        self._calls_of: Counter[Tenant] = Counter()
+        self._busy: set[Batch] = set()
+        self._lock = threading.Lock()
+
+    def by_name(self) -> dict[str, Tenant]:
+        """The known tenants, as they are now."""
+        return dict(self._by_name)
 
     def add(self, name: str, folder: str | Path) -> None:
-        """See `add_delta` below."""
+        """Load a compressed delta and make it known under its name.
+
+        Raises:
+            DeltacomeError: as `read`.
+        """
         self.put(self.read(name, folder))
 
     def read(self, name: str, folder: str | Path) -> Tenant:
         """Load a compressed delta and make the model ready for it, without making its name known.
 
         Raises:
-            DeltacomeError: as `add_delta`.
+            DeltacomeError: if it is broken, of another base, or does not fit; the model is as it was before.
         """
-        assert self.checkpoint is not None
-        artifact = open_checked(self.checkpoint, folder)
-        check_config(artifact, self.checkpoint)
+        assert self._checkpoint is not None
+        artifact = open_checked(self._checkpoint, folder)
+        check_config(artifact, self._checkpoint)
         try:
-            tenant = load_tenant(name, artifact, self.model, self.model.device)
+            tenant = load_tenant(name, artifact, self._model, self._model.device)
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
@@ -54,53 +64,68 @@ class Tenants:
         return tenant
 
     def put(self, tenant: Tenant) -> None:
-        """Make a tenant known under its name."""
+        """Make a tenant known under its name, in place of one that has it already."""
         self._install(tenant)
-        with self.lock:
-            self.by_name[tenant.name] = tenant
-            self._batches.clear()  # they would keep a replaced one alive
-
-    def _install(self, tenant: Tenant) -> None:
-        kernels = kernels_for(self.model.device.type)
-        for module_name in tenant.changes:
-            install(module_name, self.model.get_submodule(module_name), kernels)
-
-    def forget_batches(self) -> None:
-        """Drop what is kept for the next calls, and with it tenants that nobody knows any more."""
-        with self.lock:
-            self._batches.clear()
+        with self._lock:
+            self._by_name[tenant.name] = tenant
 
     def remove(self, name: str) -> None:
-        """See `remove_delta` below."""
-        with self.lock:
-            tenant = self._get(name)
-            if self.in_use[tenant]:
-                raise DeltacomeError(f"{name} is in use by a running call; remove it when that has returned")
-            del self.by_name[name]
-            self._batches.clear()
+        """Forget a tenant; its memory is free when no `Batch` has it any more.
 
-    def _get(self, name: str) -> Tenant:
-        if name not in self.by_name:
-            known = ", ".join(sorted(self.by_name)) or "none"
-            raise DeltacomeError(f"there is no tenant {name!r}; those loaded are: {known}")
-        return self.by_name[name]
+        Raises:
+            DeltacomeError: if there is none of that name, or a running call uses it.
+        """
+        with self._lock:
+            tenant = self._get(name)
+            if self._calls_of[tenant]:
+                raise DeltacomeError(f"{name} is in use by a running call; remove it when that has returned")
+            del self._by_name[name]
+
+    def batch_of(self, tenants: TenantNames) -> Batch:
+        """A batch with those tenants, a row each, for the `tenants=` of several calls one after another.
+
+        What the first call prepares serves the others. Who calls with names gets a new batch each time.
+
+        Raises:
+            DeltacomeError: if there is no tenant of a name.
+        """
+        with self._lock:
+            return self._batch_of(tenants)
 
     @contextmanager
-    def batch(self, tenants: Names) -> Iterator[None]:
-        """The batch of those tenants is the running one."""
-        with self.lock:
-            found = tuple(self._get(name) if isinstance(name, str) else name for name in tenants)
-            used = {tenant for tenant in found if tenant is not None}
-            self.in_use.update(used)
-            batch = self._batches.pop(found, None) or Batch(found)
-            self._batches[found] = batch
-            while len(self._batches) > KEPT_BATCHES:
-                self._batches.popitem(last=False)
+    def run(self, tenants: TenantNames | Batch) -> Iterator[None]:
+        """Make a batch, or one of those tenants, the running one; until the end its tenants cannot be removed.
+
+        Raises:
+            DeltacomeError: if there is no tenant of a name, or another call runs with that batch.
+        """
+        with self._lock:
+            batch = tenants if isinstance(tenants, Batch) else self._batch_of(tenants)
+            if batch in self._busy:
+                raise DeltacomeError("a batch is for one call at a time; make one for each thread")
+            self._busy.add(batch)
+            used = {tenant for tenant in batch.tenants if tenant is not None}
+            self._calls_of.update(used)
         token = running.set(batch)
         try:
             yield
         finally:
             running.reset(token)
-            with self.lock:
-                self.in_use.subtract(used)
-                self.in_use += Counter()  # drop those at zero
+            with self._lock:
+                self._busy.remove(batch)
+                self._calls_of.subtract(used)
+                self._calls_of += Counter()  # drop those at zero
+
+    def _install(self, tenant: Tenant) -> None:
+        kernels = kernels_for(self._model.device.type)
+        for module_name in tenant.changes:
+            install(module_name, self._model.get_submodule(module_name), kernels)
+
+    def _batch_of(self, tenants: TenantNames) -> Batch:
+        return Batch(tuple(self._get(tenant) if isinstance(tenant, str) else tenant for tenant in tenants))
+
+    def _get(self, name: str) -> Tenant:
+        if name not in self._by_name:
+            known = ", ".join(sorted(self._by_name)) or "none"
+            raise DeltacomeError(f"there is no tenant {name!r}; those loaded are: {known}")
+        return self._by_name[name]

@@ -278,7 +278,7 @@ class Registry:
         return loaded
 
     def _read(self, name: str, folder: Path) -> Loaded:
-        return self._loaded(self.model._tenants.read(name, folder))
+        return self._loaded(self.model.tenants.read(name, folder))
 
     def _loaded(self, tenant: Tenant | None) -> Loaded:
         files = self._language_files(tenant)
@@ -337,7 +337,6 @@ class Registry:
         """Let go of a model that no name has any more, unless requests use it: the last of them lets it go."""
         if not loaded.uses:
             self.in_memory.discard(loaded)
-            self.model._tenants.forget_batches()
 
 
 def _stamp(folder: Path) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-_kept: list[Any] = []  # what must live as long as the process
+_operators: list[Any] = []  # defined as long as these objects live; empty until `register` has run
 
 
 def register() -> None:
@@ -16,7 +16,7 @@ def register() -> None:
 
     from deltacome.version import __version__
 
-    if _kept:
+    if _operators:
         return
     supported = "0.32"
     if not vllm.__version__.startswith(f"{supported}."):
@@ -34,7 +34,7 @@ def register() -> None:
     from deltacome.vllm.manager import WorkerManager
     from deltacome.vllm.resolver import DeltaResolver
 
-    _kept.append(define_operator())
+    _operators.append(define_operator())
     layers: dict[type, type] = {old: linear_class(old) for old in internals.LINEAR}
     layers[internals.VocabParallelEmbeddingWithLoRA] = Embedding
     internals.replace_classes(layers, Logits, WorkerManager)

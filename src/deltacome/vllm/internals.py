@@ -92,8 +92,8 @@ def replace_classes(layers: dict[type, type], logits: type, worker_manager: type
     Those for `fully_sharded_loras`, which cut LoRA's factors in a way of their own, are left out.
     """
     classes = vllm.lora.utils._all_lora_classes
-    kept = (old for old in classes if "Sharded" not in old.__name__)
-    vllm.lora.utils._all_lora_classes = tuple(layers.get(old, old) for old in kept)
+    whole = (old for old in classes if "Sharded" not in old.__name__)
+    vllm.lora.utils._all_lora_classes = tuple(layers.get(old, old) for old in whole)
     vllm.lora.utils.LogitsProcessorWithLoRA = logits
     runner_mixin.LRUCacheWorkerLoRAManager = worker_manager
 

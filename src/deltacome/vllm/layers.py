@@ -57,9 +57,9 @@ class Layer:
             return content.to(device)
         return tuple(None if part is None else part.to(device) for part in content)
 
-    def found(self, rows: Rows) -> list[tuple[Any, Tensor]]:
+    def contents(self, rows: Rows) -> list[tuple[Any, Tensor]]:
         """The contents of the step's adapters, with their rows."""
-        return [(self.slots[slot], own) for slot, own in rows.by_slot.items() if self.slots[slot] is not None]
+        return [(self.slots[slot], numbers) for slot, numbers in rows.by_slot.items() if self.slots[slot] is not None]
 
 
 def apply_change(layer: Any, y: Tensor, x: Tensor | None) -> None:
@@ -131,10 +131,10 @@ class Linear(Layer):
             matrices = tuple(self.slice_lora_a(m) if i == 0 else m for i, m in enumerate(matrices))
         else:
             lengths = [len(tensor) for tensor in (*matrices[-1:], bias) if tensor is not None]
-            own = self.own_outputs(index, lengths[0]) if lengths else None
-            if own is not None:
-                bias = None if bias is None else bias[own]
-                matrices = (*matrices[:-1], matrices[-1][own]) if matrices else ()
+            outputs = self.own_outputs(index, lengths[0]) if lengths else None
+            if outputs is not None:
+                bias = None if bias is None else bias[outputs]
+                matrices = (*matrices[:-1], matrices[-1][outputs]) if matrices else ()
         return Part(part.packed, None, matrices, bias)
 
     def own_outputs(self: Any, index: int, count: int) -> Tensor | None:
@@ -152,7 +152,7 @@ class Linear(Layer):
         return output
 
     def change(self: Any, y: Tensor, x: Any) -> None:
-        slices: list[_Slice] = self.step.tokens.keep(self.name, self._slices)
+        slices: list[_Slice] = self.step.tokens.prepared(self.name, self._slices)
         if not slices:
             return
         y, x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -181,10 +181,10 @@ class Linear(Layer):
             y[:, part.first : part.first + mine.shape[1]] += mine.to(y.dtype)
 
     def _slices(self: Any) -> list[_Slice]:
-        found = self.found(self.step.tokens)
+        contents = self.contents(self.step.tokens)
         slices, first = [], 0
         for index, width in enumerate(self.output_slices):
-            parts = [(content[index], rows) for content, rows in found if content[index] is not None]
+            parts = [(content[index], rows) for content, rows in contents if content[index] is not None]
             packed = [(part.packed, rows) for part, rows in parts if part.packed is not None]
             outputs = packed[0][0].shape[0] if packed else width
             own = self.own_outputs(index, outputs)
@@ -214,18 +214,18 @@ class Embedding(Layer, internals.VocabParallelEmbeddingWithLoRA):
         return y
 
     def change(self, y: Tensor, x: Any) -> None:
-        found = self.step.tokens.keep(self.name, partial(self.found, self.step.tokens))
-        if not found:
+        contents = self.step.tokens.prepared(self.name, partial(self.contents, self.step.tokens))
+        if not contents:
             return
         y, ids = y.view(-1, y.shape[-1]), x.reshape(-1).long()  # vLLM has them in 32 bit
-        packed = [(part, rows) for (part,), rows in found if part.packed is not None]
+        packed = [(part, rows) for (part,), rows in contents if part.packed is not None]
         if packed:
             # One sum for all adapters: GPUs need not have them in the same slots.
             added = torch.zeros(y.shape, device=y.device)
             for part, rows in packed:
                 added[rows] = embed(part, ids[rows], y.shape[1], self.kernels)
             y += internals.all_reduce(added).to(y.dtype)
-        for (part,), rows in found:
+        for (part,), rows in contents:
             if part.matrices:
                 product = embedding(ids[rows], part.matrices[0])
                 for matrix in part.matrices[1:]:
@@ -249,7 +249,7 @@ class Logits(Layer, internals.LogitsProcessorWithLoRA):
         head = getattr(lm_head, "base_layer", lm_head)
         logits = self.base_layer._get_logits(hidden_states, head, embedding_bias)
         rows = self.step.of_logits(len(hidden_states))
-        work, products = rows.keep(self.name, partial(self._work, rows))
+        work, products = rows.prepared(self.name, partial(self._work, rows))
         if work is None and not products:
             return logits
         if rows.count != len(hidden_states):
@@ -262,18 +262,18 @@ class Logits(Layer, internals.LogitsProcessorWithLoRA):
             added = internals.all_reduce(added)
             if logits is not None:
                 logits += added
-        for matrices, own in products:
-            product = hidden_states[own]
+        for matrices, numbers in products:
+            product = hidden_states[numbers]
             for matrix in matrices:
                 product = product @ matrix.T.to(product.dtype)
             if logits is not None:
-                logits[own, : product.shape[1]] += product
+                logits[numbers, : product.shape[1]] += product
         return logits
 
     def _work(self, rows: Rows) -> tuple[Any, list[tuple[tuple[Tensor, ...], Tensor]]]:
-        parts = [(part, own) for (part,), own in self.found(rows)]
-        packed = [(part.packed, own) for part, own in parts if part.packed is not None]
-        products = [(part.matrices, own) for part, own in parts if part.matrices]
+        parts = [(part, numbers) for (part,), numbers in self.contents(rows)]
+        packed = [(part.packed, numbers) for part, numbers in parts if part.packed is not None]
+        products = [(part.matrices, numbers) for part, numbers in parts if part.matrices]
         return (self.kernels.Work(packed) if packed else None), products
 
 
@@ -307,28 +307,28 @@ class Norm(Layer, internals.BaseLayerWithLoRA):
 
     def change(self, y: Tensor, x: Any) -> None:
         rows = self.step.tokens
-        values = rows.keep((self.name, y.ndim), partial(self._values, rows, y.ndim))
+        values = rows.prepared((self.name, y.ndim), partial(self._values, rows, y.ndim))
         if values is None:
             return
-        own, weight, bias = values
+        numbers, weight, bias = values
         normalize = layer_norm if self.is_layer_norm else rms_norm
-        changed = normalize(x[own].float(), x.shape[-1:], eps=self.epsilon) * weight
-        y[own] = (changed if bias is None else changed + bias).to(y.dtype)
+        changed = normalize(x[numbers].float(), x.shape[-1:], eps=self.epsilon) * weight
+        y[numbers] = (changed if bias is None else changed + bias).to(y.dtype)
 
     def _values(self, rows: Rows, dimensions: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """Row numbers, and of each row the gains and the biases: (rows, 1, ..., n)."""
-        found = self.found(rows)
-        if not found:
+        contents = self.contents(rows)
+        if not contents:
             return None
-        counts = torch.tensor([len(own) for _, own in found], device=self.step.device)
+        counts = torch.tensor([len(numbers) for _, numbers in contents], device=self.step.device)
 
         def stack(values: list[Tensor]) -> Tensor:
             stacked = torch.stack(values).float().repeat_interleave(counts, dim=0)
             return stacked.view(len(stacked), *[1] * (dimensions - 2), -1)
 
-        biases = [gains.bias for gains, _ in found if gains.bias is not None]
-        weight = stack([gains.weight for gains, _ in found]) + self.offset
-        return torch.cat([own for _, own in found]), weight, stack(biases) if biases else None
+        biases = [gains.bias for gains, _ in contents if gains.bias is not None]
+        weight = stack([gains.weight for gains, _ in contents]) + self.offset
+        return torch.cat([numbers for _, numbers in contents]), weight, stack(biases) if biases else None
 
 
 def linear_class(vllm_class: type) -> type:

@@ -11,8 +11,8 @@ from deltacome.errors import DeltacomeError
 from deltacome.format.manifest import MANIFEST
 from deltacome.restore.merging import open_checked
 from deltacome.vllm import internals
-from deltacome.vllm.delta import Layers, read
 from deltacome.vllm.layers import Content, Layer, Norm
+from deltacome.vllm.reading import Layers, read
 from deltacome.vllm.rows import Step
 
 

@@ -16,7 +16,7 @@ class DeltaResolver(internals.LoRAResolver):
         """As vLLM's; vLLM gives the number."""
         if not lora_name or lora_name.startswith(".") or "/" in lora_name or "\0" in lora_name:
             return None
-        place = (self.folder / lora_name).resolve()
-        if place.parent != self.folder or not (place / MANIFEST).is_file():
+        folder = (self.folder / lora_name).resolve()
+        if folder.parent != self.folder or not (folder / MANIFEST).is_file():
             return None
-        return internals.LoRARequest(lora_name, 1, str(place))
+        return internals.LoRARequest(lora_name, 1, str(folder))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-KEPT = 8  # compositions of a batch whose preparations are kept
+COMPOSITIONS = 8  # of a batch, the last ones, for which what the layers prepared stays
 
 
 class Rows:
@@ -24,16 +24,16 @@ class Rows:
         self.count = len(adapters)
         self.by_slot: dict[int, Tensor] = {}
         for slot, adapter in enumerate(slots):
-            own = np.flatnonzero(adapters == adapter) if adapter is not None else ()
-            if len(own):
-                self.by_slot[slot] = torch.as_tensor(own, device=device)
-        self._kept: dict[Any, Any] = {}
+            rows = np.flatnonzero(adapters == adapter) if adapter is not None else ()
+            if len(rows):
+                self.by_slot[slot] = torch.as_tensor(rows, device=device)
+        self._prepared: dict[Any, Any] = {}
 
-    def keep(self, key: Any, make: Callable[[], Any]) -> Any:
+    def prepared(self, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` returned when the key was first asked for."""
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]
+        if key not in self._prepared:
+            self._prepared[key] = make()
+        return self._prepared[key]
 
 
 class Step:
@@ -46,7 +46,7 @@ class Step:
 
     def forget(self) -> None:
         """An adapter came or went: nothing that was worked out holds."""
-        self._kept: OrderedDict[bytes, Rows] = OrderedDict()
+        self._recent: OrderedDict[bytes, Rows] = OrderedDict()
         self._slots: tuple[int | None, ...] = ()
         self.tokens = self.samples = Rows(np.zeros(0), (), self.device)
 
@@ -70,8 +70,8 @@ class Step:
 
     def _rows(self, adapters: np.ndarray) -> Rows:
         key = adapters.tobytes()
-        rows = self._kept.pop(key, None) or Rows(adapters, self._slots, self.device)
-        self._kept[key] = rows
-        while len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
+        rows = self._recent.pop(key, None) or Rows(adapters, self._slots, self.device)
+        self._recent[key] = rows
+        while len(self._recent) > COMPOSITIONS:
+            self._recent.popitem(last=False)
         return rows

@@ -1,7 +1,7 @@
 """The CPU kernel: packed codes times a few rows, all tenants of a matrix in one call, in float32.
 
-Numba compiles it (`steps`). It runs on the threads of PyTorch's own OpenMP: a second pool of threads beside them would
-wait for the same cores.
+Numba compiles it (`steps`, `expansion`, `hadamard`). It runs on the threads of PyTorch's own OpenMP: a second pool of
+threads beside them would wait for the same cores.
 """
 
 import ctypes
@@ -11,6 +11,7 @@ from functools import cache, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from deltacome.format.rotation import signs_of
 from deltacome.runtime.kernels import reference
+from deltacome.runtime.kernels.expansion import BLOCK, columns_worker, expand_worker
+from deltacome.runtime.kernels.hadamard import rotate_worker
 from deltacome.runtime.kernels.packed import Packed
-from deltacome.runtime.kernels.steps import (
-    BLOCK,
-    CHUNK,
+from deltacome.runtime.kernels.steps import CHUNK, add_worker
+from deltacome.runtime.kernels.tables import (
     COUNT,
     DELTA_OF,
     FLAGS,
@@ -42,10 +44,6 @@ from deltacome.runtime.kernels.steps import (
     T,
     X,
     Y,
-    add_worker,
-    columns_worker,
-    expand_worker,
-    rotate_worker,
     sum_offset,
 )
 from deltacome.runtime.kernels.vectors import LANES, SHIFTS
@@ -94,11 +92,11 @@ class _Table:
 
     @classmethod
     def of(cls, packed: Packed) -> "_Table":
-        """The delta's table, made the first time."""
-        if "cpu" not in packed.kept:
-            packed.kept["cpu"] = cls(packed)
-        table: _Table = packed.kept["cpu"]
-        return table
+        """The delta's table, made the first time; it lives as long as the delta, its address being in use."""
+        return _tables.get(packed) or _tables.setdefault(packed, cls(packed))
+
+
+_tables: WeakKeyDictionary[Packed, _Table] = WeakKeyDictionary()
 
 
 class Work:
@@ -172,7 +170,7 @@ class _Few:
 @lru_cache(maxsize=64)
 def _layout(rows: tuple[Tensor, ...]) -> tuple[Tensor, np.ndarray, list[int]]:
     """What the matrices of a batch have in common: all rows, the segments without their deltas, and rows of each."""
-    counts = [own.numel() for own in rows]
+    counts = [numbers.numel() for numbers in rows]
     segments = np.zeros((len(rows), SEGMENT), dtype=np.int64)
     segments[:, START], segments[:, COUNT] = [0, *accumulate(counts[:-1])], counts
     return torch.cat(rows), segments, counts
@@ -189,11 +187,11 @@ _local = threading.local()
 
 def _scratch(key: int, length: int) -> Tensor:
     """At least `length` floats of memory that this thread keeps for what `key` stands for."""
-    kept: dict[Any, Tensor] = _local.__dict__
-    found = kept.get(key)
-    if found is None or found.numel() < length:
-        found = kept[key] = torch.zeros(length)
-    return found
+    buffers: dict[Any, Tensor] = _local.__dict__
+    buffer = buffers.get(key)
+    if buffer is None or buffer.numel() < length:
+        buffer = buffers[key] = torch.zeros(length)
+    return buffer
 
 
 def _add_many(y: Tensor, x: Tensor, packed: Packed, rows: Tensor) -> None:
@@ -234,12 +232,12 @@ def columns(packed: Packed, places: Tensor) -> Tensor:
     if not table.fast:
         return reference.columns(packed, places)
     places = places.to(torch.int64).contiguous()
-    found = torch.empty(packed.rank, len(places))
+    entries = torch.empty(packed.rank, len(places))
     data = _table_for_threads()
-    data[[X, Y, N, M]] = places.data_ptr(), found.data_ptr(), len(places), packed.factored_rows
+    data[[X, Y, N, M]] = places.data_ptr(), entries.data_ptr(), len(places), packed.factored_rows
     data[SEGMENTS] = table.address
     columns_worker().ctypes(_address(data))
-    return found
+    return entries
 
 
 @cache

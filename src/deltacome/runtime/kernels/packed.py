@@ -1,8 +1,7 @@
 """A delta of one matrix as the kernels read it: the artifact's words, ordered so that they are read in a stream."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,7 +61,7 @@ class Tiled:
 class Plane:
     """One plane of a term's codes: bits `first` to `first + width` of each.
 
-    u: words (rank, words of m), or (words of rank, m) if turned. v: words (words of n, rank).
+    u: words (rank, words of m), or (words of rank, m) if they lie along the rank. v: words (words of n, rank).
     """
 
     width: int
@@ -94,15 +93,14 @@ class PackedTerm:
         return (2**self.bits - 1) / 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packed:
     """A delta of shape (m, n), as it lies in memory.
 
     terms: factored terms without groups. rotated: their rotated sides. rows: int32, the rows of the weight that they
     add to, None for all. signs: (words of n, m), the words of a sign term. grouped: terms with scales
-    per group, which only the reference kernel computes. turned: whether the words of U run along the components, so
+    per group, which only the reference kernel computes. along_rank: whether the words of U run along the components, so
     that both products of a delta are sums over a word's codes, as GPUs like it; all tiles are full then.
-    kept: what a kernel prepared for the delta.
     """
 
     shape: tuple[int, int]
@@ -112,8 +110,7 @@ class Packed:
     signs: Tiled | None = None
     sign_scale: Tensor | None = None
     grouped: tuple[Factored, ...] = ()
-    turned: bool = False
-    kept: dict[str, Any] = field(default_factory=dict, compare=False)
+    along_rank: bool = False
 
     @property
     def factored_rows(self) -> int:
@@ -137,9 +134,9 @@ class Packed:
             None if self.signs is None else self.signs.to(device),
             scale,
             tuple(_to(term, device) for term in self.grouped),
-            self.turned,
+            self.along_rank,
         )
-        return turn(moved) if device.type == "cuda" else moved
+        return words_along_rank(moved) if device.type == "cuda" else moved
 
     @property
     def device(self) -> torch.device:
@@ -173,24 +170,24 @@ def pack_terms(terms: Sequence[Term], shape: tuple[int, int], device: torch.devi
             words = Tiled.of(term.words.T, device)
             packed = replace(packed, signs=words, sign_scale=term.scale.to(device, torch.float32, copy=True))
     packed = replace(packed, grouped=tuple(_to(term, device) for term in factored if term.groups is not None))
-    return turn(packed) if device.type == "cuda" else packed
+    return words_along_rank(packed) if device.type == "cuda" else packed
 
 
-def turn(packed: Packed) -> Packed:
+def words_along_rank(packed: Packed) -> Packed:
     """The delta with the words of U along the components, and zeros behind all words up to whole tiles."""
 
     def padded(matrix: Tensor) -> Tiled:
         return Tiled.of(torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % TILE)), matrix.device)
 
-    def turned(plane: Plane) -> Plane:
+    def laid_out(plane: Plane) -> Plane:
         codes = unpack(plane.u.matrix(), plane.width, packed.factored_rows)
         return replace(plane, u=padded(pack(codes.T, plane.width).T), v=padded(plane.v.matrix()))
 
-    if packed.turned:
+    if packed.along_rank:
         return packed
-    terms = (replace(term, planes=tuple(turned(plane) for plane in term.planes)) for term in packed.terms)
+    terms = (replace(term, planes=tuple(laid_out(plane) for plane in term.planes)) for term in packed.terms)
     signs = None if packed.signs is None else padded(packed.signs.matrix())
-    return replace(packed, terms=tuple(terms), signs=signs, turned=True, kept={})
+    return replace(packed, terms=tuple(terms), signs=signs, along_rank=True)
 
 
 def transposed(terms: list[Term]) -> list[Term]:
@@ -233,7 +230,7 @@ def unpack_term(term: PackedTerm, packed: Packed) -> tuple[Tensor, Tensor]:
         return unpack(torch.cat(words, dim=1), term.bits, length).float().sub_(term.middle)
 
     v = entries([plane.v.matrix()[:, : term.rank].T for plane in term.planes], packed.shape[1])
-    if packed.turned:
+    if packed.along_rank:
         rows = packed.factored_rows
         return entries([plane.u.matrix()[:, :rows].T for plane in term.planes], term.rank).T, v
     return entries([plane.u.matrix() for plane in term.planes], packed.factored_rows), v

@@ -55,11 +55,11 @@ def columns(packed: Packed, places: Tensor) -> Tensor:
     for term in packed.terms:
         codes = torch.zeros(term.rank, len(places), dtype=torch.int32, device=places.device)
         for plane in term.planes:
-            if packed.turned:
-                own = unpack(plane.u.pick(places).T, plane.width, term.rank).T
+            if packed.along_rank:
+                part = unpack(plane.u.pick(places).T, plane.width, term.rank).T
             else:
-                own = _cut(plane.u.pick(places // (32 // plane.width)), places, plane.width)
-            codes |= own << plane.first
+                part = _cut(plane.u.pick(places // (32 // plane.width)), places, plane.width)
+            codes |= part << plane.first
         found.append(codes.float().sub_(term.middle))
     for grouped in packed.grouped:
         assert grouped.groups is not None

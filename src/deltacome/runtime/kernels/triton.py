@@ -9,6 +9,7 @@ a launch or two each.
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from deltacome.format.rotation import signs_of, unrotate
 from deltacome.runtime.kernels import reference
-from deltacome.runtime.kernels.packed import TILE, Packed, turn
+from deltacome.runtime.kernels.packed import TILE, Packed, words_along_rank
 from deltacome.runtime.kernels.reference import columns
 
 __all__ = ["Work", "columns"]
@@ -53,29 +54,26 @@ class Work:
         self.many.add(y, x)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Entries:
     """What the two stages do for a delta, a row each: see `_entry`.
 
-    length: numbers that go into both stages. kept: tensors that addresses are of.
+    length: numbers that go into both stages. owned: tensors that addresses are of, besides the delta's own.
     """
 
     inner: list[list[int]]
     outer: list[list[int]]
     length: int
-    kept: tuple[Any, ...]
+    owned: tuple[Any, ...]
 
     @classmethod
     def of(cls, packed: Packed) -> "_Entries":
-        """The delta's entries, made the first time."""
-        if "triton" not in packed.kept:
-            packed.kept["triton"] = cls._make(packed)
-        entries: _Entries = packed.kept["triton"]
-        return entries
+        """The delta's entries, made the first time; they live as long as the delta, addresses being in use."""
+        return _entries.get(packed) or _entries.setdefault(packed, cls._make(packed))
 
     @classmethod
     def _make(cls, given: Packed) -> "_Entries":
-        packed = turn(given)
+        packed = words_along_rank(given)
         m, n = packed.shape
         inner, planes, scale = [], [], None
         # A row of the buffer has the inputs, then what the first stage makes of them, with zeros up to whole words.
@@ -93,6 +91,9 @@ class _Entries:
         outputs = packed.factored_rows
         words = None if packed is given else packed  # else the delta and its entries would keep each other alive
         return cls(inner, [_entry(outputs, scale, 0, outputs, planes)], start, (words, scale))
+
+
+_entries: WeakKeyDictionary[Packed, _Entries] = WeakKeyDictionary()
 
 
 def _entry(columns: int, scale: Tensor | None, place: int, room: int, planes: list[list[int]]) -> list[int]:
@@ -138,18 +139,18 @@ class _Few:
         self.inner, self.components = stage([own.inner for own in entries])
         self.outer, _ = stage([own.outer for own in entries])
 
-        def by_outputs(turned: bool) -> list[tuple[int, Tensor, Tensor]]:
+        def by_outputs(rotated: bool) -> list[tuple[int, Tensor, Tensor]]:
             """How many outputs deltas have that are for all of y, with the numbers of their rows here and in y."""
             found: dict[int, list[int]] = {}
             for packed, first, count in zip(self.deltas, starts, counts, strict=False):
-                if packed.rows is None and ("u" in packed.rotated) == turned:
+                if packed.rows is None and ("u" in packed.rotated) == rotated:
                     found.setdefault(packed.shape[0], []).extend(range(first, first + count))
             own = ((m, on_device(numbers)) for m, numbers in found.items())
             return [(m, numbers, self.rows[numbers]) for m, numbers in own]
 
         self.rotated = on_device(np.repeat(["v" in packed.rotated for packed in self.deltas], counts))
         self.numbers = on_device(np.arange(starts[-1]))
-        self.turned, self.plain = by_outputs(True), by_outputs(False)
+        self.to_rotate_back, self.plain = by_outputs(True), by_outputs(False)
         self.some = [
             (packed, packed.rows.long(), slice(starts[i], starts[i + 1]))
             for i, packed in enumerate(self.deltas)
@@ -164,7 +165,7 @@ class _Few:
         _rotate(x, self.rows, buffer, self.numbers, self.rotated, n)
         _multiply(self.inner, self.components, buffer, buffer, INNER)
         _multiply(self.outer, self.outputs, buffer, product, OUTER)
-        for m, own, rows in self.turned:
+        for m, own, rows in self.to_rotate_back:
             _unrotate_and_add(product, own, y, rows, m)
         for m, own, rows in self.plain:
             y[:, :m].index_add_(0, rows, product[own, :m].to(y.dtype))
@@ -327,16 +328,16 @@ def _transform_kernel(  # type: ignore[no-untyped-def]
     place = first + tl.arange(0, size)
     value = tl.load(source + place).to(tl.float32)
     sign = tl.load(signs + place)
-    turned = _times_hadamard(value * sign if before else value, size, d2)
-    turned = _times_hadamard(turned, size, d1)
-    turned = _times_hadamard(turned, size, d0) * scale
+    transformed = _times_hadamard(value * sign if before else value, size, d2)
+    transformed = _times_hadamard(transformed, size, d1)
+    transformed = _times_hadamard(transformed, size, d0) * scale
     if after:
-        turned *= sign
+        transformed *= sign
     if not all_rows:
-        turned = tl.where(tl.load(rotated + i) != 0, turned, value)
+        transformed = tl.where(tl.load(rotated + i) != 0, transformed, value)
     if add:
-        turned += tl.load(target + place).to(tl.float32)
-    tl.store(target + place, turned)
+        transformed += tl.load(target + place).to(tl.float32)
+    tl.store(target + place, transformed)
     rest = tl.arange(0, size)
     known = rest < n - size
     rest += tl.where(first == 0, size, 0)

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import Cache
 
 from deltacome.data import pad
+from deltacome.runtime.batch import Batch
 from deltacome.runtime.tenant import Tenant
 from deltacome.serve.engine.attention import share_keys
 from deltacome.serve.engine.cache import join, new_cache
@@ -96,6 +97,7 @@ class Engine:
         self.waiting: deque[Sequence] = deque()
         self.reading: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.batch: Batch | None = None  # the running rows' tenants, made anew when the rows change
         self.cache: Cache | None = None
         self.length = 0  # positions of the cache
         self.lock = threading.Condition()
@@ -232,7 +234,7 @@ class Engine:
         if first.read:
             mask = torch.ones(1, first.read + ids.shape[1], dtype=torch.long)
         cache = first.cache or new_cache()
-        logits = self._forward(group, ids, mask, positions, cache)
+        logits = self._forward(self._batch_of(group), ids, mask, positions, cache)
         for sequence, part in zip(group, parts, strict=True):
             sequence.read += len(part)
             self.reading.remove(sequence)
@@ -254,7 +256,9 @@ class Engine:
         positions = torch.tensor([[sequence.read] for sequence in self.running])
         mask = (torch.arange(self.length + 1) >= self.length - positions).long()
         assert self.cache is not None
-        logits = self._forward(self.running, ids, mask, positions, self.cache)
+        if self.batch is None:
+            self.batch = self._batch_of(self.running)
+        logits = self._forward(self.batch, ids, mask, positions, self.cache)
         self.length += 1
         for sequence in self.running:
             sequence.read += 1
@@ -270,7 +274,10 @@ class Engine:
         with self.lock:
             self.waiting.appendleft(sequence)
 
-    def _forward(self, group: list[Sequence], ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    def _batch_of(self, group: list[Sequence]) -> Batch:
+        return self.model.tenants.batch_of([sequence.tenant for sequence in group])
+
+    def _forward(self, batch: Batch, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """The last token's logits (rows, vocabulary)."""
         device = self.model.device
         options = {"logits_to_keep": 1} if self.keeps_few_logits else {}
@@ -280,7 +287,7 @@ class Engine:
             position_ids=positions.to(device),
             past_key_values=cache,
             use_cache=True,
-            tenants=[sequence.tenant for sequence in group],
+            tenants=batch,
             **options,
         ).logits[:, -1]
 
@@ -334,3 +341,4 @@ class Engine:
         self.running = kept + [sequence for _, sequence in joining]
         self.length = max((sequence.read for sequence in self.running), default=0)
         self.cache = join(parts, self.length) if parts else None
+        self.batch = None

@@ -29,10 +29,10 @@ class Layers:
 
     def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], packed: Mapping[str, list[str]]) -> None:
         self.model, self.modules = model, modules
-        self.places = {name: (name, 0) for name in modules if name not in packed}
+        self.slices = {name: (name, 0) for name in modules if name not in packed}
         for name, parts in packed.items():
             if getattr(modules[name], "n_slices", 0) == len(parts):
-                self.places |= {part: (name, index) for index, part in enumerate(parts)}
+                self.slices |= {part: (name, index) for index, part in enumerate(parts)}
         missing = [name for name, module in model.named_modules() if isinstance(module, internals.PPMissingLayer)]
         self._elsewhere = tuple(f"{name}." for name in missing)
 
@@ -45,9 +45,9 @@ class Layers:
         name, _, parameter = internals.rename(self.model, weight).rpartition(".")
         if f"{name}.".startswith(self._elsewhere):
             return None
-        if name not in self.places or parameter not in ("weight", "bias"):
+        if name not in self.slices or parameter not in ("weight", "bias"):
             raise _refusal(weight)
-        return (*self.places[name], parameter)
+        return (*self.slices[name], parameter)
 
 
 def read(artifact: Artifact, base: Checkpoint, layers: Layers) -> dict[str, Content]:
@@ -65,22 +65,22 @@ def read(artifact: Artifact, base: Checkpoint, layers: Layers) -> dict[str, Cont
                 f"{entry.name} has fewer rows than the base's, and vLLM would answer with tokens that the fine-tuned "
                 "model has not; serve the delta without vLLM, or merge it"
             )
-        place = layers.find(entry.name) if terms else None
-        if place is None:
+        found = layers.find(entry.name) if terms else None
+        if found is None:
             continue
-        name, index, parameter = place
+        name, index, parameter = found
         module = layers.modules[name]
         if isinstance(module, Norm) and isinstance(terms[0], Dense):
             norms.setdefault(name, {})[parameter] = terms[0].value
         elif isinstance(module, Linear | Embedding | Logits):
-            own = parts.setdefault(name, {})
-            own[index] = _part(own.get(index, Part()), module, parameter, entry, terms, base)
+            slices = parts.setdefault(name, {})
+            slices[index] = _part(slices.get(index, Part()), module, parameter, entry, terms, base)
         else:
             raise _refusal(entry.name)
     _tie(artifact, base, layers, parts)
     contents: dict[str, Content] = {
-        name: tuple(own.get(i) for i in range(getattr(layers.modules[name], "n_slices", 1)))
-        for name, own in parts.items()
+        name: tuple(slices.get(i) for i in range(getattr(layers.modules[name], "n_slices", 1)))
+        for name, slices in parts.items()
     }
     for name, values in norms.items():
         norm: Any = layers.modules[name]
@@ -110,10 +110,10 @@ def _part(part: Part, module: Any, parameter: str, entry: Entry, terms: list[Ter
         matrices = (_difference(entry, dense, base),)
     else:
         sizes = (getattr(module, "tp_rank", 0), getattr(module, "tp_size", 1))
-        own = share(terms, *(sizes if not isinstance(module, Embedding) else internals.ranks()))
-        packed = pack_terms(own, (entry.shape[0], entry.shape[1]), CPU)
+        shared = share(terms, *(sizes if not isinstance(module, Embedding) else internals.ranks()))
+        packed = pack_terms(shared, (entry.shape[0], entry.shape[1]), CPU)
         if isinstance(module, Embedding):
-            vectors = embedding_vectors(entry.name, own)
+            vectors = embedding_vectors(entry.name, shared)
     return Part(packed, vectors, matrices, bias)
 
 

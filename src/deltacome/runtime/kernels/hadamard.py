@@ -1,0 +1,82 @@
+"""The rotation of `format.rotation`, and its inverse, compiled by Numba: for the steps, and for rows by themselves."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import carray, cfunc, njit, types
+
+from deltacome.runtime.kernels.tables import FLAGS, INVERSE, RUNS, SEGMENTS, N, X, take, tasks_of
+from deltacome.runtime.kernels.vectors import LANES, butterfly, floats, integers, lane_hadamard
+
+
+@njit(error_model="numpy")
+def _hadamard(x):  # type: ignore[no-untyped-def]
+    start, width = x.ctypes.data, 1
+    if x.size >= LANES:
+        width = LANES
+        for i in range(0, x.size, LANES):
+            lane_hadamard(start + 4 * i)
+    while width < x.size:
+        for i in range(0, x.size, 2 * width):
+            if width >= LANES:
+                for j in range(i, i + width, LANES):
+                    butterfly(start + 4 * j, start + 4 * (j + width))
+            else:
+                for j in range(i, i + width):
+                    x[j], x[j + width] = x[j] + x[j + width], x[j] - x[j + width]
+        width *= 2
+    x *= np.float32(x.size**-0.5)
+
+
+@njit(error_model="numpy")
+def rotate(x, signs, p):  # type: ignore[no-untyped-def]
+    """Rotate x (n,), in place, by its signs (n,); p: the largest power of two up to n."""
+    n = x.size
+    x *= signs
+    _hadamard(x[:p])
+    if p < n:
+        x *= signs
+        _hadamard(x[n - p :])
+
+
+@njit(error_model="numpy")
+def unrotate(x, signs, p):  # type: ignore[no-untyped-def]
+    """The inverse of `rotate`."""
+    n = x.size
+    if p < n:
+        _hadamard(x[n - p :])
+        x *= signs
+    _hadamard(x[:p])
+    x *= signs
+
+
+@njit(error_model="numpy")
+def largest_power(n):  # type: ignore[no-untyped-def]
+    """The largest power of two up to n."""
+    p = 1
+    while 2 * p <= n:
+        p *= 2
+    return p
+
+
+@cache
+def rotate_worker() -> Any:
+    """Rotate rows, or rotate them back."""
+
+    @cfunc(types.void(types.int64), cache=True)
+    def worker(address):  # type: ignore[no-untyped-def]
+        data = carray(integers(address), (FLAGS,))
+        n = data[N]
+        entry_signs = carray(floats(data[SEGMENTS]), (n,))
+        for run in range(data[RUNS]):
+            if take(data, 0, run):
+                begin, end = tasks_of(data, 0, run)
+                for row in range(begin, end):
+                    x = carray(floats(data[X] + 4 * row * n), (n,))
+                    if data[INVERSE]:
+                        unrotate(x, entry_signs, largest_power(n))
+                    else:
+                        rotate(x, entry_signs, largest_power(n))
+
+    return worker

@@ -1,0 +1,148 @@
+"""vLLM with other families of models, compiled, on two ranks, and its server; skipped where it is not installed.
+
+Each test has an engine of its own, whose end leaves none to others of this process: so they come after `test_vllm`.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from openai import APIConnectionError, NotFoundError, OpenAI
+
+from conftest import Save
+from vllm_models import Models, Served, make_adapter, make_prompts, stop
+
+
+@pytest.mark.parametrize(
+    "family, options, sizes",
+    [
+        ("qwen2", {}, {"tie_word_embeddings": True}),
+        ("qwen2", {"method": "delta-come"}, {"tie_word_embeddings": False}),
+        ("qwen3", {}, {"tie_word_embeddings": False}),
+        ("gemma", {}, {}),
+        ("mistral", {"method": "bitdelta"}, {"tie_word_embeddings": False}),
+        ("phi3", {}, {"tie_word_embeddings": False}),
+        ("llama", {"embeddings": "exact"}, {"tie_word_embeddings": False}),
+        ("llama", {"method": "delta-come", "scale": "minmax"}, {"tie_word_embeddings": True, "attention_bias": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else str(value.get("method", "")),
+)
+def test_families_and_methods(
+    family: str, options: dict[str, Any], sizes: dict[str, Any], save: Save, tmp_path: Path
+) -> None:
+    served = Served(save, tmp_path, family, options, **sizes)
+    try:
+        # Exact embeddings are stored in bfloat16, and here the base in float32: their difference is rounded.
+        served.check(["base", "a", "b", "a"], make_prompts(4), 1e-2 if "embeddings" in options else 2e-3)
+    finally:
+        stop(served.llm)
+
+
+def test_compiled_models(save: Save, tmp_path: Path) -> None:
+    served = Served(save, tmp_path, "llama", {}, {"enforce_eager": False}, tie_word_embeddings=True)
+    try:
+        served.check(["a", "base", "b", "a"], make_prompts(4))
+    finally:
+        stop(served.llm)
+
+
+@pytest.mark.parametrize(
+    "family, options, sizes",
+    [
+        ("qwen2", {}, {"num_key_value_heads": 2}),
+        ("llama", {"embeddings": "exact"}, {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
+        ("phi3", {}, {"num_key_value_heads": 2}),
+        ("qwen2", {"method": "delta-come", "scale": "minmax"}, {"num_key_value_heads": 2}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_two_ranks(
+    family: str,
+    options: dict[str, Any],
+    sizes: dict[str, Any],
+    save: Save,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    sizes |= {"hidden_size": 128, "num_attention_heads": 4, "tie_word_embeddings": False}
+    served = Served(save, tmp_path, family, options, {"tensor_parallel_size": 2}, **sizes)
+    try:
+        served.deltas["peft"] = make_adapter(served, tmp_path / "peft")
+        names = ["base", "a", "b", "peft", "a"] if family != "phi3" else ["base", "a", "b", "a"]
+        served.check(names, make_prompts(len(names)), 1e-2 if "embeddings" in options else 2e-3)
+    finally:
+        stop(served.llm)
+
+
+def test_the_server(save: Save, tmp_path: Path) -> None:
+    models = Models(save, tmp_path, "llama", {}, tie_word_embeddings=True)
+    deltas = tmp_path / "deltas"
+    deltas.mkdir()
+    shutil.copytree(models.deltas["b"], deltas / "found")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = (tmp_path / "log").open("w+")
+    program = Path(sys.executable).with_name("deltacome")
+    command = [program, "serve", models.base, "--engine", "vllm", "--delta", f"a={models.deltas['a']}"]
+    command += ["--delta-dir", deltas, "--port", port, "--name", "base", "--max-length", "128", "--dtype", "float32"]
+    environment = {**os.environ, "DELTACOME_API_KEY": "secret"}
+    server = subprocess.Popen([*map(str, command), "--", "--enforce-eager"], env=environment, stdout=log, stderr=log)
+    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="secret", max_retries=0)
+    prompt = make_prompts(1, seed=4)[0]
+
+    def check(name: str, like: str) -> None:
+        found = client.completions.create(model=name, prompt=prompt, max_tokens=6, temperature=0, logprobs=1)
+        with torch.no_grad():
+            own = models.models[like].generate(
+                torch.tensor([prompt]),
+                max_new_tokens=6,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        tokens = own.sequences[0, len(prompt) :].tolist()
+        expected = [float(step.float().log_softmax(-1)[0, t]) for step, t in zip(own.logits, tokens, strict=True)]
+        assert found.choices[0].logprobs.token_logprobs == pytest.approx(expected, abs=2e-3)
+
+    def change(what: str, **body: str) -> int:
+        answer = httpx.post(
+            f"{client.base_url}{what}_lora_adapter", json=body, headers={"Authorization": "Bearer secret"}, timeout=60
+        )
+        return answer.status_code
+
+    try:
+        for _ in range(240):
+            try:
+                names = {model.id for model in client.models.list()}
+                break
+            except APIConnectionError:
+                assert server.poll() is None, (tmp_path / "log").read_text()[-3000:]
+                time.sleep(0.5)
+        assert names == {"base", "a"}
+        check("a", "a")
+        check("base", "base")
+        check("found", "b")  # in the folder
+        assert change("load", lora_name="again", lora_path=str(models.deltas["b"])) == 200
+        check("again", "b")
+        assert change("load", lora_name="bad", lora_path=str(tmp_path)) >= 400
+        assert change("unload", lora_name="again") == 200
+        for name in ("again", "bad", "../deltas/found"):
+            with pytest.raises(NotFoundError):
+                check(name, "b")
+        check("a", "a")
+        metrics = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        assert "vllm:lora_requests_info" in metrics
+    finally:
+        server.terminate()
+        server.wait(60)
+        log.close()

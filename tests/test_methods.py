@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from conftest import term_bytes
-from deltacome.compression.methods import METHODS, Delta, make_method
+from deltacome.compression.methods import METHODS, MatrixDelta, make_method
 from deltacome.errors import DeltacomeError
 from deltacome.format.terms import Factored, Sign, Term, add_terms
 
@@ -30,7 +30,7 @@ def test_delta_come(scale: str, calibrated: bool, m: int, n: int) -> None:
     budget = 2.0 * m * n
     x = torch.randn(4 * n, n)
     terms = make_method("delta-come", scale=scale).compress(
-        Delta(delta, second_moment=x.T @ x / len(x) if calibrated else None), budget
+        MatrixDelta(delta, second_moment=x.T @ x / len(x) if calibrated else None), budget
     )
     assert 0.9 * budget < sum(8 * term_bytes(term) for term in terms) <= budget
     assert [term.bits for term in terms if isinstance(term, Factored)] == [8, 3, 2][: len(terms)]
@@ -45,7 +45,9 @@ def test_unbiased_does_not_shrink_and_least_squares_does() -> None:
     u, s, v = torch.linalg.svd(delta, full_matrices=False)
     kept = {}
     for scale in ("unbiased", "least-squares"):
-        found = rebuilt(make_method("delta-come", scale=scale, precision="2:60").compress(Delta(delta), 0.0), delta)
+        found = rebuilt(
+            make_method("delta-come", scale=scale, precision="2:60").compress(MatrixDelta(delta), 0.0), delta
+        )
         kept[scale] = float((torch.einsum("mk,mn,kn->k", u, found, v) / s)[:60].mean())
     assert kept["unbiased"] == pytest.approx(1.0, abs=0.01)
     assert kept["least-squares"] == pytest.approx(0.78, abs=0.03)  # (1 - 0.119)^2
@@ -53,7 +55,7 @@ def test_unbiased_does_not_shrink_and_least_squares_does() -> None:
 
 def test_low_rank_is_the_truncated_svd() -> None:
     delta = make_delta(80, 90)
-    (term,) = make_method("low-rank").compress(Delta(delta), 16.0 * 170 * 12 + 16 * 12)
+    (term,) = make_method("low-rank").compress(MatrixDelta(delta), 16.0 * 170 * 12 + 16 * 12)
     assert isinstance(term, Factored) and term.rank == 12
     u, s, v = torch.linalg.svd(delta, full_matrices=False)
     best = (u[:, :12] * s[:12]) @ v[:12]
@@ -62,11 +64,11 @@ def test_low_rank_is_the_truncated_svd() -> None:
 
 def test_bitdelta_scales() -> None:
     delta = make_delta(70, 45)
-    (term,) = make_method("bitdelta").compress(Delta(delta), 0.0)
+    (term,) = make_method("bitdelta").compress(MatrixDelta(delta), 0.0)
     assert isinstance(term, Sign)
     torch.testing.assert_close(term.dequantize(), delta.abs().mean() * torch.where(delta >= 0, 1.0, -1.0))
     x = torch.randn(500, 45) @ torch.randn(45, 45)
-    (refit,) = make_method("bitdelta", scale="refit").compress(Delta(delta, second_moment=x.T @ x / len(x)), 0.0)
+    (refit,) = make_method("bitdelta", scale="refit").compress(MatrixDelta(delta, second_moment=x.T @ x / len(x)), 0.0)
     assert isinstance(refit, Sign)
 
     def output_error(factor: float) -> float:
@@ -79,13 +81,13 @@ def test_bitdelta_scales() -> None:
 def test_methods_at_the_same_budget_in_the_papers_order() -> None:
     delta = make_delta(256, 300)
     budget = 1.0 * delta.numel()
-    errors = {name: relative_error(make_method(name).compress(Delta(delta), budget), delta) for name in METHODS}
+    errors = {name: relative_error(make_method(name).compress(MatrixDelta(delta), budget), delta) for name in METHODS}
     assert errors["delta-come"] < errors["low-rank"]
 
 
 def test_a_budget_too_small_for_one_component_gives_no_terms() -> None:
-    assert make_method("delta-come").compress(Delta(make_delta(40, 50)), 100.0) == []
-    assert make_method("low-rank").compress(Delta(make_delta(40, 50)), 100.0) == []
+    assert make_method("delta-come").compress(MatrixDelta(make_delta(40, 50)), 100.0) == []
+    assert make_method("low-rank").compress(MatrixDelta(make_delta(40, 50)), 100.0) == []
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from conftest import term_bytes
-from deltacome.compression.methods import Delta, make_method
+from deltacome.compression.methods import MatrixDelta, make_method
 from deltacome.format.terms import Factored, Term, add_terms
 from test_methods import make_delta, rebuilt
 
@@ -24,7 +24,7 @@ def outliers(n: int) -> Tensor:
 @pytest.mark.parametrize(("m", "n"), [(96, 130), (130, 96), (61, 61), (300, 40)])
 def test_the_budget_is_spent_and_no_more(m: int, n: int, bits_per_weight: float) -> None:
     budget = bits_per_weight * m * n
-    terms = make_method("rate-distortion").compress(Delta(make_delta(m, n), energy=outliers(n)), budget)
+    terms = make_method("rate-distortion").compress(MatrixDelta(make_delta(m, n), energy=outliers(n)), budget)
     assert 0.9 * budget < sum(8 * term_bytes(term) for term in terms) <= budget
     widths = [term.bits for term in terms if isinstance(term, Factored)]
     assert widths == sorted(set(widths), reverse=True)
@@ -34,11 +34,11 @@ def test_the_budget_is_spent_and_no_more(m: int, n: int, bits_per_weight: float)
 def test_less_output_error_than_delta_come_and_no_less_of_the_delta(bits_per_weight: float) -> None:
     delta, energy = make_delta(300, 260), outliers(260)
     budget = bits_per_weight * delta.numel()
-    ours = make_method("rate-distortion", restore=0.0).compress(Delta(delta, energy=energy), budget)
-    theirs = make_method("delta-come").compress(Delta(delta), budget)
+    ours = make_method("rate-distortion", restore=0.0).compress(MatrixDelta(delta, energy=energy), budget)
+    theirs = make_method("delta-come").compress(MatrixDelta(delta), budget)
     assert output_error(ours, delta, energy) < 0.8 * output_error(theirs, delta, energy)
     default = make_method("rate-distortion").compress(
-        Delta(delta, energy=energy, layers=30, bits_per_weight=0.25), budget
+        MatrixDelta(delta, energy=energy, layers=30, bits_per_weight=0.25), budget
     )
     kept = [float((rebuilt(terms, delta) * delta).sum() / delta.square().sum()) for terms in (default, theirs)]
     assert kept[0] > kept[1]
@@ -52,7 +52,7 @@ def test_what_each_part_is_worth() -> None:
     delta = make_delta(200, n) * (1 + 3 * (energy > 10))  # a fine-tune changes the columns of outliers most
     errors = {}
     for name, off in (("full", {}), ("rotate", {"rotate": False}), ("feedback", {"feedback": False})):
-        terms = make_method("rate-distortion", **off).compress(Delta(delta, energy=energy), 0.7 * delta.numel())
+        terms = make_method("rate-distortion", **off).compress(MatrixDelta(delta, energy=energy), 0.7 * delta.numel())
         errors[name] = output_error(terms, delta, energy)
     assert errors["full"] < 0.97 * errors["feedback"]
     assert errors["full"] < 0.97 * errors["rotate"]
@@ -65,7 +65,7 @@ def test_restore_makes_up_for_what_is_dropped() -> None:
     budget = 0.3 * delta.numel()
     shares = {}
     for restore in (0.0, 1.0):
-        terms = make_method("rate-distortion", restore=restore).compress(Delta(delta), budget)
+        terms = make_method("rate-distortion", restore=restore).compress(MatrixDelta(delta), budget)
         shares[restore] = float((rebuilt(terms, delta) * delta).sum() / delta.square().sum())
     assert shares[0.0] < 0.6 and shares[1.0] > shares[0.0] + 0.1
 
@@ -75,7 +75,7 @@ def test_an_embedding_is_changed_in_few_rows() -> None:
     delta = torch.zeros(1000, 48)
     rows = torch.randperm(1000)[:90].sort().values
     delta[rows] = make_delta(90, 48)
-    terms = make_method("rate-distortion").compress(Delta(delta, is_embedding=True), 30_000.0)
+    terms = make_method("rate-distortion").compress(MatrixDelta(delta, is_embedding=True), 30_000.0)
     assert terms and all(isinstance(term, Factored) and term.rotated == "v" for term in terms)
     assert sum(8 * term_bytes(term) for term in terms) + 1000 <= 30_000
     again = add_terms(torch.zeros_like(delta), terms)
@@ -87,9 +87,9 @@ def test_an_embedding_is_changed_in_few_rows() -> None:
 
 
 def test_a_delta_everywhere_keeps_all_rows() -> None:
-    terms = make_method("rate-distortion").compress(Delta(make_delta(300, 40), is_embedding=True), 9000.0)
+    terms = make_method("rate-distortion").compress(MatrixDelta(make_delta(300, 40), is_embedding=True), 9000.0)
     assert terms and all(isinstance(term, Factored) and term.rows is None for term in terms)
 
 
 def test_a_budget_too_small_for_one_component_gives_no_terms() -> None:
-    assert make_method("rate-distortion").compress(Delta(make_delta(40, 50)), 60.0) == []
+    assert make_method("rate-distortion").compress(MatrixDelta(make_delta(40, 50)), 60.0) == []

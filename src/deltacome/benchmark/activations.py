@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deltacome.benchmark.results import Row, Table, save, set_ticks
 from deltacome.checkpoints.checkpoint import Checkpoint
-from deltacome.checkpoints.module_names import Names
+from deltacome.checkpoints.module_names import ModuleNames
 from deltacome.checkpoints.rebuilding import rebuild_stored
 from deltacome.compression.calibration import batch
 from deltacome.data import Encoder, read_examples
@@ -100,7 +100,7 @@ def benchmark_activations(
 
 def _layers(model: Any, artifact: Artifact) -> Iterator[tuple[int, str, nn.Linear]]:
     """The number of the decoder layer, the weight's name in checkpoints and the module, for each linear layer."""
-    names = Names(model)
+    names = ModuleNames(model)
     modules = dict(model.named_modules())
     for name in artifact.stored:
         if names.find_expert(name) is not None:

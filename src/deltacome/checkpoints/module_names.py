@@ -10,7 +10,7 @@ from deltacome.weights import OUTPUT_EMBEDDINGS, split_stack
 
 
 @dataclass(frozen=True)
-class Place:
+class ExpertSlot:
     """Where a model has an expert's weight: in which stack, under which number, and from which half of its outputs on.
 
     is_slice: whether the checkpoint has it in a stack too, and so the same way round as the model.
@@ -33,7 +33,7 @@ EXPERTS = {
 }
 
 
-class Names:
+class ModuleNames:
     """Finds a model's parameter by the name that a checkpoint has for it."""
 
     def __init__(self, model: Any) -> None:
@@ -58,21 +58,21 @@ class Names:
             raise DeltacomeError(f"the base model has no weight {name}; the delta cannot be served, merge it instead")
         return found
 
-    def find_expert(self, name: str) -> Place | None:
+    def find_expert(self, name: str) -> ExpertSlot | None:
         """Where a stack of the model holds the weight, None if it is not in a stack."""
         if name in self.known or not self.stacks:
             return None
         stack, index = split_stack(name)
         if index is not None:
             found = _longest_end(stack, self.stacks)
-            return None if found is None else Place(found, index, 0, is_slice=True)
+            return None if found is None else ExpertSlot(found, index, 0, is_slice=True)
         one = re.fullmatch(r"(.+)\.(\d+)\.(\w+)\.weight", name)
         if one is None:
             return None
         for parameter, half in EXPERTS.get(one[3], ()):
             found = _longest_end(f"{one[1]}.{parameter}", self.stacks)
             if found is not None:
-                return Place(found, int(one[2]), half, is_slice=False)
+                return ExpertSlot(found, int(one[2]), half, is_slice=False)
         return None
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError
 from deltacome.format.artifact import Artifact
-from deltacome.format.manifest import Entry
+from deltacome.format.manifest import WeightEntry
 from deltacome.format.terms import Dense, Term, add_terms
 from deltacome.weights import split_stack
 
@@ -20,7 +20,7 @@ def rebuild_stored(name: str, artifact: Artifact, base: Checkpoint, dtype: torch
     return parts[0] if split_stack(entries[0].name)[1] is None else torch.stack(parts)
 
 
-def rebuild(entry: Entry, terms: list[Term], base: Checkpoint) -> Tensor:
+def rebuild(entry: WeightEntry, terms: list[Term], base: Checkpoint) -> Tensor:
     """The fine-tuned weight: in its own dtype where it is exact, else in float32."""
     if entry.dense == 0 or entry.base is None:
         return next(term.value for term in terms if isinstance(term, Dense))

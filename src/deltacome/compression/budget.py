@@ -11,7 +11,7 @@ from deltacome.compression.allocation import Spectrum, allocate, spent_bits
 from deltacome.compression.methods import Method, SharesByError
 from deltacome.errors import UnreachableRatioError
 from deltacome.format.artifact import Artifact
-from deltacome.format.manifest import Entry
+from deltacome.format.manifest import WeightEntry
 from deltacome.format.terms import component_bits
 from deltacome.weights import is_embedding
 
@@ -57,7 +57,7 @@ class Budget:
         """Number of weights that the ratio is about."""
         return sum(torch.Size(p.shape).numel() for p in self.pairs.values() if p.name not in self.uncounted)
 
-    def share_out(self, entries: Mapping[str, Entry], spectra: Mapping[str, Spectrum]) -> dict[str, float]:
+    def share_out(self, entries: Mapping[str, WeightEntry], spectra: Mapping[str, Spectrum]) -> dict[str, float]:
         """Bits that each matrix may take, so that the whole artifact meets the ratio; empty if the method fixes them.
 
         Args:
@@ -89,7 +89,7 @@ class Budget:
             )
         return budgets
 
-    def _overhead(self, entries: Mapping[str, Entry], terms: Terms) -> int:
+    def _overhead(self, entries: Mapping[str, WeightEntry], terms: Terms) -> int:
         """Bytes of all but the components, if the matrices have factored terms of these bits and ranks."""
         apart = self.uncounted | {p.name for p in self.matrices}
         overhead = FIXED_METADATA + sum(entry.bytes for name, entry in entries.items() if name not in apart)
@@ -97,7 +97,7 @@ class Budget:
         group_size = getattr(self.method, "groups", 0)
         for p in self.matrices:
             factored = tuple(terms.get(p.name, ()))
-            typical = Entry(
+            typical = WeightEntry(
                 p.name, p.shape, p.dtype, p.base_name, factored, rotated, group_size=group_size, error=0.1234
             )
             overhead += typical.metadata_bytes + (p.shape[0] - p.rows) * p.shape[1] * p.dtype.itemsize

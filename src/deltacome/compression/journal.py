@@ -21,7 +21,7 @@ from torch import Tensor
 
 from deltacome.errors import DeltacomeError
 from deltacome.files import write_atomically
-from deltacome.format.manifest import Entry
+from deltacome.format.manifest import WeightEntry
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Store:
 
     folder: Path
 
-    def write(self, entry: Entry, tensors: dict[str, Tensor]) -> None:
+    def write(self, entry: WeightEntry, tensors: dict[str, Tensor]) -> None:
         """Store a finished weight; `tensors` by their names in the artifact."""
         _save(tensors, self.path(entry.name), {"name": entry.name, "fields": json.dumps(entry.fields())})
 
@@ -68,7 +68,7 @@ class Journal:
         self.folder, self.lock = claim(out)
         self.store = Store(self.folder)
         self.files: dict[str, Path] = {}
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, WeightEntry] = {}
         try:
             self._open(job)
         except OSError:
@@ -95,9 +95,9 @@ class Journal:
             path.unlink()  # torn by a power cut; the weight is done again
             return
         name = metadata["name"]
-        self.files[name], self.entries[name] = path, Entry.parse(name, json.loads(metadata["fields"]))
+        self.files[name], self.entries[name] = path, WeightEntry.parse(name, json.loads(metadata["fields"]))
 
-    def add(self, name: str) -> Entry:
+    def add(self, name: str) -> WeightEntry:
         """Take up a weight that has been stored."""
         self._load(self.store.path(name))
         return self.entries[name]

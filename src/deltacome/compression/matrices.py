@@ -8,8 +8,8 @@ from torch import Tensor
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.pairing import Pair
 from deltacome.compression.journal import Store
-from deltacome.compression.methods import Delta, Method, SharesByError
-from deltacome.format.manifest import Entry, term_tensors
+from deltacome.compression.methods import MatrixDelta, Method, SharesByError
+from deltacome.format.manifest import WeightEntry, term_tensors
 from deltacome.format.terms import Dense, Term, add_terms
 from deltacome.weights import is_embedding, module_kind
 
@@ -18,8 +18,8 @@ from deltacome.weights import is_embedding, module_kind
 class Matrices:
     """All that the work takes: what to read, how to compress, and where to put the results.
 
-    pairs: by name, of these matrices and any other weights. layers, bits_per_weight: see `Delta`; layers by kind of
-    matrix. energies, sensitivities, budgets (bits): by matrix, empty as long as they are not known.
+    pairs: by name, of these matrices and any other weights. layers, bits_per_weight: see `MatrixDelta`; layers by kind
+    of matrix. energies, sensitivities, budgets (bits): by matrix, empty as long as they are not known.
     """
 
     base: Checkpoint
@@ -58,15 +58,15 @@ class Matrices:
         """Store a weight's terms."""
         p = self.pairs[name]
         fields, tensors = term_tensors(terms, p.shape)
-        entry = Entry(name, p.shape, p.dtype, p.base_name, error=error, **fields)
+        entry = WeightEntry(name, p.shape, p.dtype, p.base_name, error=error, **fields)
         self.store.write(entry, {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
 
-    def _known(self, name: str, second_moment: Tensor | None) -> Delta:
+    def _known(self, name: str, second_moment: Tensor | None) -> MatrixDelta:
         """All that the method gets to know of a matrix."""
         sensitivity, energy = self.sensitivities.get(name, 1.0), self.energies.get(name)
         values, _ = read_delta(self.pairs[name], self.base, self.finetuned)
         layers = self.layers[module_kind(name)]
-        return Delta(values, is_embedding(name), second_moment, energy, sensitivity, layers, self.bits_per_weight)
+        return MatrixDelta(values, is_embedding(name), second_moment, energy, sensitivity, layers, self.bits_per_weight)
 
 
 def read_delta(p: Pair, base: Checkpoint, finetuned: Checkpoint) -> tuple[Tensor, float]:

@@ -12,7 +12,7 @@ from deltacome.compression.journal import Journal
 from deltacome.files import publish, sha256, shard_names, shards, write_safetensors
 from deltacome.format.artifact import Artifact
 from deltacome.format.card import model_card
-from deltacome.format.manifest import FORMAT_VERSION, MODEL_CARD, WEIGHTS, Entry, linear_ratio, write_manifest
+from deltacome.format.manifest import FORMAT_VERSION, MODEL_CARD, WEIGHTS, WeightEntry, linear_ratio, write_manifest
 from deltacome.version import __version__
 
 SHARD_BYTES = 5 * 10**9
@@ -65,7 +65,7 @@ def write_artifact(
     publish(folder, out)
 
 
-def _write_weights(folder: Path, entries: list[Entry], journal: Journal) -> dict[str, str]:
+def _write_weights(folder: Path, entries: list[WeightEntry], journal: Journal) -> dict[str, str]:
     """Write the weight files; their SHA-256 by name."""
     specs = {name: spec for entry in entries for name, spec in entry.tensors().items()}
     # Larger items first keeps every tensor aligned to its item size.

@@ -7,12 +7,12 @@ import torch
 
 from deltacome.errors import DeltacomeError
 from deltacome.format.artifact import Artifact
-from deltacome.format.manifest import Entry
+from deltacome.format.manifest import WeightEntry
 from deltacome.format.terms import Factored
 from deltacome.weights import module_kind
 
 
-def precision_text(entry: Entry) -> str:
+def precision_text(entry: WeightEntry) -> str:
     """A weight's terms in short, such as `8:2,3:32,2:98`."""
     parts = [",".join(f"{bits}:{rank}" for bits, rank in entry.factored)] if entry.factored else []
     parts += ["sign"] if entry.sign else []
@@ -25,7 +25,7 @@ def table(artifact: Artifact, by_weight: bool = False) -> list[dict[str, Any]]:
 
     A row a module, all layers taken together, or a row a weight.
     """
-    kinds: dict[str, list[Entry]] = {}
+    kinds: dict[str, list[WeightEntry]] = {}
     for entry in artifact.entries.values():
         kinds.setdefault(entry.name if by_weight else module_kind(entry.name), []).append(entry)
     rows = []

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deltacome.errors import DeltacomeError
 from deltacome.files import SAFETENSORS_DTYPES, SIDECARS, sha256
-from deltacome.format.manifest import MANIFEST, MODEL_CARD, Entry, plain_file_name, read_manifest
+from deltacome.format.manifest import MANIFEST, MODEL_CARD, WeightEntry, plain_file_name, read_manifest
 from deltacome.format.terms import Term
 from deltacome.hub import locate
 from deltacome.weights import split_stack
@@ -52,16 +52,16 @@ class Artifact:
         self.finetuned_bytes = int(self.manifest["finetuned_bytes"])
         self.files = {plain_file_name(name): str(digest) for name, digest in self.manifest["files"].items()}
         self.base_files = {plain_file_name(name): str(digest) for name, digest in self.manifest["base_files"].items()}
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, WeightEntry] = {}
         for name, fields in self.manifest["weights"].items():
             try:
-                self.entries[name] = Entry.parse(name, fields)
+                self.entries[name] = WeightEntry.parse(name, fields)
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{name}: {error}") from error
         self._check_stacks()
 
     def _check_stacks(self) -> None:
-        self.stored: dict[str, list[Entry]] = {}
+        self.stored: dict[str, list[WeightEntry]] = {}
         for name in sorted(self.entries, key=lambda name: (split_stack(name)[0], split_stack(name)[1] or 0)):
             self.stored.setdefault(split_stack(name)[0], []).append(self.entries[name])
         for stored, entries in self.stored.items():
@@ -121,7 +121,7 @@ class Artifact:
         with ExitStack() as stack:
             return self._terms(name, self._reader(stack))
 
-    def all_terms(self) -> Iterator[tuple[Entry, list[Term]]]:
+    def all_terms(self) -> Iterator[tuple[WeightEntry, list[Term]]]:
         """Every weight's entry and terms, each file being opened once.
 
         Raises:

@@ -27,7 +27,7 @@ DIGEST_START = b'{"sha256":"'
 
 
 def term_tensors(terms: list[Term], shape: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The fields of `Entry` that describe the terms of a weight, and their tensors by the suffix of their names.
+    """The fields of `WeightEntry` that describe the terms of a weight, and their tensors by the suffix of their names.
 
     The factored terms of a weight all have the same groups, rotations and rows.
     """
@@ -60,7 +60,7 @@ def term_tensors(terms: list[Term], shape: tuple[int, ...]) -> tuple[dict[str, A
 
 
 @dataclass(frozen=True)
-class Entry:
+class WeightEntry:
     """What the manifest says of one weight of the fine-tuned model.
 
     base: its counterpart's name in the base, None if it has none. factored: (bits, rank) per term. rotated: the sides
@@ -81,7 +81,7 @@ class Entry:
     error: float | None = None
 
     @classmethod
-    def parse(cls, name: str, fields: dict[str, Any]) -> "Entry":
+    def parse(cls, name: str, fields: dict[str, Any]) -> "WeightEntry":
         """Check and convert the manifest's fields.
 
         Raises:
@@ -245,7 +245,7 @@ class _Cuts:
         return self.flat[start : self.at].view(rows, columns)
 
 
-def linear_ratio(entries: Iterable[Entry]) -> float:
+def linear_ratio(entries: Iterable[WeightEntry]) -> float:
     """16-bit bytes of the linear weights (embeddings and head left out) over their bytes on disk, all counted."""
     linear = [entry for entry in entries if is_matrix(entry.shape) and not is_embedding(entry.name)]
     return sum(2 * entry.elements for entry in linear) / max(sum(entry.bytes for entry in linear), 1)

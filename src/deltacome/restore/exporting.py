@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from deltacome.checkpoints.checkpoint import Checkpoint
-from deltacome.checkpoints.module_names import Names
+from deltacome.checkpoints.module_names import ModuleNames
 from deltacome.checkpoints.rebuilding import rebuild
 from deltacome.compression.svd import leading_components
 from deltacome.errors import DeltacomeError
 from deltacome.files import new_folder, write_safetensors
 from deltacome.format.artifact import Artifact
-from deltacome.format.manifest import Entry
+from deltacome.format.manifest import WeightEntry
 from deltacome.format.terms import Factored, Term
 from deltacome.progress import bar, each
 from deltacome.restore.merging import open_checked
@@ -65,7 +65,7 @@ def export(
         checkpoint = Checkpoint(base)
         artifact = open_checked(checkpoint, delta)
         model = _skeleton(checkpoint)
-        names = Names(model)
+        names = ModuleNames(model)
         with bar("exporting", len(artifact.entries)) as advance:
             for entry, terms in each(artifact.all_terms(), advance):
                 if not terms:
@@ -98,7 +98,7 @@ def export(
     }
 
 
-def _adapter(entry: Entry, terms: list[Term], base: Checkpoint, max_rank: int) -> Adapter:
+def _adapter(entry: WeightEntry, terms: list[Term], base: Checkpoint, max_rank: int) -> Adapter:
     """The nearest factors of that rank to what the terms add to the base's rows."""
     assert entry.base is not None
     factored = [term for term in terms if isinstance(term, Factored)]
@@ -136,7 +136,7 @@ def _skeleton(base: Checkpoint) -> Any:
         raise DeltacomeError(f"transformers cannot build the model of {base.source}: {reason}") from error
 
 
-def _is_layer(name: str, names: Names, model: Any) -> bool:
+def _is_layer(name: str, names: ModuleNames, model: Any) -> bool:
     """Whether PEFT has a layer for a weight; stacks of experts and their routers are no modules of torch's."""
     if names.find_expert(name) is not None:
         return False

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from deltacome.checkpoints.checkpoint import Checkpoint
-from deltacome.checkpoints.module_names import Names, Place
+from deltacome.checkpoints.module_names import ExpertSlot, ModuleNames
 from deltacome.errors import DeltacomeError
 from deltacome.format.artifact import Artifact
 from deltacome.format.bits import unpack
-from deltacome.format.manifest import Entry
+from deltacome.format.manifest import WeightEntry
 from deltacome.format.terms import Dense, Factored, Term, add_terms
 from deltacome.runtime.kernels.packed import Packed, pack_terms, transposed
 from deltacome.weights import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
@@ -87,7 +87,7 @@ def load_tenant(name: str, artifact: Artifact, model: nn.Module, device: torch.d
         DeltacomeError: if it changes something that can only be merged.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    names = Names(model)
+    names = ModuleNames(model)
     changes: dict[str, Change] = {}
     for entry, terms in artifact.all_terms():
         has_vocabulary = entry.name.endswith((*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS))
@@ -120,7 +120,9 @@ def load_tenant(name: str, artifact: Artifact, model: nn.Module, device: torch.d
     return Tenant(name, artifact, changes)
 
 
-def _change_weight(change: Change, module: nn.Module, entry: Entry, terms: list[Term], device: torch.device) -> None:
+def _change_weight(
+    change: Change, module: nn.Module, entry: WeightEntry, terms: list[Term], device: torch.device
+) -> None:
     shape = entry.shape
     if isinstance(module, Conv1D):
         terms, shape = transposed(terms), (shape[1], shape[0])
@@ -136,7 +138,13 @@ def _change_weight(change: Change, module: nn.Module, entry: Entry, terms: list[
 
 
 def _change_expert(
-    change: Change, expert: Place, parameter: str, module: Any, entry: Entry, terms: list[Term], device: torch.device
+    change: Change,
+    expert: ExpertSlot,
+    parameter: str,
+    module: Any,
+    entry: WeightEntry,
+    terms: list[Term],
+    device: torch.device,
 ) -> None:
     m, n = entry.shape
     if expert.is_slice and module.is_transposed:

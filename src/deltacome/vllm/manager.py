@@ -23,7 +23,7 @@ class Given(NamedTuple):
     lora_b: None = None
 
 
-class Delta(internals.LoRAModel):
+class LoadedDelta(internals.LoRAModel):
     """A delta under an adapter's number. contents: by the names of vLLM's modules."""
 
     def __init__(self, number: int, contents: dict[str, Content]) -> None:
@@ -67,7 +67,7 @@ class Manager(internals.LRUCacheLoRAModelManager):
         """The base's checkpoint, whose fingerprint is taken once."""
         return Checkpoint(self.config.model_config.model)
 
-    def read(self, number: int, folder: str) -> Delta:
+    def read(self, number: int, folder: str) -> LoadedDelta:
         """Read a delta and check it against the base.
 
         Raises:
@@ -75,7 +75,7 @@ class Manager(internals.LRUCacheLoRAModelManager):
         """
         artifact = open_checked(self.base, folder)
         layers = Layers(self.model, self.modules, self.packed_modules)
-        delta = Delta(number, read(artifact, self.base, layers))
+        delta = LoadedDelta(number, read(artifact, self.base, layers))
         internals.logger.info("%s takes %d bytes, its artifact %d", folder, delta.bytes, artifact.bytes)
         for name in sorted(artifact.files):
             if name.startswith(("tokenizer", "chat_template", "generation_config")):
@@ -97,7 +97,7 @@ class Manager(internals.LRUCacheLoRAModelManager):
                 internals.register_layer(self.config, name, module)
 
     def _create_merged_loras_inplace(self, lora_model: Any) -> None:
-        if lora_model.loras and not isinstance(lora_model, Delta):  # vLLM's dummies are empty
+        if lora_model.loras and not isinstance(lora_model, LoadedDelta):  # vLLM's dummies are empty
             super()._create_merged_loras_inplace(lora_model)
 
     def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: Any = None) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError
 from deltacome.format.artifact import Artifact
-from deltacome.format.manifest import Entry
+from deltacome.format.manifest import WeightEntry
 from deltacome.format.terms import Dense, Term
 from deltacome.runtime.kernels.packed import pack_terms
 from deltacome.runtime.tenant import check_config, embedding_vectors
@@ -93,7 +93,7 @@ def _refusal(weight: str) -> DeltacomeError:
     return DeltacomeError(f"{weight} is nothing that vLLM can change; serve the delta without vLLM, or merge it")
 
 
-def _part(part: Part, module: Any, parameter: str, entry: Entry, terms: list[Term], base: Checkpoint) -> Part:
+def _part(part: Part, module: Any, parameter: str, entry: WeightEntry, terms: list[Term], base: Checkpoint) -> Part:
     """The part with what the terms of another parameter change."""
     bias, matrices, packed, vectors = part.bias, part.matrices, part.packed, part.vectors
     dense = next((term for term in terms if isinstance(term, Dense)), None)
@@ -117,7 +117,7 @@ def _part(part: Part, module: Any, parameter: str, entry: Entry, terms: list[Ter
     return Part(packed, vectors, matrices, bias)
 
 
-def _difference(entry: Entry, dense: Dense, base: Checkpoint) -> Tensor:
+def _difference(entry: WeightEntry, dense: Dense, base: Checkpoint) -> Tensor:
     """What is added to the base's values, rounded to the fine-tuned model's dtype."""
     if entry.base is None:
         return dense.value

@@ -6,7 +6,7 @@ from typing import Any
 from deltacome.compression.methods.bitdelta import BitDelta
 from deltacome.compression.methods.delta_come import DeltaCome
 from deltacome.compression.methods.low_rank import LowRank
-from deltacome.compression.methods.method import Delta as Delta
+from deltacome.compression.methods.method import MatrixDelta as MatrixDelta
 from deltacome.compression.methods.method import Method as Method
 from deltacome.compression.methods.method import SharesByError as SharesByError
 from deltacome.compression.methods.rate_distortion import RateDistortion

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from deltacome.compression.methods.method import Delta, Statistics
+from deltacome.compression.methods.method import MatrixDelta, Statistics
 from deltacome.errors import DeltacomeError
 from deltacome.format.bits import pack
 from deltacome.format.terms import Sign, Term
@@ -36,7 +36,7 @@ class BitDelta:
     def statistics(self) -> Statistics:
         return "second moments" if self.needs_calibration else "nothing"
 
-    def compress(self, delta: Delta, budget_bits: float) -> list[Term]:
+    def compress(self, delta: MatrixDelta, budget_bits: float) -> list[Term]:
         values = delta.values
         positive = values >= 0
         scale = values.abs().mean()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltacome.compression.methods.method import Delta, Statistics
+from deltacome.compression.methods.method import MatrixDelta, Statistics
 from deltacome.compression.precision import TRIPLE, PrecisionPlan
 from deltacome.compression.quantizers import (
     Quantized,
@@ -65,7 +65,7 @@ class DeltaCome:
     def statistics(self) -> Statistics:
         return "second moments"
 
-    def compress(self, delta: Delta, budget_bits: float) -> list[Term]:
+    def compress(self, delta: MatrixDelta, budget_bits: float) -> list[Term]:
         m, n = delta.values.shape
         second_moment = delta.second_moment
         plan = PrecisionPlan.parse(self.precision)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from deltacome.compression.methods.delta_come import DeltaCome
-from deltacome.compression.methods.method import Delta, Statistics
+from deltacome.compression.methods.method import MatrixDelta, Statistics
 from deltacome.format.terms import Term
 
 
@@ -20,5 +20,5 @@ class LowRank:
     needs_calibration: ClassVar[bool] = False
     statistics: ClassVar[Statistics] = "nothing"
 
-    def compress(self, delta: Delta, budget_bits: float) -> list[Term]:
+    def compress(self, delta: MatrixDelta, budget_bits: float) -> list[Term]:
         return DeltaCome(precision="16:*").compress(delta, budget_bits)

@@ -12,7 +12,7 @@ Statistics = Literal["nothing", "second moments", "energies"]
 
 
 @dataclass(frozen=True)
-class Delta:
+class MatrixDelta:
     """One matrix to compress, and what is known of the layer's inputs x.
 
     values: float32, (m, n), at least one entry other than zero.
@@ -52,7 +52,7 @@ class Method(Protocol):
         """What of the layers' inputs the method makes use of. Energies are measured without data, too."""
         ...
 
-    def compress(self, delta: Delta, budget_bits: float) -> list[Term]:
+    def compress(self, delta: MatrixDelta, budget_bits: float) -> list[Term]:
         """Terms of one delta that take `budget_bits` at most, all scales counted."""
         ...
 
@@ -64,6 +64,6 @@ class SharesByError(Protocol):
     Without it every matrix gets the same bits a weight.
     """
 
-    def spectrum(self, delta: Delta) -> Spectrum:
+    def spectrum(self, delta: MatrixDelta) -> Spectrum:
         """What sharing out needs to know of a matrix."""
         ...

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deltacome.compression.allocation import DISTORTION, Spectrum, allocate
-from deltacome.compression.methods.method import Delta, Statistics
+from deltacome.compression.methods.method import MatrixDelta, Statistics
 from deltacome.compression.quantizers import Quantized, feed_back_entries, fit_scale, quantize_rows
 from deltacome.compression.svd import singular_values, split_components
 from deltacome.format.bits import words_per_row
@@ -51,12 +51,12 @@ class RateDistortion:
     def statistics(self) -> Statistics:
         return "energies" if self.input_weight else "nothing"
 
-    def spectrum(self, delta: Delta) -> Spectrum:
+    def spectrum(self, delta: MatrixDelta) -> Spectrum:
         values, energy, rows = self._prepare(delta)
         weighted = values if delta.is_embedding else values * energy.sqrt()
         return self._spectrum(delta, values, singular_values(weighted), rows is not None)
 
-    def compress(self, delta: Delta, budget_bits: float) -> list[Term]:
+    def compress(self, delta: MatrixDelta, budget_bits: float) -> list[Term]:
         values, energy, rows = self._prepare(delta)
         root = energy.sqrt()
         most = max(1, min(int(budget_bits // component_bits(1, *values.shape)), *values.shape))
@@ -87,7 +87,7 @@ class RateDistortion:
                 terms.append(Factored.from_codes(width, *codes, scale[of_width], rotated=rotated, rows=rows))
         return terms
 
-    def _prepare(self, delta: Delta) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _prepare(self, delta: MatrixDelta) -> tuple[Tensor, Tensor, Tensor | None]:
         """The rows of a delta that are coded, the energies of its metric (n,), and which rows these are, None for all.
 
         An embedding's delta is largely in the rows of few tokens. Its inputs are no vectors, so its metric is plain.
@@ -106,7 +106,7 @@ class RateDistortion:
         rows = order[:kept].sort().values
         return delta.values[rows], energy, rows
 
-    def _spectrum(self, delta: Delta, values: Tensor, s: Tensor, some_rows: bool) -> Spectrum:
+    def _spectrum(self, delta: MatrixDelta, values: Tensor, s: Tensor, some_rows: bool) -> Spectrum:
         shape = values.shape[0], values.shape[1]
         weight = EMBEDDING_WEIGHT if delta.is_embedding else delta.sensitivity**SENSITIVITY_POWER
         drop_weight = self.drop_weight * delta.layers * (4 * delta.bits_per_weight) ** -BIAS_POWER

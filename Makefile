@@ -22,14 +22,19 @@ INSTALL = pip install --quiet --disable-pip-version-check
 demo: $(DEMO_VENV)/ready
 	$(DEMO_VENV)/bin/python examples/demo.py demo-output
 
+# Two tests at a time, each on one core.
+PYTEST = OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+QUICK := allocation artifact bits cli docs methods precision progress quantize rate_distortion rotation svd terms
+
 quick: $(TEST_VENV)/ready
-	$(TEST_VENV)/bin/python -m pytest -m "not slow"
+	$(TEST_VENV)/bin/ruff check .
+	$(PYTEST) $(QUICK:%=tests/test_%.py)
 
 test: lint
-	$(TEST_VENV)/bin/python -m pytest
+	$(PYTEST)
 
 test-all: lint
-	$(TEST_VENV)/bin/python -m pytest --slow
+	$(PYTEST) --no-loadscope-reorder --slow
 
 test-vllm: $(VLLM_VENV)/ready
 	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm*.py

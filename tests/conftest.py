@@ -45,14 +45,16 @@ Save = Callable[..., Path]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+    parser.addoption("--slow", action="store_true", help="also run the tests that take long")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
+    if config.getoption("--slow"):
+        items.sort(key=lambda item: "slow" not in item.keywords)  # what takes longest begins first
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="takes long; run with --slow"))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -12,6 +12,7 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from commands import fail, succeed
 from conftest import Save, fine_tune, make_model
 from deltacome import Artifact, DeltacomeError
 from deltacome.benchmark import quality as module
@@ -21,7 +22,6 @@ from deltacome.data import Encoder
 from deltacome.evaluate.comparison import evaluate
 from deltacome.evaluate.metrics import answer, divergence
 from deltacome.restore.merging import load_merged
-from test_cli import fail, succeed
 
 PROMPTS = {"math": [f"What is {i} + 3?" for i in range(6)], "intent": [f"Where is card number {i}?" for i in range(5)]}
 METHODS = {

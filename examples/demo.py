@@ -22,7 +22,7 @@ from pathlib import Path
 
 EXAMPLES = Path(__file__).parent
 DELTACOME = Path(sys.executable).with_name("deltacome")
-TRAINING = ("--task", "date", "--examples", "160", "--batch", "4", "--learning-rate", "1e-4")
+TRAINING = ("--task", "date", "--examples", "128", "--batch", "4", "--learning-rate", "1e-4")
 TEST_LINES = 50
 OFF_TASK_TOPICS = ("assert", "lambda")
 

@@ -1,5 +1,6 @@
 """What OpenAI's API takes and gives, as far as this server has it."""
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -27,7 +28,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(BaseModel, ABC):
     """What completions and chat completions have in common."""
 
     model_config = Strict
@@ -51,14 +52,14 @@ class GenerationRequest(BaseModel):
     store: bool | None = Field(None, description="Taken and not used.")
 
     @property
+    @abstractmethod
     def answer_tokens(self) -> int | None:
         """The most that an answer may take, None for as many as there is room for."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def likeliest(self) -> int | None:
         """How many tokens to tell with their log-probabilities at each place; None for no log-probabilities."""
-        raise NotImplementedError
 
     @property
     def stops(self) -> list[str]:

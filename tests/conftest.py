@@ -46,6 +46,9 @@ Save = Callable[..., Path]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that take long")
+    parser.addoption(
+        "--churn", type=float, default=60, help="seconds that the server is under load; 300 finds slow leaks"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

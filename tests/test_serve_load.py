@@ -69,9 +69,12 @@ def test_deadlines(folder: Path) -> None:
         assert post_json(address, "/v1/completions", {"model": "a", "prompt": "x", "max_tokens": 1})[0] == 200
 
 
-@pytest.mark.parametrize("seconds", [8, pytest.param(300, marks=pytest.mark.slow)])
-def test_churn(folder: Path, tmp_path: Path, merged: dict[str, tuple[Any, Any]], seconds: float) -> None:
+@pytest.mark.parametrize("length", ["short", pytest.param("long", marks=pytest.mark.slow)])
+def test_churn(
+    folder: Path, tmp_path: Path, merged: dict[str, tuple[Any, Any]], length: str, request: pytest.FixtureRequest
+) -> None:
     """Load while tenants come and go: no wrong answer, no lost request, memory flat at the end."""
+    seconds = 8 if length == "short" else request.config.getoption("--churn")
     deltas = tmp_path / "deltas"
     shutil.copytree(folder / "deltas", deltas)
     texts = [f"Say {i}" for i in range(6)]

@@ -24,7 +24,7 @@ demo: $(DEMO_VENV)/ready
 
 # Two tests at a time, each on one core.
 PYTEST = OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
-QUICK := allocation artifact bits cli docs methods precision progress quantize rate_distortion rotation svd terms
+QUICK := allocation artifact bits methods precision progress quantize rate_distortion rotation svd terms
 
 quick: $(TEST_VENV)/ready
 	$(TEST_VENV)/bin/ruff check .

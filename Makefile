@@ -1,4 +1,4 @@
-# make demo   the main job on a real model: fine-tune, compress, serve, ask, evaluate (four minutes on two cores)
+# make demo   the main job on a real model: fine-tune, compress, serve, ask, evaluate (about four minutes on two cores)
 # make test   lint, types and tests
 # make quick  the quick tests alone
 # make test-all   all tests, the slow ones too

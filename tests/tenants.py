@@ -4,11 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import Save, fine_tune, make_model, train
-from deltacome import compress, merge
+from deltacome import compress, load, merge
 
 Two = tuple[Path, list[Path], list[PreTrainedModel]]
 IDS = torch.randint(2, 259, (6, 9), generator=torch.Generator().manual_seed(5))
@@ -41,3 +42,14 @@ def make_two(save: Save, folder: Path) -> Two:
     base, deltas = tenants_of(save, folder, lambda: make_model(tie_word_embeddings=True))
     models = [merged(base, delta, folder / f"merged{i}") for i, delta in enumerate(deltas)]
     return base, deltas, [AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), *models]
+
+
+@pytest.fixture(scope="module")
+def two(save: Save, tmp_path_factory: pytest.TempPathFactory) -> Two:
+    return make_two(save, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture
+def model(two: Two) -> Any:
+    base, deltas, _ = two
+    return load(base, {"a": deltas[0], "b": deltas[1]})

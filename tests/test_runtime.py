@@ -26,20 +26,11 @@ from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.data import Encoder
 from deltacome.evaluate.metrics import answer
 from deltacome.runtime.conversation import Conversation
-from tenants import IDS, Two, make_two, merged, tenants_of
+from tenants import IDS, merged, tenants_of
+
+pytest_plugins = ["tenants"]
 
 NAMES = ["a", None, "b", "b", None, "a"]
-
-
-@pytest.fixture(scope="module")
-def two(save: Save, tmp_path_factory: pytest.TempPathFactory) -> Two:
-    return make_two(save, tmp_path_factory.mktemp("two"))
-
-
-@pytest.fixture
-def model(two: Two) -> Any:
-    base, deltas, _ = two
-    return load(base, {"a": deltas[0], "b": deltas[1]})
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox", "gpt2", *CONFIGS])

@@ -12,18 +12,9 @@ from transformers import PreTrainedModel
 
 from conftest import Save, fine_tune, make_any, make_model
 from deltacome import DeltacomeError, compress, load
-from tenants import IDS, Two, make_two, tenants_of
+from tenants import IDS, tenants_of
 
-
-@pytest.fixture(scope="module")
-def two(save: Save, tmp_path_factory: pytest.TempPathFactory) -> Two:
-    return make_two(save, tmp_path_factory.mktemp("two"))
-
-
-@pytest.fixture
-def model(two: Two) -> Any:
-    base, deltas, _ = two
-    return load(base, {"a": deltas[0], "b": deltas[1]})
+pytest_plugins = ["tenants"]
 
 
 def test_bytes_are_those_of_the_artifact(save: Save, tmp_path: Path) -> None:

@@ -7,21 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import Save
-from deltacome import DeltacomeError, load
+from deltacome import DeltacomeError
 from deltacome.runtime.kernels import cpu
-from tenants import IDS, Two, make_two
+from tenants import IDS
 
-
-@pytest.fixture(scope="module")
-def two(save: Save, tmp_path_factory: pytest.TempPathFactory) -> Two:
-    return make_two(save, tmp_path_factory.mktemp("two"))
-
-
-@pytest.fixture
-def model(two: Two) -> Any:
-    base, deltas, _ = two
-    return load(base, {"a": deltas[0], "b": deltas[1]})
+pytest_plugins = ["tenants"]
 
 
 def test_tenants_come_and_go_while_others_run(model: Any, two: Any) -> None:

@@ -27,7 +27,7 @@ class Tenants:
     """
 
     def __init__(self, model: Any, checkpoint: Checkpoint | None) -> None:
-        self._model, self._checkpoint = model, checkpoint
+        self._model, self.checkpoint = model, checkpoint
         self._by_name: dict[str, Tenant] = {}
         self._calls_of: Counter[Tenant] = Counter()
         self._busy: set[Batch] = set()
@@ -51,9 +51,9 @@ class Tenants:
         Raises:
             DeltacomeError: if it is broken, of another base, or does not fit; the model is as it was before.
         """
-        assert self._checkpoint is not None
-        artifact = open_checked(self._checkpoint, folder)
-        check_config(artifact, self._checkpoint)
+        assert self.checkpoint is not None
+        artifact = open_checked(self.checkpoint, folder)
+        check_config(artifact, self.checkpoint)
         try:
             tenant = load_tenant(name, artifact, self._model, self._model.device)
         except (MemoryError, RuntimeError) as error:

@@ -11,7 +11,6 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
-from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError
 from deltacome.runtime.model import load
 from deltacome.serve.engine.scheduler import Engine, Limits
@@ -63,8 +62,8 @@ def build(
     Raises:
         DeltacomeError: if the base cannot be loaded, or a delta is broken in a way that shows at once.
     """
-    checkpoint, metrics = Checkpoint(base), Metrics()
-    model = load(base, device=device, dtype=dtype)
+    model, metrics = load(base, device=device, dtype=dtype), Metrics()
+    checkpoint = model.tenants.checkpoint  # its fingerprint is taken once
     max_length = _max_length(base, model, max_length)
     limits = limits or Limits()
     if model.device.type != "cpu":

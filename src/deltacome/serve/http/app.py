@@ -50,10 +50,15 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def _watch(registry: Registry) -> None:
-    """Look at the watched folder again and again."""
+    """Look at the watched folder again and again, whatever comes; what goes wrong is said once."""
+    said = ""
     while True:
         await asyncio.sleep(WATCH_SECONDS)
+        reason = ""
         try:
-            registry.scan()
-        except OSError as error:
-            log.warning("delta folder unreadable", extra={"fields": {"reason": str(error)}})
+            await registry.rescan()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+        if reason and reason != said:
+            log.warning("delta folder unreadable", extra={"fields": {"reason": reason}})
+        said = reason

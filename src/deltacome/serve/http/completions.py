@@ -87,7 +87,7 @@ async def _begin(service: Service, request: Request, body: GenerationRequest, ke
         _check(prompts, body.answer_tokens, service.max_length, loaded.vocabulary)
         answers = Answers(service, body, loaded, prompts, started)
     except BaseException:
-        await service.registry.release(loaded)
+        service.registry.release(loaded)
         raise
     try:
         engine.submit(answers.sequences)

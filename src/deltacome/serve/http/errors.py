@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from deltacome.serve.http.protocol import ErrorBody
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
+    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 408, 409, 413, 429, 500, 503, 504)
 }
 ERROR_SCHEMA = "#/components/schemas/ErrorBody"
 log = logging.getLogger("deltacome.serve")

@@ -15,6 +15,7 @@ from deltacome.errors import DeltacomeError
 from deltacome.runtime.model import load
 from deltacome.serve.engine.scheduler import Engine, Limits
 from deltacome.serve.http.app import create_app
+from deltacome.serve.http.connections import configure
 from deltacome.serve.http.keys import Keys
 from deltacome.serve.http.service import Service
 from deltacome.serve.logs import log_as_json
@@ -109,17 +110,7 @@ def run(app: FastAPI, host: str, port: int) -> None:
         DeltacomeError: if the address is taken.
     """
     log_as_json()
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=GRACE_SECONDS,
-        timeout_keep_alive=30,
-        h11_max_incomplete_event_size=64 * 1024,
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(configure(app, host, port, GRACE_SECONDS))
     try:
         server.run()
     except KeyboardInterrupt:

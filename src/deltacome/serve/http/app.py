@@ -9,7 +9,7 @@ from fastapi import FastAPI
 
 from deltacome.serve.http import completions, routes
 from deltacome.serve.http.errors import RESPONSES, ApiWithErrors, handle_errors
-from deltacome.serve.http.guards import BodyGuard
+from deltacome.serve.http.guards import BodyGuard, most_bytes
 from deltacome.serve.http.service import Service
 from deltacome.serve.registry import Registry
 from deltacome.version import __version__
@@ -30,7 +30,7 @@ def create_app(service: Service) -> FastAPI:
         responses=RESPONSES,
     )
     app.state.service = service
-    app.add_middleware(BodyGuard)
+    app.add_middleware(BodyGuard, keys=service.keys, most_bytes=most_bytes(service.max_length))
     handle_errors(app)
     app.include_router(routes.router)
     app.include_router(completions.router)

@@ -52,7 +52,7 @@ async def load_delta(body: LoadRequest, service: FromService) -> str:
     registry = service.registry
     try:
         folder = await asyncio.to_thread(resolve, registry.folder, body.lora_path)
-        await registry.load(body.lora_name, folder, replace=body.load_inplace)
+        await registry.load(body.lora_name, folder, replace=bool(body.load_inplace))
     except BusyNameError as error:
         raise ApiError(409, str(error), code="model_is_loading", param="lora_name") from error
     except NoRoomError as error:

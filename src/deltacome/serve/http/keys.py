@@ -72,15 +72,15 @@ def _is_key(key: Any) -> bool:
 
 def _parse(value: Any) -> "Allowed | None":
     """What the file says of a key, None if that makes no sense."""
-    if isinstance(value, list):
-        value = {"models": value}
-    match value:
-        case {"models": [*models], **rest} if all(isinstance(name, str) for name in models):
-            most = rest.pop("max_parallel_requests", None)
-            is_number = isinstance(most, int) and not isinstance(most, bool) and most > 0
-            if not rest and (most is None or is_number):
-                return Allowed(frozenset(models), most)
-    return None
+    fields: dict[str, Any] = {"models": value} if isinstance(value, list) else value
+    if not isinstance(fields, dict) or fields.keys() - {"models", "max_parallel_requests"}:
+        return None
+    models, most = fields.get("models"), fields.get("max_parallel_requests")
+    if not isinstance(models, list) or not all(isinstance(name, str) for name in models):
+        return None
+    if most is not None and (type(most) is not int or most < 1):
+        return None
+    return Allowed(frozenset(models), most)
 
 
 class Allowed:

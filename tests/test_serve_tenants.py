@@ -49,6 +49,24 @@ def test_deltas_are_loaded_and_unloaded(folder: Path, merged: dict[str, tuple[An
         assert ask("b") == expected["b"]
 
 
+@pytest.mark.parametrize("embeddings", ["compress", "exact"])
+@pytest.mark.parametrize("size", [250, 262])
+def test_tokens_that_a_tenant_has_not_are_refused(folder: Path, save: Save, embeddings: Any, size: int) -> None:
+    """Its vocabulary may be smaller or larger than the base's, which has 259."""
+    model = make_model(initializer_range=0.2)
+    model.resize_token_embeddings(size, mean_resizing=False)
+    fine_tune(model, size=0.2)
+    name = f"{embeddings}-{size}"
+    deltacome.compress(folder / "base", save(model, name), folder / name, ratio=4, embeddings=embeddings)
+    with serving(make_app(folder, deltas={"a": folder / "deltas" / "a", "other": folder / name})) as address:
+        for model_name, vocabulary in (("other", size), ("a", 259), ("base", 259)):
+            for token, status in ((vocabulary - 1, 200), (vocabulary, 400)):
+                body = {"model": model_name, "prompt": [5, token], "max_tokens": 1}
+                found, answer = post_json(address, "/v1/completions", body)
+                assert found == status, answer
+        assert f"the prompt holds token {vocabulary}; this model has {vocabulary}" == answer["error"]["message"]
+
+
 def test_nothing_outside_the_folder_is_read(folder: Path, tmp_path: Path) -> None:
     deltas = tmp_path / "deltas"
     shutil.copytree(folder / "deltas", deltas)

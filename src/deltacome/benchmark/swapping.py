@@ -15,7 +15,8 @@ from deltacome.format.artifact import Artifact
 from deltacome.runtime.model import share
 from deltacome.runtime.tenant import Tenant
 from deltacome.serve.engine.attention import share_keys
-from deltacome.serve.engine.scheduler import Engine, Limits, Sequence
+from deltacome.serve.engine.scheduler import Engine, Limits
+from deltacome.serve.engine.sequence import Sequence
 from deltacome.serve.http.keys import Keys
 from deltacome.serve.http.service import Service
 from deltacome.serve.metrics import Metrics
@@ -47,7 +48,7 @@ class SwappingEngine(Engine):
             others = [sequence for sequence in self.waiting if _name(sequence) != self.current]
             has_own = len(others) < len(self.waiting)
         is_late = bool(others) and time.monotonic() - self.came[others[0]] > self.patience
-        if others and not self.running and not self.reading and (is_late or not has_own):
+        if others and not self.rows.sequences and not self.reading and (is_late or not has_own):
             self._swap(_name(others[0]))
             is_late = False
         with self.lock:

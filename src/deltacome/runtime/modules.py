@@ -198,10 +198,7 @@ class _Embedding:
             return  # looking would stop the device at every step
         limits = torch.full((len(ids), 1), m, device=ids.device)
         for change, rows in changes:
-            if change.rows is not None:
-                limits[rows] = change.start + len(change.rows)
-            elif change.size is not None:
-                limits[rows] = change.size
+            limits[rows] = change.vocabulary(m)
         if (ids >= limits).any():
             raise DeltacomeError(f"a prompt holds token {int(ids.max())}, which its tenant's vocabulary has not")
 

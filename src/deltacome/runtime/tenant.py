@@ -54,6 +54,12 @@ class Change:
     exact: dict[str, Tensor] = field(default_factory=dict)
     experts: dict[tuple[str, int], list[tuple[int, Packed]]] = field(default_factory=dict)
 
+    def vocabulary(self, rows: int) -> int:
+        """Tokens that the tenant has where this is an embedding of so many rows in the base."""
+        if self.rows is not None:
+            return self.start + len(self.rows)
+        return rows if self.size is None else self.size
+
     def tensors(self) -> Iterator[Tensor]:
         """Everything that it keeps in memory."""
         if self.packed is not None:

@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError
+from deltacome.memory import is_out_of_memory
 from deltacome.restore.merging import open_checked
 from deltacome.runtime.batch import Batch, running
 from deltacome.runtime.kernels import kernels_for
@@ -57,7 +56,7 @@ class Tenants:
         try:
             tenant = load_tenant(name, artifact, self._model, self._model.device)
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             raise DeltacomeError(f"not enough memory for {folder}; remove another delta first") from error
         self._install(tenant)

@@ -307,7 +307,7 @@ class Registry:
         name = next(name for name, module in self.model.named_modules() if module is embedding)
         change = None if tenant is None else tenant.changes.get(name)
         count: int = embedding.weight.shape[0]
-        return count if change is None or change.rows is None else max(count, change.start + len(change.rows))
+        return count if change is None else change.vocabulary(count)
 
     async def _make_room(self, name: str, size: int) -> None:
         """Drop deltas that nobody uses, the longest unused first, until there is room; wait for one if need be."""

@@ -96,11 +96,12 @@ def _max_length(base: str | Path, model: Any, asked: int | None) -> int:
 
 def _record_step(metrics: Metrics, engine: Engine) -> None:
     metrics.queue.set(len(engine.waiting))
-    metrics.rows.set(len(engine.running))
-    metrics.tenants.set(len({sequence.tenant for sequence in engine.running}))
-    metrics.cache.set(engine.length * len(engine.running))
-    if engine.running:
-        metrics.steps.observe(len(engine.running))
+    rows = engine.rows.sequences
+    metrics.rows.set(len(rows))
+    metrics.tenants.set(len({sequence.tenant for sequence in rows}))
+    metrics.cache.set(engine.rows.length * len(rows))
+    if rows:
+        metrics.steps.observe(len(rows))
 
 
 def run(app: FastAPI, host: str, port: int) -> None:

@@ -69,7 +69,9 @@ class SwappingEngine(Engine):
         gc.collect()
         if self.from_disk and self.current is not None:
             _forget_pages(self.merged[self.current])
-        self.model = AutoModelForCausalLM.from_pretrained(self.merged[name], dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(
+            self.merged[name], dtype=torch.float32, trust_remote_code=False
+        ).eval()
         share(self.model, None)
         share_keys(self.model)
         self.current = name
@@ -108,7 +110,7 @@ def build_swapping(
     from transformers import AutoModelForCausalLM
 
     checkpoint = Checkpoint(base)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, trust_remote_code=False).eval()
     share(model, checkpoint)
     metrics = Metrics()
     registry = _Names(model, checkpoint, checkpoint.name, metrics, chat_template=chat_template)

@@ -4,11 +4,14 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError
+from deltacome.format.artifact import Artifact
+from deltacome.language import end_tokens
 from deltacome.memory import is_out_of_memory
 from deltacome.restore.merging import open_checked
 from deltacome.runtime.batch import Batch, running
@@ -60,7 +63,7 @@ class Tenants:
                 raise
             raise DeltacomeError(f"not enough memory for {folder}; remove another delta first") from error
         self._install(tenant)
-        return tenant
+        return replace(tenant, ends=frozenset(_end_tokens(artifact, self._checkpoint)))
 
     def put(self, tenant: Tenant) -> None:
         """Make a tenant known under its name, in place of one that has it already."""
@@ -128,3 +131,14 @@ class Tenants:
             known = ", ".join(sorted(self._by_name)) or "none"
             raise DeltacomeError(f"there is no tenant {name!r}; those loaded are: {known}")
         return self._by_name[name]
+
+
+def _end_tokens(artifact: Artifact, base: Checkpoint) -> set[int]:
+    """Those that the fine-tuned model's configuration names."""
+
+    def find(name: str) -> Path | None:
+        if name in artifact.files:
+            return artifact.folder / name
+        return base.folder / name if name in artifact.base_files else None
+
+    return end_tokens(find("generation_config.json"), find("config.json"))

@@ -95,7 +95,8 @@ class Registry:
         if self.folder is not None and not self.folder.is_dir():
             raise DeltacomeError(f"there is no folder {folder}")
         self.memory_limit, self.chat_template = memory_limit, chat_template
-        self._languages: WeakValueDictionary[frozenset[tuple[str, str]], Language] = WeakValueDictionary()
+        self._languages: WeakValueDictionary[tuple[frozenset[tuple[str, str]], frozenset[int]], Language]
+        self._languages = WeakValueDictionary()  # by files, and by end tokens, which config.json may name
         self.base, self.created = self._loaded(None), int(time.time())
         self.deltas: dict[str, RegisteredDelta] = {}
         self.in_memory: set[Loaded] = set()  # replaced ones that are still used included
@@ -281,12 +282,12 @@ class Registry:
         return self._loaded(self.model.tenants.read(name, folder))
 
     def _loaded(self, tenant: Tenant | None) -> Loaded:
-        files = self._language_files(tenant)
-        language = self._languages.get(files)
+        key = self._language_files(tenant), frozenset() if tenant is None else tenant.ends
+        language = self._languages.get(key)
         if language is None:
             tokenizer, ends = load_language(self.base_checkpoint, tenant)
             language = Language(tokenizer, Encoder(tokenizer, self.chat_template), ends)
-            self._languages[files] = language
+            self._languages[key] = language
         return Loaded(tenant, language, self._vocabulary(tenant))
 
     def _language_files(self, tenant: Tenant | None) -> frozenset[tuple[str, str]]:

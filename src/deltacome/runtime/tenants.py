@@ -1,5 +1,6 @@
 """The deltas of a model by name."""
 
+import copy
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,12 @@ class Tenants:
         self._calls_of: Counter[Tenant] = Counter()
         self._busy: set[Batch] = set()
         self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Tenants":
+        """Of a copied model: the same tenants, which come and go in each on their own."""
+        new = memo[id(self)] = Tenants(copy.deepcopy(self._model, memo), self._checkpoint)
+        new._by_name = self.by_name()
+        return new
 
     def by_name(self) -> dict[str, Tenant]:
         """The known tenants, as they are now."""

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from conftest import Save, fine_tune, make_model
 from deltacome import DeltacomeError, compress, merge
 from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.checkpoints.pairing import pair
 
 NORM = "model.norm.weight"
 
@@ -145,3 +146,92 @@ def test_files_that_are_no_whole_checkpoint(change: Callable[[Path], None], mess
 def test_shards_without_an_index(folder: Path) -> None:
     remove("model.safetensors*", "pytorch*")(folder)
     assert Checkpoint(folder).read(NORM).unique().tolist() == [2]
+
+
+def renamed(folder: Path, change: Callable[[str], str], **more: torch.Tensor) -> Path:
+    """A checkpoint with other names for its weights, and more of them."""
+    tensors = {change(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file({**tensors, **more}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+BUFFERS = {
+    "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(10),
+    "model.layers.0.attn.bias": torch.ones(1, 1, 32, 32),
+    "model.layers.0.attention.masked_bias": torch.tensor(-1e9),
+    "v_head.summary.weight": torch.ones(1, 60),
+    "v_head.summary.bias": torch.ones(1),
+}
+
+
+@pytest.mark.parametrize(
+    "change, more",
+    [
+        (lambda name: f"module.{name}", {}),
+        (lambda name: f"_orig_mod.{name}", {}),
+        (lambda name: f"module._orig_mod.{name}", {}),
+        (lambda name: name.replace(".mlp", "._fsdp_wrapped_module._checkpoint_wrapped_module.mlp"), {}),
+        (lambda name: name, BUFFERS),
+    ],
+    ids=["module", "compiled", "both", "inside", "buffers"],
+)
+def test_names_are_those_of_the_model(
+    change: Callable[[str], str], more: dict[str, torch.Tensor], save: Save, tmp_path: Path
+) -> None:
+    base, model = save(make_model()), make_model()
+    fine_tune(model)
+    plain, other = save(model), renamed(save(model), change, **more)
+    assert Checkpoint(other).tensors.keys() == Checkpoint(plain).tensors.keys()
+    compress(base, plain, tmp_path / "plain", ratio=4)
+    compress(base, other, tmp_path / "other", ratio=4)
+    compress(renamed(save(make_model()), change, **more), plain, tmp_path / "back", ratio=4)
+    weights = [(tmp_path / name / "delta.safetensors").read_bytes() for name in ("plain", "other", "back")]
+    assert weights[0] == weights[1] == weights[2]
+
+
+def test_a_name_twice(save: Save) -> None:
+    folder = renamed(save(make_model()), lambda name: name, **{f"module.{NORM}": torch.ones(60)})
+    with pytest.raises(DeltacomeError, match=r"holds model\.norm\.weight twice, once as module\.model\.norm\.weight"):
+        Checkpoint(folder)
+
+
+def without_model(name: str) -> str:
+    return name.removeprefix("model.")
+
+
+def in_towers(name: str) -> str:
+    """As newer versions name what older ones had in `model` and `visual`."""
+    return f"model.{name}" if name.startswith("visual.") else name.replace("model.", "model.language_model.")
+
+
+@pytest.mark.parametrize("change", [without_model, in_towers])
+def test_other_beginnings_of_names_are_found(change: Callable[[str], str], save: Save, tmp_path: Path) -> None:
+    def made(seed: int) -> Path:
+        model = make_model()
+        if seed:
+            fine_tune(model, seed)
+        tower = {f"visual.layers.{i}.mlp.up_proj.weight": torch.randn(60, 60) for i in range(2)}
+        torch.manual_seed(seed)
+        return renamed(save(model), lambda name: name, **tower)
+
+    torch.manual_seed(0)
+    first, second = made(0), made(1)
+    plain = pair(Checkpoint(first), Checkpoint(second))
+    for ours, theirs in ((first, renamed(made(1), change)), (renamed(made(0), change), second)):
+        found = pair(Checkpoint(ours), Checkpoint(theirs))
+        assert len(found) == len(plain) and all(p.base_name is not None and p.rows for p in found)
+        assert all(change(p.base_name) == p.name or change(p.name) == p.base_name for p in found)
+
+
+def test_names_that_do_not_correspond_are_named(save: Save) -> None:
+    base, fewer = save(make_model(num_hidden_layers=2)), save(make_model(num_hidden_layers=1))
+    moved = renamed(fewer, lambda name: name.replace("layers.0", "blocks.1"))
+    with pytest.raises(DeltacomeError, match=r"cannot be the base of .* only the names differ, say how \(--map\)"):
+        pair(Checkpoint(base), Checkpoint(moved))
+    config = json.loads((base / "config.json").read_text())
+    tower = {**config, "model_type": "llava", "text_config": config}
+    (base / "config.json").write_text(json.dumps(tower))
+    with pytest.raises(
+        DeltacomeError, match=r"a language tower alone, .*; save the base's language tower as a checkpoint"
+    ):
+        pair(Checkpoint(base), Checkpoint(fewer))

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from deltacome.checkpoints.quantized import find_quantized
-from deltacome.checkpoints.weight_files import TensorInfo, read_json, read_tensor, stamp, tensors_in
+from deltacome.checkpoints.weight_files import TensorInfo, read_json, read_tensor, stamp, tensors_in, warn_once
 from deltacome.errors import DeltacomeError
 from deltacome.files import SAFETENSORS_DTYPES, SIDECARS, raw, sha256, sidecars_in
 from deltacome.hub import locate, name_of
 from deltacome.progress import bar
-from deltacome.weights import INPUT_EMBEDDINGS, is_matrix, split_stack
+from deltacome.weights import INPUT_EMBEDDINGS, VALUE_HEAD, is_buffer, is_matrix, split_stack, unwrapped
 
 SAFE_ON_HUB = [*SIDECARS, "adapter_config.json", "*.safetensors", "*.safetensors.index.json"]
 BIN_ON_HUB = [*SIDECARS, "adapter_config.json", "*_model*.bin", "pytorch_model.bin.index.json"]
@@ -31,7 +31,8 @@ class Checkpoint:
     """A checkpoint folder: its weights by name, read on demand, its configuration and the files beside the weights.
 
     A stack (k, m, n), the weights of k experts, counts as so many matrices: `experts.down_proj[0]` and so on. Quantized
-    weights are read as what they stand for.
+    weights are read as what they stand for. Names are without what wrappers of the model put in (`module.`,
+    `_orig_mod.`); buffers that models compute by now, and value heads, are no weights.
 
     Raises:
         DeltacomeError: if the folder is missing, holds no weights, or its files are broken.
@@ -43,10 +44,18 @@ class Checkpoint:
         self.config = read_json(self.folder / "config.json")
         self._fingerprint: str | None = None
         self._stored: dict[str, TensorInfo] = {}
+        self._names: dict[str, str] = {}  # in the files, by those without wrappers
         for name, info in tensors_in(self.folder, self.config.get("transformers_weights")).items():
-            self._stored.update(_matrices(name, info))
+            if unwrapped(name) in self._stored:
+                raise DeltacomeError(f"{self.source} holds {unwrapped(name)} twice, once as {name}; keep one of them")
+            self._names[unwrapped(name)] = name
+            self._stored.update(_matrices(unwrapped(name), info))
         self.quantized = find_quantized(self.source, self.config, self._stored, self._read_stored)
         hidden = {part for weight in self.quantized.values() for part in weight.stored}
+        value_head = {name for name in self._stored if name.startswith(VALUE_HEAD)}
+        if value_head:
+            warn_once(f"{self.source} has a value head ({min(value_head)}), which is left out: models do without")
+        hidden |= value_head | {name for name, info in self._stored.items() if is_buffer(name, info.shape)}
         self.tensors = {name: info for name, info in self._stored.items() if name not in hidden}
         for name, weight in self.quantized.items():
             stored = self._stored[name]
@@ -75,7 +84,7 @@ class Checkpoint:
 
     def _read_stored(self, name: str) -> Tensor:
         stored, index = split_stack(name)
-        return read_tensor(self._stored[name].file, stored, index)
+        return read_tensor(self._stored[name].file, self._names[stored], index)
 
     def read_float(self, name: str) -> Tensor:
         """One tensor as a float32 copy, checked for NaN and infinity."""

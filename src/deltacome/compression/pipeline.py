@@ -99,7 +99,9 @@ def compress(
     _check_statistics(method, chosen, calibration is not None, engine)
     with peak_memory() as peak:
         opened, exact = Checkpoint(base), embeddings == "exact"
-        tuned = _open(opened, finetuned, exact, fold_norms)
+        tuned = _open(opened, finetuned, exact, fold_norms, renames)
+        if isinstance(tuned, Adapted):
+            renames = None  # its names are the base's by now
         budget = Budget(chosen, {p.name: p for p in pair(opened, tuned, renames)}, ratio, exact)
         run = _Run(opened, tuned, budget, make_executor(engine), warn)
         tokens = None
@@ -134,12 +136,18 @@ def _check_statistics(name: str, method: Method, has_data: bool, engine: Executo
         raise DeltacomeError(f"method {name} goes through calibration data layer by layer; leave out --engine {engine}")
 
 
-def _open(base: Checkpoint, finetuned: str | Path, exact_embeddings: bool, fold_norms: bool) -> Checkpoint:
+def _open(
+    base: Checkpoint,
+    finetuned: str | Path,
+    exact_embeddings: bool,
+    fold_norms: bool,
+    renames: Mapping[str, str] | None,
+) -> Checkpoint:
     """The fine-tuned side."""
     if is_adapter(finetuned):
         if fold_norms:
             raise DeltacomeError(f"norms cannot be folded in {finetuned}, a LoRA adapter; leave out --fold-norms")
-        return Adapted(base, finetuned)
+        return Adapted(base, finetuned, renames)
     return Folded(base, finetuned, exact_embeddings) if fold_norms else Checkpoint(finetuned)
 
 

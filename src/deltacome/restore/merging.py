@@ -17,6 +17,7 @@ from deltacome.language import load_tokenizer
 from deltacome.progress import bar, each
 
 SHARD_BYTES = 5 * 10**9
+OF_THE_FILES = ("quantization_config", "compression_config", "transformers_weights")  # in config.json, not the model's
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -79,9 +80,11 @@ def copy_sidecars(artifact: Artifact, base: Checkpoint, folder: Path) -> None:
     for name in artifact.files.keys() - {path.name for path in artifact.weight_files}:
         shutil.copyfile(artifact.folder / name, folder / name)
     config = folder / "config.json"
-    if config.is_file() and "quantization_config" in (settings := json.loads(config.read_text(encoding="utf-8"))):
-        del settings["quantization_config"]
-        config.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    if config.is_file():
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in settings.items() if key not in OF_THE_FILES}
+        if kept != settings:
+            config.write_text(json.dumps(kept, indent=2), encoding="utf-8")
 
 
 def load_merged(base: Checkpoint, artifact: Artifact, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:

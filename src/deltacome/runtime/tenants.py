@@ -30,7 +30,7 @@ class Tenants:
     """
 
     def __init__(self, model: Any, checkpoint: Checkpoint | None) -> None:
-        self._model, self._checkpoint = model, checkpoint
+        self._model, self.checkpoint = model, checkpoint
         self._by_name: dict[str, Tenant] = {}
         self._calls_of: Counter[Tenant] = Counter()
         self._busy: set[Batch] = set()
@@ -38,7 +38,7 @@ class Tenants:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Tenants":
         """Of a copied model: the same tenants, which come and go in each on their own."""
-        new = memo[id(self)] = Tenants(copy.deepcopy(self._model, memo), self._checkpoint)
+        new = memo[id(self)] = Tenants(copy.deepcopy(self._model, memo), self.checkpoint)
         new._by_name = self.by_name()
         return new
 
@@ -60,9 +60,9 @@ class Tenants:
         Raises:
             DeltacomeError: if it is broken, of another base, or does not fit; the model is as it was before.
         """
-        assert self._checkpoint is not None
-        artifact = open_checked(self._checkpoint, folder)
-        check_config(artifact, self._checkpoint)
+        assert self.checkpoint is not None
+        artifact = open_checked(self.checkpoint, folder)
+        check_config(artifact, self.checkpoint)
         try:
             tenant = load_tenant(name, artifact, self._model, self._model.device)
         except (MemoryError, RuntimeError) as error:
@@ -70,7 +70,7 @@ class Tenants:
                 raise
             raise DeltacomeError(f"not enough memory for {folder}; remove another delta first") from error
         self._install(tenant)
-        return replace(tenant, ends=frozenset(_end_tokens(artifact, self._checkpoint)))
+        return replace(tenant, ends=frozenset(_end_tokens(artifact, self.checkpoint)))
 
     def put(self, tenant: Tenant) -> None:
         """Make a tenant known under its name, in place of one that has it already."""

@@ -383,12 +383,45 @@ def test_text_comes_in_whole_characters() -> None:
         ("数学です", ["学"], "数"),
         ("abc", ["c", "b"], "a"),
         ("abc", ["abc"], ""),
+        ("xabcabcabd!", ["abcabd"], "xabc"),
+        ("aaaaab", ["aaab"], "aa"),
+        ("abcd", ["bcx", "cd", "d"], "ab"),  # of those that end at once, the longest
     ],
 )
 def test_stop_strings(text: str, stop: list[str], expected: str) -> None:
     parts, is_stopped = text_of(make_tokenizer()(text).input_ids, stop)
     assert "".join(parts) == expected
     assert is_stopped == (expected != text)
+
+
+class Counting:
+    """A tokenizer that counts the tokens that it decodes."""
+
+    def __init__(self) -> None:
+        self.tokenizer, self.decoded = make_tokenizer(), 0
+
+    def decode(self, tokens: list[int], **options: Any) -> str:
+        self.decoded += len(tokens)
+        return self.tokenizer.decode(tokens, **options)
+
+
+@pytest.mark.parametrize("character", ["\x80", "ã"], ids=["a part of none", "the first of three"])
+def test_a_long_run_without_a_character_takes_linear_time(character: str) -> None:
+    """Each token is decoded a few times, and the text is that of all of them at once."""
+    tokenizer = Counting()
+    alone = tokenizer.tokenizer.convert_tokens_to_ids({"\x80": "Ģ", "ã": "ã"}[character])
+    tokens = [alone] * 1000 + make_tokenizer()("数 end").input_ids
+    stream = TextStream(tokenizer, [])
+    text = "".join(map(stream.add, tokens)) + stream.finish()
+    assert text == tokenizer.tokenizer.decode(tokens) and text.endswith("数 end")
+    assert tokenizer.decoded < 100 * len(tokens)
+
+
+def test_no_more_is_held_back_than_may_be_a_stop_string() -> None:
+    tokens = make_tokenizer()("a" * 500 + "c").input_ids
+    stream = TextStream(make_tokenizer(), ["a" * 255 + "b"])
+    parts = [stream.add(token) for token in tokens]
+    assert parts == [""] * 255 + ["a"] * 245 + ["a" * 255 + "c"]
 
 
 def draw(sampling: Sampling, logits: torch.Tensor, count: int) -> list[int]:

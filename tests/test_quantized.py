@@ -19,6 +19,7 @@ SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "head_dim"
 UP = "model.layers.0.mlp.up_proj.weight"
 IDS = torch.randint(2, 259, (4, 9), generator=torch.Generator().manual_seed(5))
 BLOCK = 32
+STORED: dict[str, Any] = {"bnb_4bit_quant_storage": torch.bfloat16, "bnb_4bit_quant_type": "nf4"}
 
 
 def make() -> PreTrainedModel:
@@ -75,7 +76,7 @@ def pair(save: Save) -> tuple[Path, Path]:
     return save(make(), "base"), save(tuned, "finetuned")
 
 
-@pytest.mark.parametrize("options", [{"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, {}])
+@pytest.mark.parametrize("options", [{"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, {}, STORED])
 def test_a_base_in_4_bit(options: dict[str, Any], pair: tuple[Path, Path], tmp_path: Path) -> None:
     plain, finetuned = pair
     base = quantize(plain, tmp_path / "base", **options)
@@ -102,6 +103,84 @@ def test_a_base_in_fp8_and_a_fine_tune_in_fp8(pair: tuple[Path, Path], tmp_path:
     compress(base, finetuned, tmp_path / "delta-of-fp8", ratio=2)
     check(base, tmp_path / "delta-of-fp8", tmp_path / "merged-of-fp8", tolerance=1e-4)
     assert {entry.dtype for entry in Artifact(tmp_path / "delta-of-fp8").entries.values()} == {torch.bfloat16}
+
+
+FINER = "model.layers.0.self_attn.q_proj.weight"  # 64 x 64
+
+
+def requantize(folder: Path, block: list[int] | None, scale: torch.Tensor, **settings: Any) -> torch.Tensor:
+    """Make a weight of a checkpoint in fp8 one that has these scales, and the only one; its values."""
+    tensors = load_file(folder / "model.safetensors")
+    values = tensors[FINER].float().clamp(-2, 2).to(torch.float8_e4m3fn)
+    save_file({**tensors, FINER: values, f"{FINER}_scale_inv": scale}, folder / "model.safetensors", {"format": "pt"})
+    edit_config(folder, quant_method="fp8", weight_block_size=block, **settings)
+    return values.float()
+
+
+def test_the_scales_of_fp8_are_those_of_its_blocks(pair: tuple[Path, Path]) -> None:
+    """Blocks at the edges are cut off: 64 rows are 48 and 16, not 32 and 32."""
+    scale = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    values = requantize(pair[0], [48, 24], scale)
+    expected = torch.empty(64, 64)
+    for i in range(64):
+        for j in range(64):
+            expected[i, j] = values[i, j] * scale[i // 48, j // 24]
+    assert torch.equal(Checkpoint(pair[0]).read_float(FINER), expected)
+    values = requantize(pair[0], None, torch.tensor(3.0))
+    assert torch.equal(Checkpoint(pair[0]).read_float(FINER), 3 * values)
+    values = requantize(pair[0], [64, 32], torch.tensor([[126, 129]], dtype=torch.uint8), scale_fmt="ue8m0")
+    expected = values * torch.tensor([0.5] * 32 + [4.0] * 32)
+    assert torch.equal(Checkpoint(pair[0]).read_float(FINER), expected)
+
+
+def test_a_stack_in_fp8(pair: tuple[Path, Path]) -> None:
+    values = torch.randn(2, 64, 32).to(torch.float8_e4m3fn)
+    scale = torch.arange(1.0, 9.0).view(2, 2, 2)
+    tensors = load_file(pair[0] / "model.safetensors")
+    more = {"model.experts.down_proj": values, "model.experts.down_proj_scale_inv": scale}
+    save_file({**tensors, **more}, pair[0] / "model.safetensors", {"format": "pt"})
+    edit_config(pair[0], quant_method="fp8", weight_block_size=[32, 16])
+    expected = values.float() * scale.repeat_interleave(32, dim=1).repeat_interleave(16, dim=2)
+    found = Checkpoint(pair[0])
+    assert not any("scale" in name for name in found.tensors)
+    for expert in (0, 1):
+        assert torch.equal(found.read_float(f"model.experts.down_proj[{expert}]"), expected[expert])
+
+
+@pytest.mark.parametrize(
+    "block, settings, message",
+    [
+        ([32, 32], {}, r"does not fit the weight .*: 2 x 3 for 64 x 64 float8_e4m3fn, where .* is \[32, 32\]"),
+        (None, {}, "does not fit the weight .* where weight_block_size in config.json is None"),
+        ([0, 32], {}, "not two sizes; it is broken"),
+        ([48], {}, "not two sizes; it is broken"),
+        ([48, 24], {"quant_method": "fbgemm_fp8"}, "are quantized by fbgemm_fp8"),
+        ([48, 24], {"quant_method": "compressed-tensors"}, "are quantized by compressed-tensors"),
+        ([48, 24], {"quant_method": None, "load_in_4bit": True}, "says that the weights are quantized .* and none is"),
+    ],
+)
+def test_scales_that_mean_something_else(
+    block: Any, settings: dict[str, Any], message: str, pair: tuple[Path, Path]
+) -> None:
+    requantize(pair[0], block, torch.ones(2, 3))
+    edit_config(pair[0], **{"quant_method": "fp8", "weight_block_size": block, **settings})
+    with pytest.raises(DeltacomeError, match=message):
+        Checkpoint(pair[0])
+
+
+def test_fp8_of_which_the_half_is_missing(pair: tuple[Path, Path]) -> None:
+    requantize(pair[0], [48, 24], torch.ones(2, 3))
+    config = json.loads((pair[0] / "config.json").read_text())
+    del config["quantization_config"]
+    (pair[0] / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DeltacomeError, match="has no quantization_config that says what the scales mean"):
+        Checkpoint(pair[0])
+    edit_config(pair[0], quant_method="fp8", weight_block_size=[48, 24])
+    tensors = load_file(pair[0] / "model.safetensors")
+    del tensors[f"{FINER}_scale_inv"]
+    save_file(tensors, pair[0] / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DeltacomeError, match=r"is in fp8 and there is no .*q_proj.weight_scale_inv"):
+        Checkpoint(pair[0])
 
 
 def test_fp8_without_scales(pair: tuple[Path, Path], tmp_path: Path) -> None:

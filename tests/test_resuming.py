@@ -1,14 +1,19 @@
 """Runs that are killed and gone on with, and two of them at once."""
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
-from safetensors.torch import save_file
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from conftest import Save, files, fine_tune, make_model
 from deltacome import Artifact, DeltacomeError, compress
@@ -72,6 +77,54 @@ def test_work_of_another_job_is_not_used(base: Path, finetuned: Path, tmp_path: 
     compress(base, finetuned, tmp_path / "delta", ratio=4)
     compress(base, finetuned, tmp_path / "clean", ratio=4)
     assert files(tmp_path / "delta") == files(tmp_path / "clean")
+
+
+def set_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def scaled(path: Path, factor: float) -> None:
+    """Multiply every tensor of a file, which keeps its size."""
+    save_file({name: factor * tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda base, adapter: set_json(adapter / "adapter_config.json", lora_alpha=32),
+        lambda base, adapter: set_json(adapter / "adapter_config.json", use_rslora=True),
+        lambda base, adapter: scaled(adapter / "adapter_model.safetensors", 2),
+        lambda base, adapter: scaled(base / "model.safetensors", 2),
+        lambda base, adapter: set_json(base / "config.json", dtype="float32"),
+    ],
+    ids=["alpha", "scaling", "factors", "base", "base's configuration"],
+)
+def test_work_on_other_weights_is_not_used(
+    change: Callable[[Path, Path], None], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the fine-tuned weights are made of has changed since the run was broken off: it is begun anew."""
+    shutil.copytree(base, tmp_path / "base")
+    config = LoraConfig(r=4, target_modules=["up_proj", "q_proj"], init_lora_weights=False)
+    get_peft_model(make_model(tie_word_embeddings=True), config).save_pretrained(tmp_path / "adapter")
+    arguments = tmp_path / "base", tmp_path / "adapter"
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("deltacome.compression.pipeline.write_artifact", interrupt)
+        compress(*arguments, tmp_path / "delta", ratio=4)
+    warnings: list[str] = []
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("deltacome.compression.pipeline.write_artifact", interrupt)
+        compress(*arguments, tmp_path / "delta", ratio=4, warn=warnings.append)
+    assert any("going on with the interrupted run" in warning for warning in warnings)  # nothing has changed so far
+    change(*arguments)
+    warnings.clear()
+    compress(*arguments, tmp_path / "delta", ratio=4, warn=warnings.append)
+    assert not any("going on" in warning for warning in warnings)
+    compress(*arguments, tmp_path / "clean", ratio=4)
+    assert files(tmp_path / "delta") == files(tmp_path / "clean")
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_two_processes_on_one_output(base: Path, finetuned: Path, tmp_path: Path) -> None:

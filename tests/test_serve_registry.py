@@ -230,7 +230,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "nothing in it": (lambda delta: (delta / MANIFEST).write_bytes(b""), "is damaged"),
     "a pipe for weights": (lambda delta: with_pipe(delta, "delta.safetensors"), "is no file"),
     "a pipe for config.json": (lambda delta: with_pipe(delta, "config.json"), "is no file"),
-    "an odd name": (lambda delta: delta.rename(delta.parent / "a b"), "rename its folder"),
+    "an odd name": (lambda delta: delta.rename(delta.parent / "a\nb"), "rename its folder"),
 }
 
 
@@ -251,7 +251,7 @@ def test_what_lies_in_the_folder_harms_no_other_delta(
     told = [record.fields for record in caplog.records if record.message == "delta refused"]  # type: ignore[attr-defined]
     assert len(told) == 2  # once each, however often it is looked at
     assert next(fields["reason"] for fields in told if fields["tenant"] == "loop").startswith("there is no folder")
-    assert said in next(fields["reason"] for fields in told if fields["tenant"] in ("m", "a b"))
+    assert said in next(fields["reason"] for fields in told if fields["tenant"] in ("m", "a\nb"))
 
 
 def test_a_folder_that_may_not_be_read_or_vanishes_midway(

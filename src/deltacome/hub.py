@@ -7,6 +7,17 @@ from pathlib import Path
 from deltacome.errors import DeltacomeError
 
 
+def name_of(source: str, folder: Path) -> str:
+    """The hub id of what has been located, or the folder's name: nothing that only means something on this machine."""
+    if not Path(source).exists():
+        return source
+    folder = folder.resolve()
+    cached = re.fullmatch(r"models--(.+?)--(.+)", folder.parent.parent.name)
+    if cached and folder.parent.name == "snapshots":
+        return f"{cached[1]}/{cached[2]}"
+    return folder.name
+
+
 def locate(source: str, *patterns: Sequence[str]) -> Path:
     """The local folder of a path or hub id; of the hub's files those of the first patterns that any weights match.
 

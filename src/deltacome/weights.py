@@ -9,6 +9,24 @@ INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "wor
 OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")
 
 
+# Parts of names that wrappers of a model put in: torch.compile, FSDP, activation checkpointing.
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+VALUE_HEAD = "v_head."  # of reinforcement learning with TRL; no part of the language model
+
+
+def unwrapped(name: str) -> str:
+    """A weight's name without what wrappers of the model have put in, DistributedDataParallel's beginning too."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS).removeprefix("module.")
+
+
+def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is one that older models saved with their weights and newer ones compute: frequencies, masks."""
+    if name.endswith("rotary_emb.inv_freq"):
+        return True
+    is_mask = len(shape) == 4 and shape[:2] == (1, 1) and name.endswith(("attn.bias", "attention.bias"))
+    return is_mask or (len(shape) <= 1 and name.endswith(("attn.masked_bias", "attention.masked_bias")))
+
+
 def is_embedding(name: str) -> bool:
     """Whether a tensor's name is that of an embedding or a language-model head."""
     return name.removesuffix(".weight").rpartition(".")[2] in EMBEDDINGS

@@ -1,72 +1,95 @@
 """LoRA adapters as the fine-tuned side: a checkpoint whose weights are the base's plus the adapter's product."""
 
-import json
-import math
-import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from deltacome.checkpoints.checkpoint import ON_HUB, Checkpoint
+from deltacome.checkpoints.adapter_settings import CONFIG, AdapterSettings, read_settings
+from deltacome.checkpoints.checkpoint import Checkpoint, locate_checkpoint
+from deltacome.checkpoints.weight_files import has_weights, header, read_tensor, stamp, warn_once
 from deltacome.errors import DeltacomeError
-from deltacome.files import sidecars_in
-from deltacome.hub import locate
+from deltacome.files import sha256, sidecars_in
+from deltacome.hub import name_of
+from deltacome.weights import OUTPUT_EMBEDDINGS, is_embedding
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT takes the first that is there
 PREFIX = "base_model.model."
-KINDS = {
+# The parts of a change of a weight, by the ends of the names that PEFT has for them.
+PARTS = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",
     "lora_embedding_A": "embedding_a",
     "lora_embedding_B": "embedding_b",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "token_adapter.trainable_tokens_delta": "rows",
 }
+WHOLE_CHANGES = {("a", "b"), ("a", "b", "magnitude"), ("embedding_a", "embedding_b"), ("rows",)}
+ONLY_FOR_TRAINING = ".lora_velora_embed"
+TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # families with `Conv1D` for linear layers
 
 
 def is_adapter(source: str | Path) -> bool:
-    """Whether a folder or hub id is that of a PEFT adapter and no model."""
-    folder = locate(str(source), ON_HUB)
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    """Whether a folder or hub id is that of a PEFT adapter and no model. Warns of an adapter beside a whole model."""
+    folder = locate_checkpoint(source)
+    if not (folder / CONFIG).is_file():
+        return False
+    if not ((folder / "config.json").is_file() and has_weights(folder)):
+        return True
+    if any((folder / name).is_file() for name in WEIGHTS):
+        warn_once(
+            f"{source} holds a whole model and an adapter; the model's own weights are taken and the adapter is left "
+            "out: give it in a folder of its own if it is what you mean"
+        )
+    return False
 
 
 class Adapted(Checkpoint):
     """A base with a LoRA adapter, as if it had been merged: W + (alpha / r) B A (Hu et al., 2021).
 
+    Adapters that began with a part of the base (PiSSA, OLoRA) are converted: that part, which the base says, is taken
+    from it. With DoRA, rows have the lengths that the adapter says. Trained tokens, `modules_to_save` and biases take
+    the base's place.
+
     The weights have the base's dtype; `read_float` gives them unrounded. Tokenizer files are the adapter's where it has
-    some. An adapter's whole tensors (`modules_to_save`, biases, embeddings below LoRA) take the base's place.
+    some.
+
+    Args:
+        renames: beginnings of names in the adapter, without PEFT's own, and the base's for them.
 
     Raises:
         DeltacomeError: if the adapter is broken, of another kind than LoRA, or does not fit the base.
     """
 
-    def __init__(self, base: Checkpoint, source: str | Path) -> None:
-        self.source, self.base, self.adapter = str(source), base, locate(str(source), ON_HUB)
-        self.folder, self.config = base.folder, base.config
+    def __init__(self, base: Checkpoint, source: str | Path, renames: Mapping[str, str] | None = None) -> None:
+        self.source, self.base, self.adapter = str(source), base, locate_checkpoint(source)
+        self.folder, self.config, self.renames = base.folder, base.config, renames or {}
         self._fingerprint = None
-        self.settings = _settings(self.adapter)
-        self.factors: dict[str, dict[str, str]] = {}  # an adapter's tensors by kind, by the base's weight
+        self.settings: AdapterSettings = read_settings(self.adapter)
+        self.file = next((self.adapter / name for name in WEIGHTS if (self.adapter / name).is_file()), None)
+        if self.file is None:
+            raise DeltacomeError(f"{self.adapter} has no {WEIGHTS[0]}; is the adapter's download complete?")
+        self.changes: dict[str, dict[str, str]] = {}  # an adapter's tensors by part, by the base's weight
+        self.biases: dict[str, str] = {}  # LoRA's own for B, by the base's bias
         self.whole: dict[str, str] = {}  # the adapter's tensor that takes the place of the base's
         self.tensors = dict(base.tensors)
-        path = self.adapter / WEIGHTS
-        try:
-            with safe_open(path, "pt") as file:
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise DeltacomeError(f"{path} cannot be read: {error}") from error
-        for name, shape in shapes.items():
-            self._place(name, shape)
-        for weight, factors in self.factors.items():
-            self._check(weight, factors, shapes)
+        self.shapes = {name: info.shape for name, info in header(self.file).items()}
+        for name in self.shapes:
+            if not name.endswith(ONLY_FOR_TRAINING):
+                self._place(name)
+        self._check_settings()
+        for weight, parts in self.changes.items():
+            self._check(weight, parts)
         self._tie()
 
     @property
     def name(self) -> str:
         """The hub id, or the adapter folder's name."""
-        return self.source if not Path(self.source).exists() else self.adapter.resolve().name
+        return name_of(self.source, self.adapter)
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -78,72 +101,120 @@ class Adapted(Checkpoint):
         found = {path.name: path for path in (*sidecars_in(self.folder), *sidecars_in(self.adapter))}
         return [found[name] for name in sorted(found)]
 
-    def stamp(self) -> list[list[Any]]:
-        """Name, size and time of every weight file."""
-        file = self.adapter / WEIGHTS
-        return [*super().stamp(), [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]]
+    def stamp(self) -> list[Any]:
+        """What its weights are made of."""
+        assert self.file is not None
+        return [self.base.stamp(), stamp([self.file]), sha256(self.adapter / CONFIG), sorted(self.renames.items())]
 
     def read(self, name: str) -> Tensor:
         """One tensor, rounded to the base's dtype."""
-        if name in self.factors or name in self.whole:
+        if name in self.changes or name in self.whole or name in self.biases:
             return self.read_float(name).to(self.tensors[name].dtype)
         return self.base.read(name)
 
     def read_float(self, name: str) -> Tensor:
         """One tensor as a float32 copy, not rounded before, checked for NaN and infinity."""
-        tensor = self._tensor(self.whole[name]).float() if name in self.whole else self.base.read_float(name)
-        if name in self.factors:
-            tensor += self._product(name)
+        tensor = self._tensor(self.whole[name]) if name in self.whole else self.base.read_float(self._of_base(name))
+        if name in self.changes:
+            tensor = self._changed(name, tensor)
+        if name in self.biases:
+            layer = self.biases[name].removesuffix(".lora_B.bias")
+            tensor += self._tensor(self.biases[name]) * self._scaling(f"{layer}.lora_A.weight")
         self.check_finite(name, tensor)
         return tensor
 
-    def _product(self, weight: str) -> Tensor:
-        factors = {kind: self._tensor(name).float() for kind, name in self.factors[weight].items()}
-        module = re.sub(r"\.lora_.*", "", next(iter(self.factors[weight].values()))).removeprefix(PREFIX)
-        if "embedding_a" in factors:
-            product = (factors["embedding_b"] @ factors["embedding_a"]).T
-            rank = factors["embedding_a"].shape[0]
-        else:
-            product, rank = factors["b"] @ factors["a"], factors["a"].shape[0]
-            if self.settings.get("fan_in_fan_out"):
-                product = product.T
-        alpha = _of_pattern(self.settings.get("alpha_pattern") or {}, module, self.settings["lora_alpha"])
-        return product * (alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank))
+    def _changed(self, weight: str, tensor: Tensor) -> Tensor:
+        """A weight of the base, or what takes its place, with its parts put in; in place where that can be."""
+        parts = {part: self._tensor(name) for part, name in self.changes[weight].items()}
+        if "rows" in parts:
+            return tensor.index_copy(0, torch.tensor(self._rows(weight)), parts["rows"])
+        if "embedding_a" in parts:
+            scaling = self._scaling(self.changes[weight]["embedding_a"])
+            return tensor.add_((parts["embedding_b"] @ parts["embedding_a"]).T * scaling)
+        turned = tensor.T if self._is_transposed(weight) else tensor  # a view
+        scaling = self._scaling(self.changes[weight]["a"])
+        if self.settings.subtracted is not None:
+            turned -= _beginning(turned, len(parts["a"]), scaling, self.settings.subtracted)
+        turned += (parts["b"] @ parts["a"]) * scaling
+        if "magnitude" in parts:
+            turned *= (parts["magnitude"] / turned.norm(dim=1))[:, None]
+        return tensor
+
+    def _scaling(self, first: str) -> float:
+        """Of the product of two factors, given the name of the first."""
+        module = first.removeprefix(PREFIX).rpartition(".lora_")[0]
+        return self.settings.scaling(module, self.shapes[first][0])
+
+    def _is_transposed(self, weight: str) -> bool:
+        return self.config.get("model_type") in TRANSPOSED and not is_embedding(weight)
+
+    def _rows(self, weight: str) -> list[int]:
+        """The rows of an embedding that have been trained."""
+        tokens = self.settings.tokens
+        named = (rows for key, rows in tokens.items() if key and f".{weight}".endswith(f".{key}.weight"))
+        return next(named, tokens.get("", []))
+
+    def _of_base(self, weight: str) -> str:
+        """The base's name for a weight: the input embedding's for a head that it ties."""
+        return weight if weight in self.base.tensors else str(self.base.input_embedding)
 
     def _tie(self) -> None:
-        """Drop the factors of a head that the base ties, if they are the embedding's."""
+        """Drop what is for a head that the base ties, if it makes of it what it makes of the embedding."""
         embedding = self.base.input_embedding
-        for head in self.factors.keys() - self.base.tensors.keys():
-            if embedding not in self.factors or not torch.allclose(
-                self._product(head), self._product(embedding), atol=1e-6
-            ):
-                raise DeltacomeError(
-                    f"{self.source} changes {head}, which {self.base.source} ties to its embedding, in another way; "
-                    "merge it into a base with embeddings of their own and compress that"
-                )
-            del self.factors[head], self.tensors[head]
+        changed = {*self.changes, *self.whole}
+        heads = [name for name in self.tensors if name.endswith(OUTPUT_EMBEDDINGS)]
+        is_tied = not any(name in self.base.tensors for name in heads) or self.config.get("tie_word_embeddings") is True
+        if embedding is None or not is_tied or not changed.intersection([embedding, *heads]):
+            return
+        if "rows" in self.changes.get(embedding, {}) and not changed.intersection(heads):
+            return  # PEFT ties these, and saves them once
+        if not heads and self.tensors[embedding].shape != self.base.tensors[embedding].shape:
+            return  # as it does a grown embedding
+        ours = self.read_float(embedding)
+        theirs = self.read_float(heads[0]) if heads else self.base.read_float(embedding)
+        if ours.shape != theirs.shape or not torch.allclose(ours, theirs, atol=1e-6):
+            head, other = (heads[0], "embedding") if changed.intersection(heads) else (embedding, "head")
+            raise DeltacomeError(
+                f"{self.source} changes {head}, which {self.base.source} ties to its {other}, in another way; "
+                "merge it into a base with embeddings of their own and compress that"
+            )
+        for name in heads:
+            self.changes.pop(name, None)
+            self.whole.pop(name, None)
+            if name not in self.base.tensors:
+                del self.tensors[name]
 
     def _tensor(self, name: str) -> Tensor:
-        with safe_open(self.adapter / WEIGHTS, "pt") as file:
-            return file.get_tensor(name)
+        assert self.file is not None
+        return read_tensor(self.file, name).to(torch.float32, copy=True)
 
-    def _place(self, name: str, shape: tuple[int, ...]) -> None:
+    def _place(self, name: str) -> None:
         """Find the base's weight that one of the adapter's tensors belongs to."""
-        for suffix, kind in KINDS.items():
-            if name.endswith(f".{suffix}"):
-                weight = self._find(f"{name.removeprefix(PREFIX).removesuffix(f'.{suffix}')}.weight")
-                self.factors.setdefault(weight, {})[kind] = name
+        plain = name.removeprefix(PREFIX)
+        for suffix, part in PARTS.items():
+            if plain.endswith(f".{suffix}"):
+                weight = self._find(f"{plain.removesuffix(f'.{suffix}').removesuffix('.base_layer')}.weight")
+                self.changes.setdefault(weight, {})[part] = name
                 return
-        plain = name.removeprefix(PREFIX).replace(".modules_to_save", "").replace(".base_layer", "")
-        weight = self._find(plain)
+        shape = self.shapes[name]
+        if plain.endswith(".lora_B.bias"):
+            bias = self._find(f"{plain.removesuffix('.lora_B.bias')}.bias")
+            if shape != self.tensors[bias].shape:
+                raise DeltacomeError(f"{name} in {self.source} does not fit {bias} in {self.base.source}")
+            self.biases[bias] = name
+            return
+        weight = self._find(plain.replace(".modules_to_save", "").replace(".base_layer", ""))
         if shape != self.tensors[weight].shape:
-            if self.tensors[weight].shape[1:] != shape[1:]:
+            if not is_embedding(weight) or self.tensors[weight].shape[1:] != shape[1:]:
                 raise DeltacomeError(f"{name} in {self.source} does not fit {weight} in {self.base.source}")
             self.tensors[weight] = replace(self.tensors[weight], shape=shape)  # a grown vocabulary
         self.whole[weight] = name
 
     def _find(self, weight: str) -> str:
         """The base's name for a weight: the same, or the one that ends or begins otherwise alone."""
+        for old in sorted(self.renames, key=len, reverse=True):
+            if weight.startswith(old) and self.renames[old] + weight.removeprefix(old) in self.base.tensors:
+                return self.renames[old] + weight.removeprefix(old)
         if weight in self.base.tensors:
             return weight
         found = [name for name in self.base.tensors if name.endswith(f".{weight}") or weight.endswith(f".{name}")]
@@ -152,41 +223,65 @@ class Adapted(Checkpoint):
             return weight  # the base ties it
         if len(found) != 1:
             raise DeltacomeError(
-                f"{self.source} changes {weight}, which {self.base.source} has not; is it the adapter's base?"
+                f"{self.source} changes {weight}, which {self.base.source} has not; is it the adapter's base? If it "
+                "is, say how the names correspond to the base's (--map)"
             )
         return found[0]
 
-    def _check(self, weight: str, factors: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> None:
-        pairs = {("a", "b"), ("embedding_a", "embedding_b")}
-        if tuple(sorted(factors)) not in pairs:
-            raise DeltacomeError(f"{self.source} has one of LoRA's two factors for {weight} alone; it is broken")
-        (rank, n), (m, other) = (shapes[factors[kind]] for kind in sorted(factors))
-        expected = self.base.tensors.get(weight, self.tensors[weight]).shape
-        is_turned = "embedding_a" in factors or self.settings.get("fan_in_fan_out")
-        if rank != other or ((n, m) if is_turned else (m, n)) != expected:
+    def _check_settings(self) -> None:
+        """That the adapter has the tensors that its settings speak of, and no others."""
+        linear = [parts for parts in self.changes.values() if "b" in parts]
+        for name, said, found in (
+            ("use_dora", self.settings.use_dora, all("magnitude" in parts for parts in linear) and bool(linear)),
+            ("use_dora", self.settings.use_dora, any("magnitude" in parts for parts in self.changes.values())),
+            ("lora_bias", self.settings.lora_bias, bool(self.biases)),
+            ("trainable_token_indices", bool(self.settings.tokens), any("rows" in p for p in self.changes.values())),
+        ):
+            if said != found:
+                raise DeltacomeError(
+                    f"in {self.adapter / CONFIG}, {name} is not what {self.file} has of it; it is broken, or of a kind "
+                    "that only PEFT can merge"
+                )
+
+    def _check(self, weight: str, parts: dict[str, str]) -> None:
+        """That the parts of a change are all there, and fit the weight."""
+        if tuple(sorted(parts)) not in WHOLE_CHANGES:
             raise DeltacomeError(
-                f"{self.source} changes {weight} by {m} x {other} times {rank} x {n}, and it is "
-                f"{' x '.join(map(str, expected))} in {self.base.source}; is it the adapter's base?"
+                f"{self.source} has {' and '.join(sorted(parts))} alone of what changes {weight}; it is broken, or of "
+                "a kind that only PEFT can merge"
+            )
+        expected = self.tensors[weight].shape
+        if "rows" in parts:
+            rows, shape = self._rows(weight), self.shapes[parts["rows"]]
+            if shape != (len(rows), *expected[1:]) or any(not 0 <= row < expected[0] for row in rows):
+                raise DeltacomeError(
+                    f"{self.source} trains {len(rows)} rows of {weight} (trainable_token_indices), which do not fit "
+                    f"the {' x '.join(map(str, expected))} in {self.base.source}; is it the adapter's base, with as "
+                    "many tokens as in training?"
+                )
+            return
+        first, second = (self.shapes[parts[part]] for part in sorted(parts)[:2])
+        if self.settings.subtracted and ("embedding_a" not in parts) and weight in self.base.quantized:
+            raise DeltacomeError(
+                f"{self.source} took a part of {weight} from its base ({self.settings.subtracted}) before that was "
+                f"quantized as in {self.base.source}; give the base in 16 bit"
+            )
+        fits = len(first) == len(second) == 2 and first[0] == second[1]
+        made = (second[0], first[1]) if fits else ()
+        if "embedding_a" in parts or self._is_transposed(weight):
+            made = made[::-1]
+        if made != expected or ("magnitude" in parts and self.shapes[parts["magnitude"]] != second[:1]):
+            raise DeltacomeError(
+                f"{self.source} changes {weight} by {' x '.join(map(str, second))} times "
+                f"{' x '.join(map(str, first))}, and it is {' x '.join(map(str, expected))} in {self.base.source}; is "
+                "it the adapter's base?"
             )
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """`adapter_config.json`, if it is of a kind that can be merged into weights."""
-    path = folder / CONFIG
-    try:
-        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        settings["lora_alpha"] = float(settings["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DeltacomeError(f"{path} is no LoRA adapter's configuration: {error!r}") from error
-    for key, is_so in (
-        (f"of type {settings.get('peft_type')}", settings.get("peft_type") != "LORA"),
-        ("with DoRA", settings.get("use_dora")),
-    ):
-        if is_so:
-            raise DeltacomeError(f"{folder} is an adapter {key}; merge it with PEFT and compress the merged checkpoint")
-    return settings
-
-
-def _of_pattern(pattern: dict[str, float], module: str, default: float) -> float:
-    """The value of the first key that the module's name ends with, as PEFT has it."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+def _beginning(weight: Tensor, rank: int, scaling: float, how: str) -> Tensor:
+    """What PEFT takes from a weight (m, n) before training, so that with the factors as they begin it is the same."""
+    if how == "olora":
+        q, r = torch.linalg.qr(weight)
+        return scaling * q[:, :rank] @ r[:rank]
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ v[:rank]

@@ -46,11 +46,19 @@ def pair(base: Checkpoint, finetuned: Checkpoint, renames: Mapping[str, str] | N
     kinds = [checkpoint.config.get("model_type") for checkpoint in (base, finetuned)]
     text = finetuned.config.get("text_config")
     if renames is None and kinds[0] != kinds[1]:
+        theirs = base.config.get("text_config")
+        if isinstance(theirs, dict) and theirs.get("model_type") == kinds[1]:
+            raise DeltacomeError(
+                f"{finetuned.source} is a {kinds[1]} model, a language tower alone, and {base.source} is a {kinds[0]} "
+                "model with other towers; save the base's language tower as a checkpoint of its own and give that"
+            )
         if not isinstance(text, dict) or text.get("model_type") != kinds[0]:
             raise DeltacomeError(
                 f"{finetuned.source} is a {kinds[1]} model and {base.source} a {kinds[0]} model; is this the right "
                 "base? If it is, say how its names correspond to the base's (--map)"
             )
+        renames = _found_renames(base, finetuned)
+    if renames is None and _unmatched(base, finetuned, {}):
         renames = _found_renames(base, finetuned)
     pairs = []
     for name, info in sorted(finetuned.tensors.items()):
@@ -59,24 +67,23 @@ def pair(base: Checkpoint, finetuned: Checkpoint, renames: Mapping[str, str] | N
             base_name = base.input_embedding  # the base has no head of its own: it ties them
         rows = 0
         if base_name is not None:
-            theirs = base.tensors[base_name].shape
-            rows = min(theirs[0], info.shape[0]) if theirs and info.shape else 0
-            other_vocabulary = is_embedding(name) and len(theirs) == 2 and theirs[1:] == info.shape[1:]
-            if theirs != info.shape and not other_vocabulary:
+            shape = base.tensors[base_name].shape
+            rows = min(shape[0], info.shape[0]) if shape and info.shape else 0
+            other_vocabulary = is_embedding(name) and len(shape) == 2 and shape[1:] == info.shape[1:]
+            if shape != info.shape and not other_vocabulary:
                 raise DeltacomeError(
-                    f"{name} is {_by(info.shape)} in {finetuned.source} and {_by(theirs)} in {base.source}; "
+                    f"{name} is {_by(info.shape)} in {finetuned.source} and {_by(shape)} in {base.source}; "
                     "is this the right base?"
                 )
         pairs.append(Pair(name, base_name, info.shape, info.dtype, rows))
-    used = {p.base_name for p in pairs}
-    # A fine-tune may lack an output embedding that it ties, and buffers that older versions saved.
-    needed = (n for n, info in base.tensors.items() if is_matrix(info.shape) and not n.endswith(OUTPUT_EMBEDDINGS))
-    missing = sorted(set(needed) - used)
+    # A head that the base ties is made of its embedding.
+    missing = sorted(set(_unmatched(base, finetuned, renames or {})) - {p.base_name for p in pairs})
     if missing or not any(p.is_matrix for p in pairs):
         what = f"{len(missing)} of its weights are not in" if missing else "it shares no weights with"
         example = f" ({missing[0]} is one)" if missing else ""
         raise DeltacomeError(
-            f"{base.source} cannot be the base of {finetuned.source}: {what} the fine-tuned checkpoint{example}"
+            f"{base.source} cannot be the base of {finetuned.source}: {what} the fine-tuned checkpoint{example}; if it "
+            "is, and only the names differ, say how (--map)"
         )
     return pairs
 
@@ -90,25 +97,41 @@ def _base_name(name: str, base: Checkpoint, renames: Mapping[str, str]) -> str |
     return name if name in base.tensors else None
 
 
-def _found_renames(base: Checkpoint, finetuned: Checkpoint) -> dict[str, str]:
-    """The one change of a beginning that gives most weights of the same shape, those of the same name left out.
+def _unmatched(base: Checkpoint, finetuned: Checkpoint, renames: Mapping[str, str]) -> list[str]:
+    """The base's matrices that the fine-tune has not, a head aside, which it may tie."""
+    used = {_base_name(name, base, renames) for name in finetuned.tensors}
+    matrices = {name for name, info in base.tensors.items() if is_matrix(info.shape)}
+    return [name for name in matrices - used if not name.endswith(OUTPUT_EMBEDDINGS)]
 
-    Towers have layers of the same names, but fewer of them, and of other shapes.
+
+def _found_renames(base: Checkpoint, finetuned: Checkpoint) -> dict[str, str]:
+    """Changes of beginnings under which weights of the same shape have the same name, those of most weights first.
+
+    Towers have layers of the same names, but fewer of them, and of other shapes; so the numbers of layers have to be
+    in what stays, and a weight of the base is found once.
     """
-    ends: dict[str, list[str]] = {}
-    for name in base.tensors:
-        parts = name.split(".")
-        for start in range(len(parts) - 1):
-            ends.setdefault(".".join(parts[start:]), []).append(name)
-    counts: Counter[tuple[str, str]] = Counter()
-    for name in finetuned.tensors.keys() - base.tensors.keys():
-        parts = name.split(".")
-        known = (".".join(parts[start:]) for start in range(1, len(parts) - 1))
-        end = next((end for end in known if end in ends), None)
-        for other in ends.get(end or "", ()):
-            if base.tensors[other].shape == finetuned.tensors[name].shape:
-                counts[name.removesuffix(end or ""), other.removesuffix(end or "")] += 1
-    return dict([max(counts, key=lambda found: counts[found])]) if counts else {}
+    renames: dict[str, str] = {}
+    while True:
+        matched = {name: _base_name(name, base, renames) for name in finetuned.tensors}
+        ends: dict[str, list[str]] = {}
+        for name in base.tensors.keys() - set(matched.values()):
+            parts = name.split(".")
+            for start in range(len(parts) - 1):
+                ends.setdefault(".".join(parts[start:]), []).append(name)
+        counts: Counter[tuple[str, str]] = Counter()
+        for name in (name for name, base_name in matched.items() if base_name is None):
+            parts = name.split(".")
+            known = (".".join(parts[start:]) for start in range(len(parts) - 1))
+            end = next((end for end in known if end in ends), "")
+            for other in ends.get(end, ()):
+                change = name.removesuffix(end), other.removesuffix(end)
+                is_numbered = any(part.isdigit() for part in ".".join(change).split("."))
+                if base.tensors[other].shape == finetuned.tensors[name].shape and not is_numbered:
+                    counts[change] += 1
+        new = [change for change, _ in counts.most_common() if change[0] not in renames]
+        if not new:
+            return renames
+        renames[new[0][0]] = new[0][1]
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -10,9 +10,15 @@ from deltacome.errors import DeltacomeError
 from deltacome.files import SIDECARS
 from deltacome.format.manifest import MANIFEST
 
-NAMES = "[A-Za-z0-9][A-Za-z0-9._-]{0,95}"  # of models
+LONGEST_NAME = 96
 PARTS = (MANIFEST, "*.safetensors", *SIDECARS)  # of an artifact, its card left out
 Stamp = tuple[tuple[str, int, int, int], ...]
+
+
+def is_name(name: str) -> bool:
+    """Whether a model may be called so: what a line shows as it is, and what is neither a path nor a hidden folder."""
+    is_plain = name.isprintable() and name == name.strip() and "/" not in name
+    return is_plain and not name.startswith(".") and 0 < len(name) <= LONGEST_NAME
 
 
 def resolve(root: Path | None, path: str) -> Path:

@@ -24,7 +24,8 @@ class Languages:
 
     def __init__(self, base: Checkpoint, chat_template: str | None) -> None:
         self.base, self.chat_template = base, chat_template
-        self._known: WeakValueDictionary[frozenset[tuple[str, str]], Language] = WeakValueDictionary()
+        self._known: WeakValueDictionary[tuple[frozenset[tuple[str, str]], frozenset[int]], Language]
+        self._known = WeakValueDictionary()  # by files, and by end tokens, which config.json may name
 
     def of(self, tenant: Tenant | None) -> Language:
         """A tenant's, or for None the base's.
@@ -32,12 +33,12 @@ class Languages:
         Raises:
             DeltacomeError: if transformers cannot load it.
         """
-        files = self._files(tenant)
-        language = self._known.get(files)
+        key = self._files(tenant), frozenset() if tenant is None else tenant.ends
+        language = self._known.get(key)
         if language is None:
             tokenizer, ends = load_language(self.base, tenant)
             language = Language(tokenizer, Encoder(tokenizer, self.chat_template), ends)
-            self._known[files] = language
+            self._known[key] = language
         return language
 
     def _files(self, tenant: Tenant | None) -> frozenset[tuple[str, str]]:

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from deltacome.errors import DeltacomeError
 from deltacome.format.artifact import Artifact, locate_artifact
 from deltacome.runtime.kernels.cpu import compute_alone
 from deltacome.runtime.tenant import Tenant, check_config
-from deltacome.serve.folder import NAMES, Stamp, find, readable, stamp
+from deltacome.serve.folder import LONGEST_NAME, Stamp, find, is_name, readable, stamp
 from deltacome.serve.languages import Language, Languages
 from deltacome.serve.metrics import Metrics
 
@@ -133,8 +132,8 @@ class Registry:
             self._register(name, delta)
 
     def _check_name(self, name: str, replace: bool) -> None:
-        if not re.fullmatch(NAMES, name):
-            raise DeltacomeError(f"{name!r} is no name for a model: letters, digits and ._- only, up to 96")
+        if not is_name(name):
+            raise DeltacomeError(f"{name!r} is no name for a model: up to {LONGEST_NAME} characters, no / among them")
         if name == self.name:
             raise DeltacomeError(f"{name!r} is the base's name; take another")
         self._check_unclaimed(name)
@@ -215,7 +214,7 @@ class Registry:
             if found == stamp_before or (delta is not None and (not delta.is_watched or delta.stamp == found)):
                 continue
             try:
-                if not re.fullmatch(NAMES, name) or name == self.name:
+                if not is_name(name) or name == self.name:
                     raise DeltacomeError(f"{name!r} is no name for a delta here; rename its folder")
                 new[name] = self._open(folder, is_watched=True)
                 self._refused.pop(name, None)
@@ -315,10 +314,14 @@ class Registry:
         """Load a delta before the server starts, if the memory limit has room for it.
 
         Raises:
-            DeltacomeError: if its files are broken.
+            DeltacomeError: if its files are broken; then it is forgotten.
         """
         delta = self.deltas[name]
-        loaded = self._read(name, delta.folder)
+        try:
+            loaded = self._read(name, delta.folder)
+        except DeltacomeError:
+            self.remove(name)
+            raise
         if self.memory_limit is None or self._bytes_in_memory() + loaded.bytes <= self.memory_limit:
             self._keep_in_memory(name, delta, loaded)
             self.metrics.delta_bytes.labels(name).set(loaded.bytes)
@@ -342,7 +345,7 @@ class Registry:
         name = next(name for name, module in self.model.named_modules() if module is embedding)
         change = None if tenant is None else tenant.changes.get(name)
         count: int = embedding.weight.shape[0]
-        return count if change is None or change.rows is None else max(count, change.start + len(change.rows))
+        return count if change is None else change.vocabulary(count)
 
     def _bytes_in_memory(self) -> int:
         return sum(loaded.bytes for loaded in self.in_memory)

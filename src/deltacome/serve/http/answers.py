@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from functools import partial
 
 from deltacome.serve.engine.sampling import Sampling
-from deltacome.serve.engine.scheduler import Event, Finish, Sequence
+from deltacome.serve.engine.sequence import Event, Finish, Sequence
 from deltacome.serve.engine.text import TextStream
 from deltacome.serve.http.errors import ApiError
 from deltacome.serve.http.protocol import GenerationRequest, Usage

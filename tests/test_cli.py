@@ -215,3 +215,26 @@ def test_the_first_column_of_a_table_is_whole(
     assert "│ fine-tuned      │" in text and "│ rate-distortion │" in text
     assert text.count("0.12345") == 8 and text.count("0.123") == 8 + (12 if width in (200, None) else 8)
     assert ("NLL" in text) == (width in (200, None)) and "other KL" not in text
+
+
+@pytest.mark.parametrize("ratio", ["inf", "nan", "0", "-3", "1e309"])
+def test_a_ratio_that_is_none(ratio: str, base: Path, finetuned: Path, tmp_path: Path) -> None:
+    message = f"a ratio of {float(ratio):g} means nothing; give a number above 1"
+    fail(message, "compress", base, finetuned, "-o", tmp_path / "out", "--ratio", ratio)
+    fail(message, "search", base, finetuned, "--data", "none.jsonl", "-o", tmp_path / "out", "--ratio", ratio)
+    if float(ratio) > 0:  # the others are refused with the usage
+        for command in (["runtime"], ["kernel"], ["memory", "--shape", "135m"]):
+            fail(message, "benchmark", *command, "-o", tmp_path / "out", "--ratio", ratio)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_may_have_any_names(base: Path, finetuned: Path, tmp_path: Path) -> None:
+    places = [tmp_path / name for name in ("Große Basis", "für März", "δ 1=2", "wieder da", "ein Adapter")]
+    shutil.copytree(base, places[0])
+    shutil.copytree(finetuned, places[1])
+    succeed("compress", places[0], places[1], "-o", places[2], "--ratio", 4)
+    succeed("verify", places[2], "--base", places[0])
+    succeed("merge", places[0], places[2], "-o", places[3])
+    succeed("export", places[0], places[2], "-o", places[4], "--max-rank", 4)
+    assert deltacome.Artifact(places[2]).base_name == "Große Basis"
+    assert f"base_model: {json.dumps('Große Basis')}" in (places[2] / "README.md").read_text(encoding="utf-8")

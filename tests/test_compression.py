@@ -193,6 +193,39 @@ def test_sidecars_travel_only_where_they_differ(base: Path, finetuned: Path, tmp
     assert (tmp_path / "merged" / "tokenizer.json").read_bytes() == (changed / "tokenizer.json").read_bytes()
 
 
+def test_odd_files_are_no_sidecars(base: Path, finetuned: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "finetuned"
+    shutil.copytree(finetuned, changed)
+    for name in ("._chat_template.jinja", "tokenizer copy.json", "tokenizer(1).json", "zero_to_fp32.py", "train.py"):
+        (changed / name).write_text("left by somebody")
+    (changed / "vocab.json").mkdir()
+    (changed / "merges.txt").symlink_to("nowhere")
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (changed / name).unlink(missing_ok=True)
+        os.mkfifo(changed / name)
+    settings = json.loads((changed / "config.json").read_text())
+    code = {"AutoConfig": "configuration_own.Own", "AutoModel": ["modeling_own.Own", None, "x/y--other.Own"]}
+    (changed / "config.json").write_text(json.dumps({**settings, "auto_map": code}))
+    for name, text in {"configuration_own": "", "modeling_own": "import os\nfrom .parts import a", "parts": ""}.items():
+        (changed / f"{name}.py").write_text(text)
+    compress(base, changed, tmp_path / "delta", ratio=4)
+    assert {path.name for path in (tmp_path / "delta").iterdir()} == {
+        *("README.md", "delta.safetensors", "deltacome.json", "config.json"),
+        *("configuration_own.py", "modeling_own.py", "parts.py"),
+    }
+
+
+def test_a_sidecar_that_cannot_be_read_is_found_out_before_the_work(
+    base: Path, finetuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finetuned, tmp_path / "finetuned")
+    broken = tmp_path / "finetuned" / "tokenizer.json"
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != broken)  # root may read everything
+    monkeypatch.setattr("deltacome.compression.pipeline._make", None)  # never reached
+    with pytest.raises(DeltacomeError, match=r"tokenizer\.json cannot be read; .* change its permissions"):
+        compress(base, tmp_path / "finetuned", tmp_path / "delta", ratio=4)
+
+
 class TestBadInput:
     """One sentence, and nothing left behind."""
 

@@ -49,8 +49,13 @@ def test_every_side_may_be_a_hub_id(base: Path, finetuned: Path, cache: Path, tm
     for source in (Checkpoint, Artifact):
         with pytest.raises(DeltacomeError, match="there is no folder some/other, and the hub does not give it"):
             source("some/other")
-        with pytest.raises(DeltacomeError, match="there is no folder /some/other"):
-            source("/some/other")
+        for name in ("/some/other", "runs/exp--3", "runs/..b", "runs/exp-", "some/other/third"):
+            with pytest.raises(DeltacomeError, match=f"there is no folder {name}$"):
+                source(name)
+    snapshot = cache / "models--some--base" / "snapshots" / ("a" * 40)
+    assert Checkpoint(snapshot).name == "some/base"
+    (tmp_path / "link").symlink_to(snapshot)
+    assert Checkpoint(tmp_path / "link").name == "some/base" and Checkpoint(base).name == base.name
 
 
 def test_an_adapter_on_the_hub(save: Save, base: Path, cache: Path, tmp_path: Path) -> None:

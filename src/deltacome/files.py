@@ -5,6 +5,7 @@ import fnmatch
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,8 @@ SIDECARS = (
     "video_preprocessor_config.json",
     "*.py",
 )
+PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
+RELATIVE_IMPORT = re.compile(r"^\s*(?:from|import)\s+\.(\w+)", re.MULTILINE)
 
 
 def raw(tensor: Tensor) -> memoryview:
@@ -64,9 +67,46 @@ def sha256(path: Path) -> str:
 
 
 def sidecars_in(folder: Path) -> list[Path]:
-    """The files in a folder that belong to a model besides its weights, by name."""
-    files = (path for path in folder.iterdir() if path.is_file() and not path.name.endswith(".index.json"))
-    return sorted(path for path in files if any(fnmatch.fnmatch(path.name, pattern) for pattern in SIDECARS))
+    """The files in a folder that belong to a model besides its weights, by name; of code what the model is made of.
+
+    Raises:
+        DeltacomeError: if one of them cannot be read.
+    """
+    code = _code_in(folder)
+    found = []
+    for path in sorted(folder.iterdir()):
+        is_named = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in SIDECARS)
+        # Copies by hand and what macOS leaves on foreign disks ("tokenizer copy.json", "._x.jinja") are nobody's.
+        is_odd = PLAIN_NAME.fullmatch(path.name) is None or path.name.endswith(".index.json")
+        if not is_named or is_odd or not path.is_file() or (path.suffix == ".py" and path.stem not in code):
+            continue
+        if not os.access(path, os.R_OK):
+            raise DeltacomeError(f"{path} cannot be read; it belongs to the model, change its permissions")
+        found.append(path)
+    return found
+
+
+def _code_in(folder: Path) -> set[str]:
+    """The modules of a folder that the model's configuration names (`auto_map`), and those that they import."""
+    named: list[str] = []
+    for path in filter(Path.is_file, folder.glob("*config.json")):
+        try:
+            classes = list(json.loads(path.read_text(encoding="utf-8"))["auto_map"].values())
+        except (OSError, ValueError, RecursionError, KeyError, AttributeError, TypeError):
+            continue  # no JSON, or none with such a map
+        named += [
+            str(name).rpartition(".")[0] for item in classes for name in (item if isinstance(item, list) else [item])
+        ]
+    found: set[str] = set()
+    while named:
+        name = named.pop()
+        path = folder / f"{name}.py"
+        if name in found or PLAIN_NAME.fullmatch(path.name) is None or not path.is_file():
+            continue
+        found.add(name)
+        if os.access(path, os.R_OK):
+            named += RELATIVE_IMPORT.findall(path.read_text(encoding="utf-8", errors="replace"))
+    return found
 
 
 @contextmanager

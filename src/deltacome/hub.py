@@ -6,15 +6,17 @@ from pathlib import Path
 
 from deltacome.errors import DeltacomeError
 
+HUB_ID = re.compile(r"\w[\w.-]*/\w(?:[\w.-]*\w)?", re.ASCII)
+
 
 def name_of(source: str, folder: Path) -> str:
     """The hub id of what has been located, or the folder's name: nothing that only means something on this machine."""
     if not Path(source).exists():
         return source
     folder = folder.resolve()
-    cached = re.fullmatch(r"models--(.+?)--(.+)", folder.parent.parent.name)
-    if cached and folder.parent.name == "snapshots":
-        return f"{cached[1]}/{cached[2]}"
+    cached = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and cached.startswith("models--"):
+        return cached.removeprefix("models--").replace("--", "/")
     return folder.name
 
 
@@ -29,7 +31,7 @@ def locate(source: str, *patterns: Sequence[str]) -> Path:
         return folder
     if folder.exists():
         raise DeltacomeError(f"{source} is a file; give its folder")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+    if not HUB_ID.fullmatch(source) or "--" in source or ".." in source:
         raise DeltacomeError(f"there is no folder {source}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

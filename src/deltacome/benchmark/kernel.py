@@ -11,6 +11,7 @@ import torch
 from deltacome.benchmark.random_model import computed_in, random_delta
 from deltacome.benchmark.results import Row, Table, save
 from deltacome.benchmark.timing import Run, captured, copy_bandwidth, measure
+from deltacome.compression.budget import check_ratio
 from deltacome.evaluate.summary import import_pyplot
 from deltacome.files import new_folder
 from deltacome.progress import bar
@@ -49,6 +50,7 @@ def benchmark_kernel(
     Raises:
         DeltacomeError: if the folder exists.
     """
+    check_ratio(ratio)
     pyplot = import_pyplot()
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with new_folder(out) as folder, torch.inference_mode():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deltacome.benchmark.random_model import random_model, random_tenant, shared_with_tenants
 from deltacome.benchmark.results import Row, Table, save, set_ticks
+from deltacome.compression.budget import check_ratio
 from deltacome.errors import DeltacomeError
 from deltacome.evaluate.summary import import_pyplot
 from deltacome.files import new_folder
@@ -59,6 +60,7 @@ def benchmark_memory(
     """
     if (base is None) == (shape is None) or (base is not None and not deltas):
         raise DeltacomeError("give either a base with --delta, or a --shape")
+    check_ratio(ratio)
     pyplot = import_pyplot()
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with new_folder(out) as folder, torch.inference_mode():

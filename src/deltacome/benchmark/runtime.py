@@ -11,6 +11,7 @@ import torch
 from deltacome.benchmark.random_model import random_model, random_tenant, shared_with_tenants
 from deltacome.benchmark.results import Row, Table, save
 from deltacome.benchmark.timing import captured, measure
+from deltacome.compression.budget import check_ratio
 from deltacome.evaluate.summary import import_pyplot
 from deltacome.files import new_folder
 from deltacome.progress import bar
@@ -50,6 +51,7 @@ def benchmark_runtime(
     Raises:
         DeltacomeError: if there is no such shape, or the folder exists.
     """
+    check_ratio(ratio)
     pyplot = import_pyplot()
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with new_folder(out) as folder, torch.inference_mode():

@@ -1,6 +1,7 @@
 """The suite file of `benchmark quality`: what is compared. It is checked in full before any long work."""
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ def read_suite(path: str | Path) -> Suite:
         if calibrated is not None and finetunes[-1].calibration is None:
             raise DeltacomeError(f"{path}: fine-tune {name} has no `calibration`, which method {calibrated} asks for")
     for ratio in content["ratios"]:
-        if type(ratio) not in (int, float) or not ratio > 0:
+        if type(ratio) not in (int, float) or not 0 < ratio < math.inf:
             raise DeltacomeError(f"{path}: a ratio of {ratio!r} means nothing; give a number above 1, such as 16")
     for kind in ("finetunes", "methods"):
         _check_names(list(content[kind]), f"{path}: `{kind}`")

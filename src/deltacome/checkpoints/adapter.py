@@ -81,6 +81,7 @@ class Adapted(Checkpoint):
         for name in self.shapes:
             if not name.endswith(ONLY_FOR_TRAINING):
                 self._place(name)
+        self.sidecars()  # one that cannot be read is found out before the work
         self._check_settings()
         for weight, parts in self.changes.items():
             self._check(weight, parts)

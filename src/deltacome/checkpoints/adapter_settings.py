@@ -73,7 +73,7 @@ def read_settings(folder: Path) -> AdapterSettings:
             bool(settings.get("lora_bias")),
             tokens if isinstance(tokens, dict) else {"": tokens},
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise DeltacomeError(f"{path} is no LoRA adapter's configuration: {error!r}") from error
     for name in sorted(settings.keys() - {*WITHOUT_EFFECT.split(), *READ.split()}):
         if settings[name] not in (None, False, "", [], {}):

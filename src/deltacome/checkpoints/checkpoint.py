@@ -42,6 +42,7 @@ class Checkpoint:
         self.source = str(source)
         self.folder = locate_checkpoint(source)
         self.config = read_json(self.folder / "config.json")
+        self.sidecars()  # one that cannot be read is found out before the work
         self._fingerprint: str | None = None
         self._stored: dict[str, TensorInfo] = {}
         self._names: dict[str, str] = {}  # in the files, by those without wrappers

@@ -47,7 +47,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise DeltacomeError(f"{path.parent} has no {path.name}; is it a Hugging Face checkpoint?")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DeltacomeError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise DeltacomeError(f"{path} does not hold a JSON object")

@@ -1,5 +1,6 @@
 """The bytes that a compression may spend, and how they are shared out over the matrices."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +10,7 @@ import torch
 from deltacome.checkpoints.pairing import Pair
 from deltacome.compression.allocation import Spectrum, allocate, spent_bits
 from deltacome.compression.methods import Method, SharesByError
-from deltacome.errors import UnreachableRatioError
+from deltacome.errors import DeltacomeError, UnreachableRatioError
 from deltacome.format.artifact import Artifact
 from deltacome.format.manifest import WeightEntry
 from deltacome.format.terms import component_bits
@@ -22,6 +23,12 @@ FIXED_METADATA = 1200  # bytes of the manifest and headers besides the weights' 
 SHARINGS = 3  # what the metadata take depends on the outcome
 
 Terms = Mapping[str, Sequence[tuple[int, int]]]  # (bits, rank) of the factored terms by matrix
+
+
+def check_ratio(ratio: float) -> None:
+    """Raise DeltacomeError if a ratio is no number that something could be compressed to."""
+    if not 0 < ratio < math.inf:
+        raise DeltacomeError(f"a ratio of {ratio:g} means nothing; give a number above 1, such as 16")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.folding import Folded
 from deltacome.checkpoints.pairing import Pair, pair
 from deltacome.checkpoints.rebuilding import rebuild
-from deltacome.compression.budget import DEFAULT_RATIO, Budget
+from deltacome.compression.budget import DEFAULT_RATIO, Budget, check_ratio
 from deltacome.compression.calibration import CalibrationStream, batch
 from deltacome.compression.executors import Executor, ExecutorName, make_executor
 from deltacome.compression.journal import Journal, work_folder
@@ -92,8 +92,8 @@ def compress(
     if (out / MANIFEST).is_file():
         shutil.rmtree(work_folder(out), ignore_errors=True)  # left by a kill after the last step
     refuse_existing(out)
-    if ratio is not None and not ratio > 0:
-        raise DeltacomeError(f"a ratio of {ratio:g} means nothing; give a number above 1, such as 16")
+    if ratio is not None:
+        check_ratio(ratio)
     method = method or (DEFAULT_METHOD if settings.get("precision") is None else "delta-come")
     chosen = make_method(method, **settings)
     _check_statistics(method, chosen, calibration is not None, engine)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deltacome.checkpoints.checkpoint import Checkpoint
-from deltacome.compression.budget import DEFAULT_RATIO
+from deltacome.compression.budget import DEFAULT_RATIO, check_ratio
 from deltacome.compression.journal import claim
 from deltacome.compression.pipeline import compress
 from deltacome.compression.precision import TRIPLE, PrecisionPlan
@@ -70,6 +70,7 @@ def search(
         DeltacomeError: on bad input, an output of another job, or if no plan reaches the ratio.
     """
     out = Path(out)
+    check_ratio(ratio)
     run = _strategy(strategy, generations, population, seed)
     if not out.absolute().parent.is_dir():
         raise DeltacomeError(f"cannot write {out}: there is no folder {out.parent}; create it first")

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work."""
+"""Peak memory of a piece of work, and memory that has run out."""
 
 import sys
 import threading
@@ -6,11 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psutil
+import torch
 
 if sys.platform != "win32":
     import resource
 
 INTERVAL = 0.02  # seconds between two looks
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left, on a GPU too; torch has no type of its own for the CPU's."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )
 
 
 class Peak:

@@ -12,7 +12,7 @@ from deltacome.benchmark.random_model import computed_in, random_delta
 from deltacome.benchmark.results import Row, Table, save
 from deltacome.benchmark.timing import Run, captured, copy_bandwidth, measure
 from deltacome.evaluate.summary import import_pyplot
-from deltacome.files import new_folder
+from deltacome.outputs import new_folder
 from deltacome.progress import bar
 from deltacome.runtime.kernels import kernels_for
 

@@ -16,7 +16,7 @@ from deltacome.benchmark.random_model import random_model, random_tenant, shared
 from deltacome.benchmark.results import Row, Table, save, set_ticks
 from deltacome.errors import DeltacomeError
 from deltacome.evaluate.summary import import_pyplot
-from deltacome.files import new_folder
+from deltacome.outputs import new_folder
 from deltacome.progress import bar
 from deltacome.runtime.model import load
 

@@ -109,7 +109,8 @@ def test_headers_that_never_end(address: str, monkeypatch: pytest.MonkeyPatch) -
         connection.sendall(get)
         answer = b""
         while not answer.endswith(b'{"status":"ok"}'):
-            assert (part := connection.recv(65536))
+            part = connection.recv(65536)
+            assert part
             answer += part
 
     for before, data in ((0, b""), (0, b"GET /hea"), (1, b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX")):

@@ -48,9 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that take long")
     parser.addoption("--attack", action="store_true", help="also run the attacks in full")
     parser.addoption("--attack-count", type=int, default=12_000, help="how many artifacts an attack changes")
-    parser.addoption(
-        "--churn", type=float, default=60, help="seconds that the server is under load; 300 finds slow leaks"
-    )
+    parser.addoption("--churn", type=float, default=3600, help="seconds that an attack keeps a server under load")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

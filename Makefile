@@ -2,6 +2,7 @@
 # make test   lint, types and tests
 # make quick  the quick tests alone
 # make test-all   all tests, the slow ones too
+# make attack   thousands of damaged and forged artifacts, and runs killed at any moment (half an hour or so)
 # make test-vllm   the tests of the plugin for vLLM, on vLLM's CPU build (five minutes)
 # make gpu-check   on a machine with a GPU, with its own Python: kernel tests, a step of 7B, the kernel alone (six minutes)
 # make docs   the documentation as a site, in site/
@@ -17,7 +18,7 @@ VLLM_VENV := .venv/vllm
 DOCS_VENV := .venv/docs
 INSTALL = pip install --quiet --disable-pip-version-check
 
-.PHONY: demo quick test test-all test-vllm gpu-check docs lint clean
+.PHONY: demo quick test test-all attack test-vllm gpu-check docs lint clean
 
 demo: $(DEMO_VENV)/ready
 	$(DEMO_VENV)/bin/python examples/demo.py demo-output
@@ -35,6 +36,9 @@ test: lint
 
 test-all: lint
 	$(PYTEST) --no-loadscope-reorder --slow
+
+attack: $(TEST_VENV)/ready
+	$(PYTEST) --attack tests/attack
 
 test-vllm: $(VLLM_VENV)/ready
 	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm*.py

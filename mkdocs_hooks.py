@@ -40,7 +40,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
 
 def commands() -> str:
     """The help of every command, as typer's own program writes it."""
-    command = [sys.executable, "-m", "typer", "deltacome.cli", "utils", "docs", "--name", "deltacome"]
+    command = [sys.executable, "-m", "typer", "deltacome.cli.commands", "utils", "docs", "--name", "deltacome"]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     output = subprocess.run(
         [*command, "--title", "Command line"], check=True, capture_output=True, text=True, env=environment

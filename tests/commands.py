@@ -17,19 +17,21 @@ def run(*arguments: object, said: str = "") -> CompletedProcess[str]:
     """
     words = list(map(str, arguments))
     out, err, status = io.StringIO(), io.StringIO(), 0
-    handler = signal.getsignal(signal.SIGTERM)  # which `main` replaces
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}  # `main` replaces them
     try:
         with (
             redirect_stdout(out),
             redirect_stderr(err),
             patch.object(sys, "argv", ["deltacome", *words]),
             patch.object(sys, "stdin", io.StringIO(said)),
+            patch.object(sys, "unraisablehook", sys.unraisablehook),
         ):
             main()
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
 

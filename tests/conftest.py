@@ -46,12 +46,16 @@ Save = Callable[..., Path]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that take long")
-    parser.addoption(
-        "--churn", type=float, default=60, help="seconds that the server is under load; 300 finds slow leaks"
-    )
+    parser.addoption("--attack", action="store_true", help="also run the attacks in full")
+    parser.addoption("--attack-count", type=int, default=12_000, help="how many artifacts an attack changes")
+    parser.addoption("--churn", type=float, default=3600, help="seconds that an attack keeps a server under load")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--attack"):
+        for item in items:
+            if item.get_closest_marker("attack"):  # the folder has that name too
+                item.add_marker(pytest.mark.skip(reason="an attack in full; run with --attack"))
     if config.getoption("--slow"):
         items.sort(key=lambda item: "slow" not in item.keywords)  # what takes longest begins first
         return

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import deltacome.files
 from deltacome import Artifact, DeltacomeError, compress, merge
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.rebuilding import rebuild
+from deltacome.format import digests
 from deltacome.format.manifest import (
     DIGEST_START,
     FORMAT_VERSION,
@@ -22,6 +25,7 @@ from deltacome.format.manifest import (
     NO_DIGEST,
     write_manifest,
 )
+from deltacome.restore.merging import open_checked
 from format_reader import Reader
 
 SETTINGS = {
@@ -184,6 +188,13 @@ def edit_entry(**fields: object) -> Callable[[dict], None]:
         edit_entry(sign="yes"),
         edit_entry(dense=0),
         edit_entry(dense=109),
+        edit_entry(shape=[True, 60]),
+        edit_entry(shape=[2**60, 2**60]),
+        edit_entry(shape=[2**40, 1], factored=None),
+        edit_entry(factored=[[2.0, 1]]),
+        edit_entry(factored=[[2, True]]),
+        edit_entry(group_size=True),
+        edit_entry(error="small"),
         edit_entry(base=5),
         edit_entry(base=None),
         lambda manifest: manifest.pop("weights"),
@@ -195,6 +206,22 @@ def edit_entry(**fields: object) -> Callable[[dict], None]:
         lambda manifest: manifest["base_files"].update({"..": "0" * 64}),
         lambda manifest: manifest["files"].update({"delta-2.safetensors": "0" * 64}),
         lambda manifest: manifest.update(files=[]),
+        lambda manifest: manifest.update(finetuned_bytes=True),
+        lambda manifest: manifest.update(finetuned_bytes=-1),
+        lambda manifest: manifest.update(linear_ratio=None),
+        lambda manifest: manifest["method"].update(name=5),
+        lambda manifest: manifest.update(finetuned={}),
+        lambda manifest: manifest["base"].update(name=None),
+        lambda manifest: manifest["files"].update({"config.json": 5}),
+        lambda manifest: manifest["files"].update({"x" * 300: "0" * 64}),
+        lambda manifest: manifest["files"].update({"pytorch_model.bin": "0" * 64}),
+        lambda manifest: manifest["files"].update({"adapter_config.json": "0" * 64}),
+        lambda manifest: manifest["files"].update({"model.safetensors": "0" * 64}),
+        lambda manifest: manifest["base_files"].update({"model.safetensors": "0" * 64}),
+        lambda manifest: manifest["base_files"].update({"delta.safetensors": "0" * 64}),
+        lambda manifest: manifest["base_files"].update({"model.safetensors.index.json": "0" * 64}),
+        lambda manifest: manifest["base_files"].update({"deltacome.json": "0" * 64}),
+        lambda manifest: manifest["weights"].update({"\x1b[2J": {"shape": [2], "dtype": "F32"}}),
     ],
 )
 def test_a_manifest_that_lies_does_not_open_even_with_a_right_digest(
@@ -233,6 +260,96 @@ def test_a_hostile_manifest_is_damaged(content: bytes, tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_bytes(content)
     with pytest.raises(DeltacomeError, match=f"{MANIFEST} is (damaged|not as)"):
         Artifact(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        b'"weights":{},',
+        b'"extra":{"a":1,"a":2},',
+        b'"extra":NaN,',
+        b'"extra":-Infinity,',
+        b'"extra":1e999,',
+        b'"extra":"\\ud800",',
+        b'"extra":"\xff",',
+        b'"extra":' + b"[" * 100_000 + b"]" * 100_000 + b",",
+        b'"extra":' + b"9" * 5000 + b",",
+        b'"extra":"' + b"x" * 2**25 + b'",',
+    ],
+    ids=lambda extra: extra[:22].decode(errors="replace"),
+)
+def test_json_that_readers_may_take_in_two_ways_does_not_open(extra: bytes, artifact: Path, tmp_path: Path) -> None:
+    shutil.copytree(artifact, tmp_path / "copy")
+    rest = (artifact / MANIFEST).read_bytes()[len(DIGEST_START) + 66 :]
+    text = DIGEST_START + NO_DIGEST.encode() + b'",' + extra + rest
+    digest = hashlib.sha256(text).hexdigest().encode()
+    (tmp_path / "copy" / MANIFEST).write_bytes(text.replace(NO_DIGEST.encode(), digest, 1))
+    with pytest.raises(DeltacomeError, match="is not the JSON that was written"):
+        Artifact(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"shape": [60]},
+        {"shape": [2**20, 2**20], "dtype": "BF16"},
+        {"shape": [109, 61]},
+        {"shape": [110, 60]},
+        {"shape": [109, 60], "base": "no.such.weight"},
+        {"shape": [109, 60], "base": "model.norm.weight"},
+    ],
+)
+def test_an_entry_that_does_not_fit_the_base_is_refused_before_the_work(
+    fields: dict[str, Any], artifact: Path, base: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(artifact, tmp_path / "copy")
+    manifest = json.loads((artifact / MANIFEST).read_bytes())
+    del manifest["sha256"], manifest["ratio"]
+    manifest["weights"]["model.layers.7.mlp.up_proj.weight"] = {
+        "dtype": "BF16",
+        "base": "model.layers.0.mlp.up_proj.weight",
+        **fields,
+    }
+    write_manifest(tmp_path / "copy", manifest, 1)
+    with pytest.raises(DeltacomeError, match=r"layers\.7\.mlp\.up_proj\.weight has the shape .* does not fit"):
+        open_checked(Checkpoint(base), tmp_path / "copy")
+
+
+def test_a_file_is_read_once_until_it_is_written_again(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By device, inode, size and times; one that was written a moment ago is read again."""
+    read: list[str] = []
+    real = deltacome.files.sha256
+    monkeypatch.setattr("deltacome.files.sha256", lambda path: (read.append(path.name), real(path))[1])
+    monkeypatch.setattr(digests, "_known", {})
+    shutil.copytree(artifact, tmp_path / "copy")
+    opened = Artifact(tmp_path / "copy")
+    opened.check_files()
+    opened.check_files()
+    assert read == 2 * list(opened.files)  # young
+    monkeypatch.setattr(digests, "YOUNG_NS", -1)
+    opened.check_files()
+    read.clear()
+    Artifact(tmp_path / "copy").check_files()
+    assert read == []
+    opened.check_digests()  # promises to read
+    path = tmp_path / "copy" / "delta.safetensors"
+    status, content = path.stat(), path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # only the time of change tells
+    with pytest.raises(DeltacomeError, match="SHA-256 differs"):
+        opened.check_files()
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path)])
+def test_what_is_no_file_is_missing(make: Callable[[Path], None], artifact: Path, tmp_path: Path) -> None:
+    shutil.copytree(artifact, tmp_path / "copy")
+    path = tmp_path / "copy" / "delta.safetensors"
+    path.unlink()
+    make(path)
+    with pytest.raises(DeltacomeError, match="is missing"):
+        Artifact(tmp_path / "copy")
 
 
 def test_other_format_versions_are_refused(artifact: Path, tmp_path: Path) -> None:

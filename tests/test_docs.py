@@ -14,7 +14,7 @@ import typer.main
 
 from conftest import Save, fine_tune, make_model, make_tokenizer
 from deltacome import __version__, compress
-from deltacome.cli import app
+from deltacome.cli.commands import app
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "deltacome"

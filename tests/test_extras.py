@@ -10,7 +10,7 @@ import pytest
 import typer.main
 from safetensors.torch import load_file, save_file
 
-from deltacome.cli import app
+from deltacome.cli.commands import app
 
 # Pydantic is not among them: typer may need it itself.
 EXTRAS = ("bitsandbytes", "fastapi", "lm_eval", "matplotlib", "prometheus_client", "ray", "uvicorn", "vllm")

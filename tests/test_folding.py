@@ -24,8 +24,8 @@ from conftest import Save, files, fine_tune, make_model
 from deltacome import Artifact, DeltacomeError, compress, merge
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.folding import Folded
-from deltacome.compression.journal import work_folder
 from deltacome.evaluate.comparison import evaluate
+from deltacome.outputs import work_folder
 from test_compression import change_tensor
 
 CLASSES = {

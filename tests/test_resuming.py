@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import Save, files, fine_tune, make_model
 from deltacome import Artifact, DeltacomeError, compress
-from deltacome.compression.journal import work_folder
+from deltacome.outputs import work_folder
 
 
 def test_results_are_the_same_every_time(base: Path, finetuned: Path, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from filelock import FileLock
 
 from conftest import Save, make_model
 from deltacome import DeltacomeError, compress
-from deltacome.compression.journal import work_folder
 from deltacome.compression.precision import TRIPLE, PrecisionPlan
+from deltacome.outputs import work_folder
 from deltacome.search.precision_search import search
 from deltacome.search.strategies import BITS, COUNTS, crossover, genetic, greedy, insert, mutate
 

@@ -1,7 +1,6 @@
 """A server under load: queues, deadlines, clients that go, tenants that change all the time."""
 
 import json
-import shutil
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import openai
-import psutil
 import pytest
 
 from deltacome.serve.engine.scheduler import Limits
-from serving import alone, client, make_app, metric, post_json, serving, until
+from serving import client, make_app, metric, post_json, serving, until
 
 pytest_plugins = ["serving"]
 
@@ -75,54 +73,3 @@ def test_deadlines(folder: Path) -> None:
         with pytest.raises(openai.APIError, match="longer than this server allows"):
             list(parts)
         assert post_json(address, "/v1/completions", {"model": "a", "prompt": "x", "max_tokens": 1})[0] == 200
-
-
-@pytest.mark.parametrize("length", ["short", pytest.param("long", marks=pytest.mark.slow)])
-def test_churn(
-    folder: Path, tmp_path: Path, merged: dict[str, tuple[Any, Any]], length: str, request: pytest.FixtureRequest
-) -> None:
-    """Load while tenants come and go: no wrong answer, no lost request, memory flat at the end."""
-    seconds = 8 if length == "short" else request.config.getoption("--churn")
-    deltas = tmp_path / "deltas"
-    shutil.copytree(folder / "deltas", deltas)
-    texts = [f"Say {i}" for i in range(6)]
-    expected = {(name, text): alone(merged, name, text, 10) for name in ("base", "a", "b") for text in texts}
-    end = time.monotonic() + seconds
-    process, memory, answered, changed = psutil.Process(), [], [0], [0]
-    with serving(make_app(folder, deltas={}, folder=deltas)) as address:
-        api = client(address)
-
-        def ask(worker: int) -> None:
-            turn = worker
-            while time.monotonic() < end:
-                turn += 1
-                name, text = ("base", "a", "b")[turn % 3], texts[turn // 3 % 6]
-                messages: list[Any] = [{"role": "user", "content": text}]
-                answer = api.chat.completions.create(model=name, messages=messages, temperature=0, max_tokens=10)
-                assert answer.choices[0].message.content == expected[name, text]
-                answered[0] += 1
-
-        def change() -> None:
-            turn = 0
-            while time.monotonic() < end:
-                turn += 1
-                source = "ab"[turn % 2]
-                name = f"extra-{turn % 3}"
-                content = {"lora_name": name, "lora_path": source, "load_inplace": True}
-                assert post_json(address, "/v1/load_lora_adapter", content)[0] == 200
-                answer = api.completions.create(model=name, prompt="x", temperature=0, max_tokens=3)
-                assert answer.choices[0].finish_reason
-                if turn % 2:
-                    assert post_json(address, "/v1/unload_lora_adapter", {"lora_name": name})[0] == 200
-                changed[0] += 1
-                memory.append(process.memory_info().rss)
-
-        with ThreadPoolExecutor(7) as pool:
-            for work in [pool.submit(change), *(pool.submit(ask, worker) for worker in range(6))]:
-                work.result()
-        assert metric(address, "deltacome_batch_rows") == metric(address, "deltacome_queue_sequences") == 0
-    assert answered[0] > seconds and changed[0] > seconds / 2
-    third = len(memory) // 3
-    grown = sum(memory[-third:]) / third - sum(memory[third : 2 * third]) / third
-    assert grown < 20 * 2**20, f"memory grew by {grown / 2**20:.1f} MiB"
-    print(f"{answered[0]} answers, {changed[0]} changes, memory grew by {grown / 2**20:.1f} MiB")

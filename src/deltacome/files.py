@@ -1,15 +1,16 @@
-"""Files: hashing, folders that appear only when complete, and safetensors written as a stream."""
+"""Files: hashing, files that appear only when complete, and safetensors written as a stream."""
 
 import errno
 import fnmatch
 import hashlib
 import json
+import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -117,60 +118,62 @@ def disk_errors(action: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DeltacomeError(f"cannot {action}: the disk is full; free some space and start again") from error
-        raise DeltacomeError(f"cannot {action}: {error.strerror or error}") from error
+        where = f" ({error.filename})" if error.filename else ""
+        raise DeltacomeError(f"cannot {action}: {error.strerror or error}{where}") from error
 
 
-def refuse_existing(out: Path) -> None:
-    """Raise DeltacomeError where a folder or file of that name exists, or its parent folder does not."""
-    if out.exists() or out.is_symlink():
-        raise DeltacomeError(f"{out} exists already; remove it or choose another name")
-    if not out.absolute().parent.is_dir():
-        raise DeltacomeError(f"cannot write {out}: there is no folder {out.parent}; create it first")
+def sync(path: Path) -> None:
+    """Flush a file, or what a folder lists, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that gets its name when the block ends well and is removed otherwise."""
-    refuse_existing(out)
-    temporary = out.absolute().with_name(f".{out.name}.{os.getpid()}.tmp")
-    with disk_errors(f"write {out}"):
-        temporary.mkdir()
-        try:
-            yield temporary
-            publish(temporary, out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def publish(folder: Path, out: Path) -> None:
-    """Flush a finished folder to disk and give it its name, in one step."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    refuse_existing(out)
-    folder.rename(out)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a small file in one step: a kill leaves the old content or the new."""
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that gets its name, flushed to disk, when the block ends well: a kill leaves the old file or the new."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a small file in one step, as `new_file` does."""
+    with new_file(path) as file:
+        file.write(content)
+
+
+def check_writable(path: Path) -> None:
+    """See before the work whether a file of that name can be written at its end.
+
+    Raises:
+        DeltacomeError: if its folder is missing, or nothing can be written there.
+    """
+    if not path.absolute().parent.is_dir():
+        raise DeltacomeError(f"cannot write {path}: there is no folder {path.parent}; create it first")
+    if path.is_dir():
+        raise DeltacomeError(f"cannot write {path}: it is a folder; name a file")
+    with disk_errors(f"write {path}"):
+        trial = path.with_name(f".{path.name}.tmp")
+        trial.touch()
+        trial.unlink()
 
 
 def write_safetensors(
     path: Path, tensors: dict[str, tuple[torch.dtype, list[int]]], read: Callable[[str], Tensor]
 ) -> str:
     """Write a safetensors file tensor by tensor, so that no more than one is in memory; returns its SHA-256.
+
+    The file is there when it is complete, and not before.
 
     Args:
         tensors: dtype and shape by name, in the order of the file.
@@ -179,17 +182,18 @@ def write_safetensors(
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in tensors.items():
-        start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+        start, end = end, end + dtype.itemsize * math.prod(shape)
         header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with new_file(path) as file:
         for chunk in (len(text).to_bytes(8, "little"), text):
             file.write(chunk)
             digest.update(chunk)
-        for name in tensors:
+        for name, (dtype, shape) in tensors.items():
             data = raw(read(name))
+            assert data.nbytes == dtype.itemsize * math.prod(shape), name
             file.write(data)
             digest.update(data)
     return digest.hexdigest()

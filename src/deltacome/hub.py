@@ -64,7 +64,9 @@ def push(folder: Path, files: Sequence[str], repository: str, *, private: bool) 
         commit = api.upload_folder(
             repo_id=made, folder_path=folder, allow_patterns=list(files), commit_message="Upload a compressed delta"
         )
+    except MemoryError:
+        raise
     except Exception as error:  # the hub's own errors, and those of whatever it makes its requests with
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise DeltacomeError(f"{repository} could not be pushed: {reason}") from error
     return str(commit.commit_url)

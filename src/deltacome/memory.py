@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, and whether it was too much."""
+"""Peak memory of a piece of work, and memory that has run out."""
 
 import sys
 import threading
@@ -12,6 +12,13 @@ if sys.platform != "win32":
     import resource
 
 INTERVAL = 0.02  # seconds between two looks
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left, on a GPU too; torch has no type of its own for the CPU's."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )
 
 
 class Peak:
@@ -50,11 +57,3 @@ def peak_memory() -> Iterator[Peak]:
         if sys.platform != "win32":  # which has no such count
             largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
             peak.bytes = max(peak.bytes, largest - resident)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that this machine, or its GPU, has not enough memory; the CPU's from torch is a
-    RuntimeError among others."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "allocate memory" in str(error)
-    )

@@ -20,8 +20,8 @@ from deltacome.data import Encoder, read_examples
 from deltacome.errors import DeltacomeError
 from deltacome.evaluate.comparison import load
 from deltacome.evaluate.summary import import_pyplot
-from deltacome.files import new_folder
 from deltacome.format.artifact import Artifact
+from deltacome.outputs import new_folder
 from deltacome.progress import bar
 from deltacome.restore.merging import open_checked
 

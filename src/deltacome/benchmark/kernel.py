@@ -13,7 +13,7 @@ from deltacome.benchmark.results import Row, Table, save
 from deltacome.benchmark.timing import Run, captured, copy_bandwidth, measure
 from deltacome.compression.budget import check_ratio
 from deltacome.evaluate.summary import import_pyplot
-from deltacome.files import new_folder
+from deltacome.outputs import new_folder
 from deltacome.progress import bar
 from deltacome.runtime.kernels import kernels_for
 

@@ -17,7 +17,7 @@ from deltacome.benchmark.results import Row, Table, save, set_ticks
 from deltacome.compression.budget import check_ratio
 from deltacome.errors import DeltacomeError
 from deltacome.evaluate.summary import import_pyplot
-from deltacome.files import new_folder
+from deltacome.outputs import new_folder
 from deltacome.progress import bar
 from deltacome.runtime.model import load
 

@@ -20,10 +20,11 @@ from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.pairing import pair
 from deltacome.compression.pipeline import compress
 from deltacome.data import NO_TEMPLATE, read_examples
-from deltacome.errors import DeltacomeError
+from deltacome.errors import DeltacomeError, UnreachableRatioError
 from deltacome.evaluate.comparison import BASE, FINETUNED, Comparison, load, sizes
 from deltacome.evaluate.summary import import_pyplot
 from deltacome.files import disk_errors, sha256, write_atomically
+from deltacome.outputs import work_folder
 from deltacome.progress import print_warning
 from deltacome.restore.merging import load_merged, open_checked
 from deltacome.version import __version__
@@ -168,8 +169,10 @@ class _Bench:
                 chat_template=self.suite.chat_template,
                 **candidate.options,
             )
-        except DeltacomeError:
+        except DeltacomeError as error:
             record.unlink()
+            if isinstance(error, UnreachableRatioError):  # nothing goes on from it
+                shutil.rmtree(work_folder(cell.artifact), ignore_errors=True)
             raise
         made = {"compress_seconds": None if interrupted else outcome["seconds"]}
         _store(record, cell.artifact_digest, made)

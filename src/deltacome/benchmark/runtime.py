@@ -13,7 +13,7 @@ from deltacome.benchmark.results import Row, Table, save
 from deltacome.benchmark.timing import captured, measure
 from deltacome.compression.budget import check_ratio
 from deltacome.evaluate.summary import import_pyplot
-from deltacome.files import new_folder
+from deltacome.outputs import new_folder
 from deltacome.progress import bar
 
 COUNTS = (1, 2, 4, 8, 16)

@@ -21,7 +21,7 @@ from deltacome.benchmark.results import Row, Table, save
 from deltacome.data import read_examples
 from deltacome.errors import DeltacomeError
 from deltacome.evaluate.summary import import_pyplot
-from deltacome.files import new_folder
+from deltacome.outputs import new_folder
 from deltacome.progress import bar
 from deltacome.restore.merging import merge
 from deltacome.serve import check_installed

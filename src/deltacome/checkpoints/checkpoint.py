@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deltacome.checkpoints.quantized import find_quantized
 from deltacome.checkpoints.weight_files import TensorInfo, read_json, read_tensor, stamp, tensors_in, warn_once
-from deltacome.errors import DeltacomeError
+from deltacome.errors import BadInputError, DeltacomeError
 from deltacome.files import SAFETENSORS_DTYPES, SIDECARS, raw, sha256, sidecars_in
 from deltacome.hub import locate, name_of
 from deltacome.progress import bar
@@ -99,7 +99,7 @@ class Checkpoint:
     def check_finite(self, name: str, tensor: Tensor) -> None:
         """Raise DeltacomeError if the values, in float32, of the tensor of that name hold NaN or infinity."""
         if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-            raise DeltacomeError(f"{name} in {self.source} holds NaN or infinity; the checkpoint is broken")
+            raise BadInputError(f"{name} in {self.source} holds NaN or infinity; the checkpoint is broken")
 
     def sidecars(self) -> list[Path]:
         """The files that belong to the model besides its weights, by name."""

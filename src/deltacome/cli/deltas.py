@@ -165,7 +165,7 @@ def verify(
         artifact = Artifact(delta)
         artifact.check_digests()
     else:
-        artifact = open_checked(Checkpoint(base), delta)
+        artifact = open_checked(Checkpoint(base), delta)  # this process has read no file before
     for name in artifact.entries:
         artifact.terms(name)  # refuses NaN
     report = {"artifact": str(delta), "files": len(artifact.files) + 1, "base_checked": base is not None}

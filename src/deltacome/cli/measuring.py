@@ -54,12 +54,11 @@ def evaluate(
     """Compare base, fine-tuned model and compressed deltas: KL, NLL, accuracy, retention; or tasks of lm-eval."""
     from deltacome.data import read_examples
     from deltacome.evaluate import comparison as evaluation
-    from deltacome.files import disk_errors
+    from deltacome.files import check_writable, disk_errors
 
     quiet()
     deltas = named_folders(delta, (evaluation.BASE, evaluation.FINETUNED))
-    if not output.absolute().parent.is_dir():
-        raise DeltacomeError(f"cannot write {output}: there is no folder {output.parent}")
+    check_writable(output)
     if (data is None) == (tasks is None):
         raise DeltacomeError("give either --data FILE.jsonl or --tasks TASK,...")
     _refuse_options_of_the_other_kind(context, has_tasks=tasks is not None)
@@ -123,14 +122,15 @@ def _evaluate_tasks(
     options: dict[str, Any],
 ) -> None:
     from deltacome.evaluate.comparison import markdown_table
-    from deltacome.files import disk_errors
+    from deltacome.files import disk_errors, write_atomically
 
     harness = _harness()
     rows = harness.evaluate_tasks(base, finetuned, deltas, tasks, include_path=include_path, **options)
     headings, lines = harness.table(rows)
     with disk_errors(f"write {output}"):
-        output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        output.with_suffix(".md").write_text(markdown_table([headings, ["---"] * len(headings), *lines]), "utf-8")
+        write_atomically(output, (json.dumps(rows, indent=1) + "\n").encode())
+        table = markdown_table([headings, ["---"] * len(headings), *lines])
+        write_atomically(output.with_suffix(".md"), table.encode())
     if as_json:
         print(json.dumps(rows))
     else:

@@ -64,6 +64,20 @@ class Budget:
         """Number of weights that the ratio is about."""
         return sum(torch.Size(p.shape).numel() for p in self.pairs.values() if p.name not in self.uncounted)
 
+    def check_reachable(self, entries: Mapping[str, WeightEntry]) -> None:
+        """See before the work whether the ratio can be met at all, with one component in one matrix.
+
+        Args:
+            entries: as `share_out` has them.
+
+        Raises:
+            UnreachableRatioError: if it cannot.
+        """
+        if self.ratio is not None and self.matrices:
+            overhead = self._overhead(entries, {})
+            if overhead + self._least_component > 2 * self.counted_elements / self.ratio:
+                raise self._unreachable(overhead)
+
     def share_out(self, entries: Mapping[str, WeightEntry], spectra: Mapping[str, Spectrum]) -> dict[str, float]:
         """Bits that each matrix may take, so that the whole artifact meets the ratio; empty if the method fixes them.
 
@@ -89,12 +103,20 @@ class Budget:
             }
             allowed = 2 * self.counted_elements / self.ratio - self._overhead(entries, terms)
         if not any(component_bits(1, *p.shape) <= budgets.get(p.name, 0) for p in self.matrices):
-            least = overhead + min(component_bits(1, *p.shape) for p in self.matrices) / 8
-            raise UnreachableRatioError(
-                f"a ratio of {self.ratio:g} cannot be reached: what is stored exactly and the metadata take "
-                f"{overhead:,} bytes, and one component more; at most {2 * self.counted_elements / least:.0f} could be"
-            )
+            raise self._unreachable(overhead)
         return budgets
+
+    @property
+    def _least_component(self) -> float:
+        """Bytes of the cheapest component."""
+        return min(component_bits(1, *p.shape) for p in self.matrices) / 8
+
+    def _unreachable(self, overhead: float) -> UnreachableRatioError:
+        most = 2 * self.counted_elements / (overhead + self._least_component)
+        return UnreachableRatioError(
+            f"a ratio of {self.ratio:g} cannot be reached: what is stored exactly and the metadata take "
+            f"{overhead:,} bytes, and one component more; at most {most:.0f} could be"
+        )
 
     def _overhead(self, entries: Mapping[str, WeightEntry], terms: Terms) -> int:
         """Bytes of all but the components, if the matrices have factored terms of these bits and ranks."""
@@ -120,6 +142,6 @@ class Budget:
         reached = 2 * self.counted_elements / counted
         if self.asked_ratio is not None and reached < self.asked_ratio * (1 - RATIO_TOLERANCE):
             raise UnreachableRatioError(
-                f"a ratio of {self.asked_ratio:g} cannot be reached with this method and plan: "
-                f"everything counted, they come to {reached:.2f}"
+                f"a ratio of {self.asked_ratio:g} cannot be reached with this method and plan: everything counted, "
+                f"they come to {reached:.2f}; without --ratio the same command goes on from what is finished"
             )

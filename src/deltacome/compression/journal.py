@@ -1,27 +1,22 @@
-"""The work folder of a compression that is under way: each finished weight in a file of its own.
-
-A killed run leaves the folder behind, hidden beside its output; the same command started again goes on from it.
-"""
+"""The finished weights of a compression that is under way: each in a file of its own in the work folder."""
 
 import errno
 import hashlib
 import json
 import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deltacome.errors import DeltacomeError
-from deltacome.files import write_atomically
+from deltacome.files import sync
 from deltacome.format.manifest import WeightEntry
+from deltacome.outputs import WorkFolder
 
 
 @dataclass(frozen=True)
@@ -65,74 +60,44 @@ class Journal:
     """
 
     def __init__(self, out: Path, job: dict[str, Any]) -> None:
-        self.folder, self.lock = claim(out)
-        self.store = Store(self.folder)
+        self.work = WorkFolder(out, job)
+        self.store = Store(self.work.path)
         self.files: dict[str, Path] = {}
         self.entries: dict[str, WeightEntry] = {}
         try:
-            self._open(job)
-        except OSError:
-            self.close(remove=True)
+            for path in self.work.path.glob("*.partial"):  # a killed process was at it
+                path.unlink()
+            for path in self.work.path.glob("*.safetensors"):
+                if not self._load(path):
+                    path.unlink()  # torn; the weight is done again
+        except BaseException:
+            self.work.close()
             raise
 
-    def _open(self, job: dict[str, Any]) -> None:
-        """Take up what the same job has left, and clear away anything else."""
-        description = self.folder / "job.json"
-        text = json.dumps(job, sort_keys=True)
-        if not description.is_file() or description.read_text() != text:
-            for path in self.folder.iterdir():
-                if path.name != "lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            write_atomically(description, text.encode())
-        for path in self.folder.glob("*.safetensors"):
-            self._load(path)
-
-    def _load(self, path: Path) -> None:
+    def _load(self, path: Path) -> bool:
+        """Take up the weight in a file; whether the file is whole."""
         try:
             with safe_open(path, "pt") as file:
-                metadata = file.metadata()
-        except SafetensorError:
-            path.unlink()  # torn by a power cut; the weight is done again
-            return
-        name = metadata["name"]
-        self.files[name], self.entries[name] = path, WeightEntry.parse(name, json.loads(metadata["fields"]))
+                metadata, tensors = file.metadata(), set(file.keys())
+            name = metadata["name"]
+            entry = WeightEntry.parse(name, json.loads(metadata["fields"]))
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            return False
+        if path != self.store.path(name) or tensors != entry.tensors().keys():
+            return False
+        self.files[name], self.entries[name] = path, entry
+        return True
 
     def add(self, name: str) -> WeightEntry:
         """Take up a weight that has been stored."""
-        self._load(self.store.path(name))
+        if not self._load(self.store.path(name)):
+            raise OSError(errno.EIO, "it was written and cannot be read again", str(self.store.path(name)))
         return self.entries[name]
 
     def read(self, tensor: str) -> Tensor:
         """A tensor of a finished weight, by its name in the artifact."""
         with safe_open(self.files[tensor.rpartition(".")[0]], "pt") as file:
             return file.get_tensor(tensor)
-
-    def close(self, remove: bool) -> None:
-        """Let go of the folder, for another run to go on from unless it is removed."""
-        if remove:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self.lock.release()
-
-
-def work_folder(out: Path) -> Path:
-    """Where an output is made."""
-    return out.absolute().with_name(f".{out.name}.partial")
-
-
-def claim(out: Path) -> tuple[Path, FileLock]:
-    """Make the folder where an output is made, and lock it.
-
-    Raises:
-        DeltacomeError: if another process is making the same output.
-    """
-    folder = work_folder(out)
-    folder.mkdir(exist_ok=True)
-    lock = FileLock(folder / "lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise DeltacomeError(f"another process is writing {out}; wait for it or choose another name") from error
-    return folder, lock
 
 
 def _digest(name: str) -> str:
@@ -149,4 +114,9 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
         code = re.search(r"os error (\d+)", str(error))
         number = int(code[1]) if code else errno.EIO
         raise OSError(number, os.strerror(number) if code else str(error)) from error
-    partial.rename(path)
+    else:
+        sync(partial)
+        partial.rename(path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)

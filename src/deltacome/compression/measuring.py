@@ -13,9 +13,14 @@ from deltacome.compression.calibration import CalibrationStream, random_tokens
 from deltacome.compression.executors import Executor
 from deltacome.compression.journal import Store
 from deltacome.compression.matrices import Matrices
+from deltacome.errors import DeltacomeError
+from deltacome.memory import is_out_of_memory
 from deltacome.progress import bar
 from deltacome.weights import is_embedding
 
+# What transformers and torch raise where they cannot build a model or run it as it lies: methods can do without. A full
+# memory or a disk that fails is no reason to go on in another way, for the same command may not meet it again.
+UNFIT = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 SMALLEST_OUTPUT = 1e-3  # energy, for inputs of energy 1; layers that are all zero have none
 
 
@@ -35,6 +40,8 @@ def measure_energies(
     if measured is None:
         measured = _measured_energies(finetuned, matrices, calibration, warn)
         store.save_intermediate("energies", measured)
+    elif not measured and matrices:
+        warn("the inputs of the layers could not be measured when the interrupted run began, so all count alike")
     energies, sensitivities = {}, {}
     sizes = {p.name: torch.Size(p.shape).numel() for p in matrices}
     weighted = total = 0.0
@@ -58,10 +65,11 @@ def _measured_energies(
     measured = []
     with bar("measuring inputs", (2 if calibration else 1) * sum(sizes.values())) as advance:
         try:
-            stream = CalibrationStream(finetuned, *random_tokens(finetuned))
+            stream = _random_stream(finetuned)
             measured.append(stream.energies(sizes.__contains__, finetuned.read_float, advance))
-        except Exception as error:
-            # Models fail to be built or run in many ways, and the method can do without.
+        except UNFIT as error:
+            if is_out_of_memory(error):
+                raise
             reason = str(error).splitlines()[0].split(";")[0] if str(error) else type(error).__name__
             warn(f"the inputs of the layers could not be measured, so all count alike: {reason}")
         if calibration is not None:
@@ -73,6 +81,13 @@ def _measured_energies(
         if torch.isfinite(mean).all():  # not so if the model overflows; then this layer's inputs count alike
             merged[name] = mean
     return merged
+
+
+def _random_stream(finetuned: Checkpoint) -> CalibrationStream:
+    try:
+        return CalibrationStream(finetuned, *random_tokens(finetuned))
+    except DeltacomeError as error:  # those of the run that follows are about files that cannot be read
+        raise ValueError(str(error)) from error
 
 
 def measure_spectra(work: Matrices, matrices: Sequence[Pair], executor: Executor) -> Mapping[str, Spectrum]:

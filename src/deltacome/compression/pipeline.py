@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -21,19 +20,19 @@ from deltacome.checkpoints.rebuilding import rebuild
 from deltacome.compression.budget import DEFAULT_RATIO, Budget, check_ratio
 from deltacome.compression.calibration import CalibrationStream, batch
 from deltacome.compression.executors import Executor, ExecutorName, make_executor
-from deltacome.compression.journal import Journal, work_folder
+from deltacome.compression.journal import Journal
 from deltacome.compression.matrices import Matrices, read_delta
 from deltacome.compression.measuring import measure_energies, measure_spectra
 from deltacome.compression.methods import DEFAULT_METHOD, Method, SharesByError, describe, make_method
-from deltacome.compression.writing import write_artifact
+from deltacome.compression.writing import check_names, write_artifact
 from deltacome.data import Encoder, read_examples
-from deltacome.errors import DeltacomeError
-from deltacome.files import disk_errors, raw, refuse_existing
+from deltacome.errors import BadInputError, DeltacomeError
+from deltacome.files import disk_errors, raw
 from deltacome.format.artifact import Artifact
-from deltacome.format.manifest import MANIFEST
 from deltacome.format.terms import Dense
 from deltacome.language import load_tokenizer
 from deltacome.memory import peak_memory
+from deltacome.outputs import refuse_existing
 from deltacome.progress import bar, print_warning
 from deltacome.version import __version__
 from deltacome.weights import module_kind
@@ -86,11 +85,10 @@ def compress(
         Sizes in bytes, `artifact_ratio`, `linear_ratio`, `seconds`, and `peak_bytes` of memory above that at the call.
 
     Raises:
-        DeltacomeError: on any bad input; nothing is left behind then. A killed run is resumed by the same call.
+        DeltacomeError: on any bad input; nothing is left behind then. After anything else that ends it early, a kill, a
+            full disk, a lost worker, the same call goes on where it stopped.
     """
     started, out = time.monotonic(), Path(out)
-    if (out / MANIFEST).is_file():
-        shutil.rmtree(work_folder(out), ignore_errors=True)  # left by a kill after the last step
     refuse_existing(out)
     if ratio is not None:
         check_ratio(ratio)
@@ -107,6 +105,7 @@ def compress(
         tokens = None
         if calibration is not None:
             tokens = _read_tokens(opened, tuned, calibration, calibration_examples, chat_template)
+        check_names(opened, tuned)
         _warn_of_large_change(run)
         recorded = {**describe(method, chosen), "calibration_examples": len(tokens[0]) if tokens else 0}
         if isinstance(tuned, Folded):
@@ -183,7 +182,7 @@ def _make(run: _Run, out: Path, method: dict[str, Any], tokens: Tokens | None) -
         "deltacome": __version__,
         "checkpoints": [run.base.stamp(), run.finetuned.stamp()],
         "method": method,
-        "ratio": run.budget.asked_ratio,
+        "ratio": run.budget.ratio,
         "exact": sorted(run.budget.uncounted),
         "base names": [p.base_name for p in run.budget.pairs.values()],
         "calibration": hashlib.sha256(raw(tokens[0])).hexdigest() if tokens else None,
@@ -191,14 +190,17 @@ def _make(run: _Run, out: Path, method: dict[str, Any], tokens: Tokens | None) -
     journal = Journal(out, job)
     is_over = False
     try:
-        _compress_weights(run, journal, tokens)
-        write_artifact(out, journal, run.base, run.finetuned, method, run.budget.check)
+        try:
+            _compress_weights(run, journal, tokens)
+        except BadInputError:
+            is_over = True
+            raise
+        if [run.base.stamp(), run.finetuned.stamp()] != job["checkpoints"]:
+            raise DeltacomeError(f"{run.base.source} or {run.finetuned.source} has changed meanwhile; start again")
+        write_artifact(journal, run.base, run.finetuned, method, run.budget.check)
         is_over = True
-    except (DeltacomeError, OSError):  # bad input or a full disk; after anything else the work is worth going on with
-        is_over = True
-        raise
     finally:
-        journal.close(remove=is_over)
+        journal.work.close(remove=is_over)
 
 
 def _compress_weights(run: _Run, journal: Journal, tokens: Tokens | None) -> None:
@@ -212,6 +214,11 @@ def _compress_weights(run: _Run, journal: Journal, tokens: Tokens | None) -> Non
     layers = Counter(kind for kind, _ in {(module_kind(p.name), _layer(p.name)) for p in budget.matrices})
     bits = 16 / (budget.ratio or DEFAULT_RATIO)
     work = Matrices(run.base, run.finetuned, method, journal.store, budget.pairs, layers, bits)
+    matrices = {p.name for p in budget.matrices}
+    for name in budget.pairs.keys() - matrices - journal.entries.keys():
+        _store_exact(work, budget.pairs[name])
+        journal.add(name)
+    budget.check_reachable(journal.entries)
     if method.statistics == "energies":
         energies, sensitivities = measure_energies(run.finetuned, budget.matrices, stream, journal.store, run.warn)
         work = replace(work, energies=energies, sensitivities=sensitivities)
@@ -219,10 +226,6 @@ def _compress_weights(run: _Run, journal: Journal, tokens: Tokens | None) -> Non
     spectra = measure_spectra(work, budget.matrices, run.executor) if shares_by_error else {}
     with bar("compressing", sum(run.finetuned.tensors[name].elements for name in budget.pairs)) as advance:
         advance(sum(entry.elements for entry in journal.entries.values()))
-        matrices = {p.name for p in budget.matrices}
-        for name in budget.pairs.keys() - matrices - journal.entries.keys():
-            _store_exact(work, budget.pairs[name])
-            advance(journal.add(name).elements)
         work = replace(work, budgets=budget.share_out(journal.entries, spectra))
         if stream is not None and method.statistics == "second moments":
             _compress_by_layer(work, journal, stream, matrices, advance)
@@ -272,7 +275,7 @@ def _check_outcome(run: _Run, journal: Journal) -> None:
     """Refuse a fine-tune that is its base; warn of matrices for which the ratio leaves nothing."""
     entries = journal.entries
     if not any(entry.tensors() for entry in entries.values()):
-        raise DeltacomeError(f"{run.finetuned.source} is the same model as {run.base.source}: no weight differs")
+        raise BadInputError(f"{run.finetuned.source} is the same model as {run.base.source}: no weight differs")
     dropped = [name for name, entry in entries.items() if entry.error is not None and not entry.tensors()]
     if dropped:
         run.warn(

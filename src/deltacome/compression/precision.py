@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from deltacome.errors import DeltacomeError
+from deltacome.errors import BadInputError, DeltacomeError
 from deltacome.format.bits import BIT_WIDTHS
 from deltacome.format.terms import component_bits
 
@@ -68,7 +68,7 @@ class PrecisionPlan:
         """
         asked = sum(count or 0 for _, count in self.parts)
         if not self.spends_a_budget and asked > min(m, n):
-            raise DeltacomeError(
+            raise BadInputError(
                 f"the precision plan asks for {asked} components, and a matrix of {m} x {n} has {min(m, n)}; "
                 "ask for fewer, or end the plan in '*'"
             )

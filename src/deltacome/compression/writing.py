@@ -9,17 +9,50 @@ import torch
 
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.compression.journal import Journal
-from deltacome.files import publish, sha256, shard_names, shards, write_safetensors
+from deltacome.errors import DeltacomeError
+from deltacome.files import sha256, shard_names, shards, write_safetensors
 from deltacome.format.artifact import Artifact
 from deltacome.format.card import model_card
-from deltacome.format.manifest import FORMAT_VERSION, MODEL_CARD, WEIGHTS, WeightEntry, linear_ratio, write_manifest
+from deltacome.format.manifest import (
+    FORMAT_VERSION,
+    MODEL_CARD,
+    WEIGHTS,
+    WeightEntry,
+    linear_ratio,
+    travelling_file_name,
+    write_manifest,
+)
 from deltacome.version import __version__
 
 SHARD_BYTES = 5 * 10**9
 
 
+def check_names(base: Checkpoint, finetuned: Checkpoint) -> None:
+    """See before the work that the files which travel with the model can be read, and that all names can be written.
+
+    Raises:
+        DeltacomeError: if not.
+    """
+    for checkpoint in (base, finetuned):
+        try:
+            checkpoint.name.encode()
+        except UnicodeEncodeError as error:
+            raise DeltacomeError(f"the folder's name {checkpoint.name!a} is no UTF-8; rename it") from error
+    for name in finetuned.tensors:
+        if not name.isprintable():
+            raise DeltacomeError(f"{finetuned.source} has a tensor {name!a}, whose name cannot be printed")
+    for path in finetuned.sidecars():
+        try:
+            travelling_file_name(path.name)
+            sha256(path)
+            base.sidecar_digest(path.name)
+        except ValueError as error:
+            raise DeltacomeError(f"{path} cannot be in an artifact: {error}; rename or remove it") from error
+        except OSError as error:
+            raise DeltacomeError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
 def write_artifact(
-    out: Path,
     journal: Journal,
     base: Checkpoint,
     finetuned: Checkpoint,
@@ -30,9 +63,9 @@ def write_artifact(
 
     Args:
         method: the method and its settings, as the manifest has them.
-        check: raises if the artifact is not what was asked for; nothing is there under the name `out` then.
+        check: raises if the artifact is not what was asked for; it does not get its name then.
     """
-    folder = journal.folder / "artifact"
+    folder = journal.work.path / "artifact"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     entries = [journal.entries[name] for name in sorted(journal.entries)]
@@ -62,7 +95,7 @@ def write_artifact(
     artifact = Artifact(folder)
     check(artifact)
     (folder / MODEL_CARD).write_text(model_card(artifact), encoding="utf-8")
-    publish(folder, out)
+    journal.work.publish(folder)
 
 
 def _write_weights(folder: Path, entries: list[WeightEntry], journal: Journal) -> dict[str, str]:

@@ -15,6 +15,7 @@ from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.data import Encoder, Example, read_examples
 from deltacome.errors import DeltacomeError, reason
 from deltacome.evaluate.metrics import ANSWER_PATTERN, Mean, answer, compile_pattern, divergence, is_right, retention
+from deltacome.files import write_atomically
 from deltacome.format.artifact import Artifact
 from deltacome.language import load_tokenizer
 from deltacome.progress import bar
@@ -250,5 +251,5 @@ def markdown_table(lines: list[list[str]]) -> str:
 
 def save_table(rows: list[dict[str, Any]], path: Path) -> None:
     """Write the rows as JSON to `path` and as a Markdown table beside it."""
-    path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
+    write_atomically(path, (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomically(path.with_suffix(".md"), markdown(rows).encode())

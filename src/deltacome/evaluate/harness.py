@@ -19,6 +19,7 @@ from deltacome.data import NO_TEMPLATE, Encoder
 from deltacome.errors import DeltacomeError
 from deltacome.evaluate.comparison import BASE, FINETUNED
 from deltacome.evaluate.comparison import load as load_plain
+from deltacome.memory import is_out_of_memory
 from deltacome.restore.merging import DTYPES
 from deltacome.runtime.conversation import load_language
 from deltacome.runtime.model import load
@@ -182,5 +183,7 @@ def _as_sentence(what: str) -> Any:
     except DeltacomeError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         reason = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
         raise DeltacomeError(f"{what}: {reason}") from error

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from deltacome.errors import DeltacomeError
 from deltacome.files import SAFETENSORS_DTYPES, SIDECARS, sha256
-from deltacome.format.manifest import MANIFEST, MODEL_CARD, WeightEntry, plain_file_name, read_manifest
+from deltacome.format import digests
+from deltacome.format.manifest import (
+    MANIFEST,
+    MODEL_CARD,
+    WeightEntry,
+    check_fields,
+    is_weight_file,
+    read_manifest,
+    travelling_file_name,
+)
 from deltacome.format.terms import Term
 from deltacome.hub import locate
 from deltacome.weights import split_stack
@@ -46,12 +55,16 @@ class Artifact:
         self._check_headers()
 
     def _parse(self) -> None:
+        check_fields(self.manifest)
         self.method: dict[str, Any] = self.manifest["method"]
-        self.base_name = str(self.manifest["base"]["name"])
-        self.fingerprint = str(self.manifest["base"]["fingerprint"])
-        self.finetuned_bytes = int(self.manifest["finetuned_bytes"])
-        self.files = {plain_file_name(name): str(digest) for name, digest in self.manifest["files"].items()}
-        self.base_files = {plain_file_name(name): str(digest) for name, digest in self.manifest["base_files"].items()}
+        self.base_name: str = self.manifest["base"]["name"]
+        self.fingerprint: str = self.manifest["base"]["fingerprint"]
+        self.finetuned_bytes: int = self.manifest["finetuned_bytes"]
+        self.files: dict[str, str] = self.manifest["files"]
+        self.base_files: dict[str, str] = self.manifest["base_files"]
+        for name in (*self.files, *self.base_files):
+            if name in self.base_files or not is_weight_file(name):
+                travelling_file_name(name)
         self.entries: dict[str, WeightEntry] = {}
         for name, fields in self.manifest["weights"].items():
             try:
@@ -100,7 +113,7 @@ class Artifact:
     @property
     def weight_files(self) -> list[Path]:
         """`delta.safetensors` or its shards."""
-        return [self.folder / name for name in self.files if name.endswith(".safetensors")]
+        return [self.folder / name for name in self.files if is_weight_file(name)]
 
     @property
     def bytes(self) -> int:
@@ -162,11 +175,26 @@ class Artifact:
         Raises:
             DeltacomeError: naming the first file that differs.
         """
+        self._check(sha256)
+
+    def check_files(self) -> None:
+        """As `check_digests`, but this process reads no file twice that has not been written since; see `digests`.
+
+        Raises:
+            DeltacomeError: naming the first file that differs.
+        """
+        self._check(digests.sha256)
+
+    def _check(self, digest_of: Callable[[Path], str]) -> None:
         for name, digest in self.files.items():
             path = self.folder / name
             if not path.is_file():
                 raise self._broken(f"{name} is missing")
-            if sha256(path) != digest:
+            try:
+                found = digest_of(path)
+            except OSError as error:
+                raise self._broken(f"{name} cannot be read: {error.strerror}") from error
+            if found != digest:
                 raise self._broken(f"{name} is not the file that was written (its SHA-256 differs)")
 
     def _broken(self, why: str) -> DeltacomeError:

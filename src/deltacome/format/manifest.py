@@ -22,9 +22,22 @@ FORMAT_VERSION = 3
 MANIFEST = "deltacome.json"
 WEIGHTS = "delta"
 MODEL_CARD = "README.md"
-MOST_BYTES = 2**26  # of a manifest, which takes some 200 a weight
 NO_DIGEST = "0" * 64
 DIGEST_START = b'{"sha256":"'
+MOST_BYTES = 2**25  # of a manifest: 100,000 matrices
+MOST_ELEMENTS = 2**40  # of a weight: a claim beyond that is refused before anything is computed from it
+# Suffixes of what programs take for weights, of which only ours are in an artifact.
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack", ".index.json")
+FIELDS: dict[str, Any] = {
+    "method": dict,
+    "base": dict,
+    "finetuned": dict,
+    "finetuned_bytes": int,
+    "linear_ratio": (int, float),
+    "files": dict,
+    "base_files": dict,
+    "weights": dict,
+}
 
 
 def term_tensors(terms: list[Term], shape: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -88,8 +101,10 @@ class WeightEntry:
         Raises:
             ValueError: naming what is wrong.
         """
+        if not name.isprintable():
+            raise ValueError("a name that cannot be printed")
         shape = tuple(fields["shape"])
-        if not all(isinstance(side, int) and side >= 0 for side in shape):
+        if not all(_is_count(side) for side in shape) or math.prod(shape) > MOST_ELEMENTS:
             raise ValueError(f"shape {shape}")
         dtype = TORCH_DTYPES.get(fields["dtype"])
         if dtype is None:
@@ -97,31 +112,29 @@ class WeightEntry:
         base = fields.get("base", name)
         factored = tuple((bits, rank) for bits, rank in fields.get("factored", ()))
         for bits, rank in factored:
-            if bits not in BIT_WIDTHS or not isinstance(rank, int) or rank < 1 or len(shape) != 2:
+            if not _is_count(bits) or bits not in BIT_WIDTHS or not _is_count(rank) or not rank or len(shape) != 2:
                 raise ValueError(f"a term of rank {rank} with {bits} bits")
         if factored and sum(rank for _, rank in factored) > min(shape):
             raise ValueError(f"more components than a {shape[0]} x {shape[1]} matrix has")
         rotated, covered = fields.get("rotated", ""), fields.get("rows")
         if rotated not in ("", "u", "v", "uv") or (rotated and not factored):
             raise ValueError(f"rotated sides {rotated!r}")
-        if covered is not None and not (factored and isinstance(covered, int) and 0 < covered <= shape[0]):
+        if covered is not None and not (factored and _is_count(covered) and 0 < covered <= shape[0]):
             raise ValueError(f"terms for {covered} rows")
         group_size, sign, dense = fields.get("group_size", 0), fields.get("sign", False), fields.get("dense")
-        if (
-            not isinstance(group_size, int)
-            or group_size < 0
-            or not isinstance(sign, bool)
-            or (sign and len(shape) != 2)
-        ):
+        if not _is_count(group_size) or not isinstance(sign, bool) or (sign and len(shape) != 2):
             raise ValueError("its terms")
         rows = shape[0] if shape else 1
-        if dense is not None and (not isinstance(dense, int) or not 0 <= dense < max(rows, 1)):
+        if dense is not None and (not _is_count(dense) or dense >= max(rows, 1)):
             raise ValueError(f"dense rows from {dense}")
         if not isinstance(base, str) and (base is not None or dense != 0):
             raise ValueError(f"base weight {base!r}")
         if group_size and (rotated or covered is not None):
             raise ValueError("groups of rotated vectors or of some rows")
-        return cls(name, shape, dtype, base, factored, rotated, covered, group_size, sign, dense, fields.get("error"))
+        error = fields.get("error")
+        if error is not None and (isinstance(error, bool) or not isinstance(error, int | float)):
+            raise ValueError(f"error {error!r}")
+        return cls(name, shape, dtype, base, factored, rotated, covered, group_size, sign, dense, error)
 
     def fields(self) -> dict[str, Any]:
         """The inverse of `parse`: the manifest's fields, defaults left out."""
@@ -146,7 +159,7 @@ class WeightEntry:
 
     @property
     def elements(self) -> int:
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
     @property
     def factored_shape(self) -> tuple[int, int]:
@@ -189,7 +202,7 @@ class WeightEntry:
     @property
     def bytes(self) -> int:
         """Bytes on disk: tensors and `metadata_bytes`."""
-        data = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in self.tensors().values())
+        data = sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.tensors().values())
         return data + self.metadata_bytes
 
     def terms(self, read: Callable[[str], Tensor]) -> list[Term]:
@@ -268,32 +281,56 @@ def compact(content: Any) -> bytes:
 
 
 def plain_file_name(name: str) -> str:
-    """A file name without folders, so that a tampered manifest reaches nothing outside."""
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name):
+    """A file name without folders, so that a tampered manifest reaches nothing outside.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,254}", name):
+        raise ValueError(f"file name {name[:300]!r}")
+    return name
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file in an artifact has that name for holding weights."""
+    return re.fullmatch(rf"{WEIGHTS}(-\d{{5,}}-of-\d{{5,}})?\.safetensors", name) is not None
+
+
+def travelling_file_name(name: str) -> str:
+    """A plain name of a file that goes into a rebuilt checkpoint and that nothing there takes for weights.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    plain_file_name(name)
+    if name.endswith(WEIGHT_SUFFIXES) or name in (MANIFEST, "adapter_config.json"):
         raise ValueError(f"file name {name!r}")
     return name
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The content of a manifest whose digest and version are right.
+    """The manifest of an artifact, its digest, version and the kinds of its fields checked.
 
     Raises:
-        DeltacomeError: if there is none, or it is damaged, changed or of another version.
+        DeltacomeError: if it is not what was written, or of another format version.
     """
     path = folder / MANIFEST
     if not folder.is_dir():
         raise DeltacomeError(f"there is no folder {folder}")
     if not path.is_file():
         raise DeltacomeError(f"{folder} is no compressed delta: it has no {MANIFEST}")
-    text = _read(path)
     try:
-        manifest = json.loads(text)
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
+        manifest = _parse_json(text)
         version = manifest["format_version"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DeltacomeError(f"{path} is damaged: it is not the JSON that was written ({error})") from error
     if version != FORMAT_VERSION:
         raise DeltacomeError(
-            f"{folder} has format version {version}, and this deltacome reads version {FORMAT_VERSION}; "
+            f"{folder} has format version {str(version)[:20]}, and this deltacome reads version {FORMAT_VERSION}; "
             "install the release that wrote it, or compress again"
         )
     start = len(DIGEST_START)
@@ -303,19 +340,57 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         or text[start : start + 64].decode("ascii", "replace") != hashlib.sha256(blank).hexdigest()
     ):
         raise DeltacomeError(f"{path} has been changed since it was written (its SHA-256 differs); fetch it again")
-    ratio = manifest.get("ratio")
-    if not isinstance(ratio, float | int) or not abs(ratio) < math.inf:
+    if not isinstance(manifest.get("ratio"), int | float):
         raise DeltacomeError(f"{path} is damaged: it names no ratio")
     return manifest
 
 
-def _read(path: Path) -> bytes:
-    """The bytes of a manifest, which may be anybody's."""
+def check_fields(manifest: dict[str, Any]) -> None:
+    """Check that all fields are there, each of its kind; weights are for `WeightEntry.parse`.
+
+    Raises:
+        KeyError, ValueError: naming what is wrong.
+    """
+    for key, kind in FIELDS.items():
+        if not isinstance(manifest[key], kind) or isinstance(manifest[key], bool):
+            raise ValueError(key)
+    texts = {key: manifest[key]["name"] for key in ("method", "base", "finetuned")}
+    for key, text in {**texts, "fingerprint": manifest["base"]["fingerprint"]}.items():
+        if not isinstance(text, str):
+            raise ValueError(f"the name in {key}")
+    for name, digest in {**manifest["files"], **manifest["base_files"]}.items():
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise ValueError(f"the SHA-256 of {name}")
+    if manifest["finetuned_bytes"] < 0 or manifest["files"].keys() & manifest["base_files"].keys():
+        raise ValueError("finetuned_bytes, or a file twice")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _parse_json(text: bytes) -> Any:
+    """JSON in UTF-8, of which every reader makes the same: no key twice, no NaN or infinity, no half characters.
+
+    Raises:
+        ValueError: if it is none.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key comes twice")
+        return found
+
+    def finite(number: str) -> float:
+        value = float(number)
+        if not math.isfinite(value):
+            raise ValueError(f"the number {number[:20]}")
+        return value
+
     try:
-        with path.open("rb") as file:
-            text = file.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise DeltacomeError(f"cannot read {path}: {error.strerror or error}") from error
-    if len(text) > MOST_BYTES:
-        raise DeltacomeError(f"{path} is damaged: it is larger than {MOST_BYTES:,} bytes")
-    return text
+        content = json.loads(text.decode(), object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+        compact(content)  # raises where a character is half of a surrogate pair
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return content

@@ -13,14 +13,16 @@ from transformers.pytorch_utils import Conv1D
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.module_names import ModuleNames
 from deltacome.checkpoints.rebuilding import rebuild
+from deltacome.compression.journal import Store
 from deltacome.compression.svd import leading_components
 from deltacome.errors import DeltacomeError, reason
-from deltacome.files import new_folder, write_safetensors
+from deltacome.files import write_safetensors
 from deltacome.format.artifact import Artifact
 from deltacome.format.manifest import WeightEntry
 from deltacome.format.terms import Factored, Term
+from deltacome.outputs import new_folder, refuse_existing
 from deltacome.progress import bar, each
-from deltacome.restore.merging import open_checked
+from deltacome.restore.merging import job_of, open_checked
 from deltacome.weights import OUTPUT_EMBEDDINGS, is_matrix
 
 PREFIX = "base_model.model."
@@ -37,6 +39,10 @@ class Adapter:
     b: Tensor
     error: float
     size: float
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, see `_finished`."""
+        return {"a": self.a, "b": self.b, "figures": torch.tensor([self.error, self.size], dtype=torch.float64)}
 
 
 def export(
@@ -55,17 +61,21 @@ def export(
         Frobenius error of all deltas together, what was left out not counted) and `left_out` (names).
 
     Raises:
-        DeltacomeError: on a broken artifact, another base, or an output that exists; nothing is left behind.
+        DeltacomeError: on a broken artifact, another base, or an output that exists; nothing is left behind then. After
+            anything else that ends it early the same call goes on from the weights that are finished.
     """
     out = Path(out)
+    refuse_existing(out)
+    checkpoint = Checkpoint(base)
+    artifact = open_checked(checkpoint, delta)
+    model = _skeleton(checkpoint)
+    names = ModuleNames(model)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     left_out, capped, error, size = [], 0, 0.0, 0.0
-    with new_folder(out) as folder:
-        checkpoint = Checkpoint(base)
-        artifact = open_checked(checkpoint, delta)
-        model = _skeleton(checkpoint)
-        names = ModuleNames(model)
+    job = {"export": [max_rank, str(dtype)], **job_of(checkpoint, artifact)}
+    with new_folder(out, job) as folder:
+        finished = Store(folder.parent)
         with bar("exporting", len(artifact.entries)) as advance:
             for entry, terms in each(artifact.all_terms(), advance):
                 if not terms:
@@ -77,7 +87,10 @@ def export(
                     left_out.append(entry.name)
                 if not fits:
                     continue
-                adapter = _adapter(entry, terms, checkpoint, max_rank)
+                adapter = _finished(entry.name, finished)
+                if adapter is None:
+                    adapter = _adapter(entry, terms, checkpoint, max_rank)
+                    finished.save_intermediate(entry.name, adapter.tensors())
                 capped += adapter.error > 1e-6 * adapter.size
                 error, size = error + adapter.error, size + adapter.size
                 for module, pair in _modules(names.find(entry.name), adapter, artifact, model).items():
@@ -96,6 +109,12 @@ def export(
         "error": round((error / size) ** 0.5, 6) if size else 0.0,
         "left_out": left_out,
     }
+
+
+def _finished(name: str, store: Store) -> Adapter | None:
+    """What an interrupted run has stored of a weight."""
+    found = store.load_intermediate(name)
+    return None if found is None else Adapter(found["a"], found["b"], *found["figures"].tolist())
 
 
 def _adapter(entry: WeightEntry, terms: list[Term], base: Checkpoint, max_rank: int) -> Adapter:

@@ -1,6 +1,7 @@
 """Rebuild a fine-tuned model from its base and a compressed delta, on disk or in memory."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,10 +12,12 @@ import torch
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.rebuilding import check_base, rebuild_stored
 from deltacome.errors import DeltacomeError, reason
-from deltacome.files import new_folder, shard_names, shards, write_safetensors
+from deltacome.files import shard_names, shards, write_safetensors
 from deltacome.format.artifact import Artifact
 from deltacome.language import load_tokenizer
+from deltacome.outputs import new_folder, refuse_existing
 from deltacome.progress import bar, each
+from deltacome.version import __version__
 
 SHARD_BYTES = 5 * 10**9
 OF_THE_FILES = ("quantization_config", "compression_config", "transformers_weights")  # in config.json, not the model's
@@ -32,26 +35,31 @@ def merge(base: str | Path, delta: str | Path, out: str | Path, dtype: torch.dty
         `folder` and `bytes`.
 
     Raises:
-        DeltacomeError: on a broken artifact, another base, or an output that exists; nothing is left behind.
+        DeltacomeError: on a broken artifact, another base, or an output that exists; nothing is left behind then. After
+            anything else that ends it early the same call goes on from the files that are finished.
     """
     out = Path(out)
-    with new_folder(out) as folder:
-        checkpoint = Checkpoint(base)
-        artifact = open_checked(checkpoint, delta)
-        specs = {}
-        for name, (first, *_) in artifact.stored.items():
-            own = dtype if dtype is not None and first.dtype.is_floating_point else first.dtype
-            specs[name] = (own, artifact.stored_shape(name))
-        sizes = {name: d.itemsize * torch.Size(shape).numel() for name, (d, shape) in specs.items()}
-        runs = shards(sizes, SHARD_BYTES)
-        files = shard_names("model", len(runs))
-        with bar("merging", len(specs)) as advance:
+    refuse_existing(out)
+    checkpoint = Checkpoint(base)
+    artifact = open_checked(checkpoint, delta)
+    specs = {}
+    for name, (first, *_) in artifact.stored.items():
+        own = dtype if dtype is not None and first.dtype.is_floating_point else first.dtype
+        specs[name] = (own, artifact.stored_shape(name))
+    sizes = {name: d.itemsize * math.prod(shape) for name, (d, shape) in specs.items()}
+    runs = shards(sizes, SHARD_BYTES)
+    files = shard_names("model", len(runs))
+    job = {"merge": str(dtype), **job_of(checkpoint, artifact)}
+    with new_folder(out, job) as folder, bar("merging", len(specs)) as advance:
 
-            def read(name: str) -> torch.Tensor:
-                advance(1)
-                return rebuild_stored(name, artifact, checkpoint, dtype)
+        def read(name: str) -> torch.Tensor:
+            advance(1)
+            return rebuild_stored(name, artifact, checkpoint, dtype)
 
-            for file, names in zip(files, runs, strict=True):
+        for file, names in zip(files, runs, strict=True):
+            if (folder / file).exists():  # finished by a run that was interrupted
+                advance(len(names))
+            else:
                 write_safetensors(folder / file, {name: specs[name] for name in names}, read)
         if len(files) > 1:
             weight_map = {name: file for file, names in zip(files, runs, strict=True) for name in names}
@@ -61,16 +69,40 @@ def merge(base: str | Path, delta: str | Path, out: str | Path, dtype: torch.dty
     return {"folder": str(out), "bytes": sum(path.stat().st_size for path in out.iterdir())}
 
 
+def job_of(base: Checkpoint, artifact: Artifact) -> dict[str, Any]:
+    """Everything that what is made of a delta depends on, see `outputs.WorkFolder`."""
+    return {"deltacome": __version__, "base": base.stamp(), "artifact": artifact.manifest["sha256"]}
+
+
 def open_checked(base: Checkpoint, delta: str | Path) -> Artifact:
-    """Open an artifact and check all of its digests, and that the base is its own.
+    """Open an artifact and check all of its digests (once a process), and that the base is its own, of its shapes.
 
     Raises:
         DeltacomeError: on a broken artifact or another base.
     """
     artifact = Artifact(delta)
-    artifact.check_digests()
+    artifact.check_files()
     check_base(artifact, base)
+    _check_shapes(artifact, base)
     return artifact
+
+
+def _check_shapes(artifact: Artifact, base: Checkpoint) -> None:
+    """Every weight that is not stored whole has a counterpart in the base that its terms can be added to."""
+    for name, entry in artifact.entries.items():
+        if entry.base is None or entry.dense == 0:
+            continue
+        found = base.tensors.get(entry.base)
+        if (
+            found is None
+            or len(found.shape) != len(entry.shape)
+            or found.shape[1:] != entry.shape[1:]
+            or (found.shape < entry.shape and not entry.tensors())
+        ):
+            raise DeltacomeError(
+                f"{artifact.folder} is a broken artifact: {name} has the shape {list(entry.shape)}, which does not fit "
+                f"{entry.base} in {base.source}; fetch or compress it again"
+            )
 
 
 def copy_sidecars(artifact: Artifact, base: Checkpoint, folder: Path) -> None:

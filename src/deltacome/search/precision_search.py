@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.compression.budget import DEFAULT_RATIO, check_ratio
-from deltacome.compression.journal import claim
 from deltacome.compression.pipeline import compress
 from deltacome.compression.precision import TRIPLE, PrecisionPlan
 from deltacome.data import Encoder, read_examples
-from deltacome.errors import DeltacomeError, UnreachableRatioError
+from deltacome.errors import BadInputError, DeltacomeError, UnreachableRatioError
 from deltacome.evaluate.comparison import cut, load
 from deltacome.evaluate.metrics import divergence
-from deltacome.files import disk_errors, write_atomically
+from deltacome.files import check_writable, disk_errors, write_atomically
+from deltacome.outputs import WorkFolder
 from deltacome.progress import bar, each
 from deltacome.restore.merging import load_merged, open_checked
 from deltacome.search.strategies import Measure, genetic, greedy
@@ -72,8 +72,7 @@ def search(
     out = Path(out)
     check_ratio(ratio)
     run = _strategy(strategy, generations, population, seed)
-    if not out.absolute().parent.is_dir():
-        raise DeltacomeError(f"cannot write {out}: there is no folder {out.parent}; create it first")
+    check_writable(out)
     checkpoints = Checkpoint(base), Checkpoint(finetuned)
     lines = read_examples(data, examples)
     reference, tokenizer = load(checkpoints[1], checkpoints[0])
@@ -86,16 +85,20 @@ def search(
         "data": hashlib.sha256(json.dumps(encoded).encode()).hexdigest(),
     }
     with disk_errors(f"write {out}"):
-        folder, lock = claim(out)
+        work = WorkFolder(out, job)
+        is_over = False
         try:
             results = _Results(out, job)
-            objective = partial(_divergence, *checkpoints, ratio, reference, encoded, folder / "delta")
+            objective = partial(_divergence, *checkpoints, ratio, reference, encoded, work.path / "delta")
             measure = partial(_measure, results, objective, on_stage)
             measure("default", [PrecisionPlan.parse(TRIPLE)])
             run(measure)
+            is_over = True
+        except BadInputError:
+            is_over = True
+            raise
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            lock.release()
+            work.close(remove=is_over)
     plan = results.best
     if plan is None:
         raise DeltacomeError(f"no plan will do: {results.candidates[TRIPLE]['infeasible']}")

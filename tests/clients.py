@@ -85,7 +85,7 @@ def check_unharmed(app: FastAPI, address: str, expected: str) -> None:
     """It answers what it should, and keeps nothing of those who went."""
     service = app.state.service
     until(lambda: service.engine.is_idle)
-    until(lambda: not any(loaded.uses for loaded in service.registry.in_memory) and not service.arriving)
-    assert not service.background and metric(address, "deltacome_batch_rows") == 0
+    until(lambda: not any(loaded.uses for loaded in service.registry.in_memory))
+    until(lambda: not service.arriving and not service.background and metric(address, "deltacome_batch_rows") == 0)
     status, answer = post_json(address, "/v1/chat/completions", BODY)
     assert status == 200 and answer["choices"][0]["message"]["content"] == expected

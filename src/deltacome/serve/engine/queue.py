@@ -16,9 +16,10 @@ class FairQueue(Generic[Item]):
     def __init__(self, owner: Callable[[Item], Hashable]) -> None:
         self.owner = owner
         self._lines: OrderedDict[Hashable, deque[Item]] = OrderedDict()  # of owners with items, the next in turn first
+        self._count = 0  # may be read by any thread
 
     def __len__(self) -> int:
-        return sum(map(len, self._lines.values()))
+        return self._count
 
     def __iter__(self) -> Iterator[Item]:
         """In the order in which they would be taken."""
@@ -36,12 +37,14 @@ class FairQueue(Generic[Item]):
         """Each behind its owner's others; an owner without any is last in turn."""
         for item in items:
             self._lines.setdefault(self.owner(item), deque()).append(item)
+            self._count += 1
 
     def put_back(self, item: Item) -> None:
         """Make one that was taken the next again."""
         owner = self.owner(item)
         self._lines.setdefault(owner, deque()).appendleft(item)
         self._lines.move_to_end(owner, last=False)
+        self._count += 1
 
     def take(self, fits: Callable[[Item], bool]) -> Item | None:
         """The next, its owner being last in turn then; None if there is none.
@@ -54,6 +57,7 @@ class FairQueue(Generic[Item]):
         if not fits(line[0]):
             return None
         item = line.popleft()
+        self._count -= 1
         self._lines.move_to_end(owner)
         if not line:
             del self._lines[owner]
@@ -67,3 +71,4 @@ class FairQueue(Generic[Item]):
                 self._lines[owner] = kept
             else:
                 del self._lines[owner]
+        self._count = sum(map(len, self._lines.values()))

@@ -23,6 +23,7 @@ from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.data import Encoder
 from deltacome.restore.merging import load_merged, open_checked
 from deltacome.serve.engine.scheduler import Engine
+from deltacome.serve.http.connections import configure
 from deltacome.serve.server import build
 
 OTHER_TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}[assistant]"
@@ -32,7 +33,7 @@ CHAT: list[Any] = [{"role": "user", "content": "Hello there"}]
 @contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
     """The address of a server of the application, which is stopped at the end."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+    server = uvicorn.Server(configure(app, "127.0.0.1", 0, 60))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

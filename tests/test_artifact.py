@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,15 @@ from safetensors.torch import load_file, save_file
 from deltacome import Artifact, DeltacomeError, compress, merge
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.rebuilding import rebuild
-from deltacome.format.manifest import MANIFEST, MODEL_CARD, write_manifest
+from deltacome.format.manifest import (
+    DIGEST_START,
+    FORMAT_VERSION,
+    MANIFEST,
+    MODEL_CARD,
+    MOST_BYTES,
+    NO_DIGEST,
+    write_manifest,
+)
 from format_reader import Reader
 
 SETTINGS = {
@@ -198,6 +207,32 @@ def test_a_manifest_that_lies_does_not_open_even_with_a_right_digest(
     write_manifest(tmp_path / "copy", manifest, 1)
     with pytest.raises(DeltacomeError, match="broken artifact"):
         Artifact(tmp_path / "copy")
+
+
+def hostile_manifest(text: str) -> bytes:
+    """A manifest with a right digest around whatever text."""
+    blank = DIGEST_START + NO_DIGEST.encode() + f'","format_version":{FORMAT_VERSION},{text}}}'.encode()
+    return blank.replace(NO_DIGEST.encode(), hashlib.sha256(blank).hexdigest().encode(), 1)
+
+
+HOSTILE_MANIFESTS = {
+    "a text as ratio": hostile_manifest('"ratio":"much"'),
+    "an infinite ratio": hostile_manifest('"ratio":1e999'),
+    "infinite bytes": hostile_manifest(
+        '"ratio":1.0,"method":{},"base":{"name":"x","fingerprint":"x"},"finetuned_bytes":1e999'
+    ),
+    "deep JSON": b'{"format_version":' + b"[" * 200_000,
+    "a list": b"[3]",
+    "no text": b"\xff\xfe",
+    "more than it may be": b" " * (MOST_BYTES + 1),
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE_MANIFESTS.values(), ids=HOSTILE_MANIFESTS)
+def test_a_hostile_manifest_is_damaged(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_bytes(content)
+    with pytest.raises(DeltacomeError, match=f"{MANIFEST} is (damaged|not as)"):
+        Artifact(tmp_path)
 
 
 def test_other_format_versions_are_refused(artifact: Path, tmp_path: Path) -> None:

@@ -92,6 +92,12 @@ def test_merge_and_generate(delta: Path, base: Path, tmp_path: Path) -> None:
     assert answers == {"a": plain.removesuffix("\n"), "b": plain.removesuffix("\n")}
     assert list(json.loads(succeed("generate", base, *options, "--json"))["answers"]) == ["base"]
     fail("write NAME=DELTA, each name once", "generate", base, *several, "--delta", f"a={delta}", *options)
+    (tmp_path / "a=1").mkdir()
+    for odd in ("ft=1", "a=1/b=2", "mit Leerzeichen und Ümläuten"):
+        shutil.copytree(delta, tmp_path / odd)
+        for given, name in ((f"{tmp_path / odd}/", (tmp_path / odd).name), (f"c={tmp_path / odd}", "c")):
+            found = json.loads(succeed("generate", base, "--delta", given, *options, "--json"))["answers"]
+            assert found == {name: plain.removesuffix("\n")}
     fail("there is no folder", "generate", base, "--delta", tmp_path / "none", *options)
 
 
@@ -161,10 +167,11 @@ def test_evaluate(delta: Path, base: Path, finetuned: Path, examples: Path, tmp_
     text = succeed("evaluate", base, *options, "--delta", f"d={delta}", *output, "--show", 1)
     assert "on-task KL" in text and "prompt: What is 2 + 3?" in text and "fine-tuned: " in text
     assert len(json.loads((tmp_path / "e.json").read_text())) == 3 and (tmp_path / "e.md").exists()
-    for wrong in ("d", f"base={delta}", "=x"):
+    for wrong in (f"base={delta}", "=x", "d=", ""):
         fail("write NAME=DELTA", "evaluate", base, *options, "--delta", wrong, *output)
     fail("there is no folder", "evaluate", base, *options, "--delta", f"d={tmp_path / 'none'}", *output)
-    fail("no regular expression", "evaluate", base, *options, "--delta", f"d={delta}", "--answer-pattern", "(", *output)
+    for pattern, said in (("(", "no regular expression"), (r"(a|b) (\d+)", "has 2 groups, and one is the answer")):
+        fail(said, "evaluate", base, *options, "--delta", f"d={delta}", "--answer-pattern", pattern, *output)
 
 
 def test_errors_are_one_line(base: Path, finetuned: Path, tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """The running batch: whatever joins and leaves, every answer is what the merged model says alone."""
 
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +13,13 @@ import deltacome
 from conftest import Save, fine_tune, make_other, make_tokenizer
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.restore.merging import load_merged, open_checked
+from deltacome.runtime.batch import Batch
+from deltacome.runtime.tenant import Change, Tenant
+from deltacome.serve.engine import scheduler
 from deltacome.serve.engine.cache import join, new_cache
-from deltacome.serve.engine.sampling import Sampling, choose, likelihood
-from deltacome.serve.engine.scheduler import Engine, Event, Limits, QueueFullError, Sequence
+from deltacome.serve.engine.sampling import Sampling, likelihood, sample
+from deltacome.serve.engine.scheduler import Engine, Limits, QueueFullError
+from deltacome.serve.engine.sequence import Event, Sequence
 from deltacome.serve.engine.text import TextStream
 
 NEW_TOKENS = 10
@@ -109,13 +116,13 @@ def test_sequences_join_and_leave_at_any_step(served: SimpleNamespace) -> None:
     finish(engine)
     assert [answers[number] for number in range(12)] == served.alone
     assert len(cancelled[4]) < NEW_TOKENS
-    assert engine.cache is None and not engine.running
+    assert engine.rows.cache is None and not engine.rows.sequences
 
 
 def test_a_full_cache_puts_sequences_back(served: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     put_back = []
     plain = Engine._put_back
-    monkeypatch.setattr(Engine, "_put_back", lambda self: (put_back.append(self.running[-1]), plain(self)))
+    monkeypatch.setattr(Engine, "_put_back", lambda self, sequence: (put_back.append(sequence), plain(self, sequence)))
     long_answers = [number for number, answer in enumerate(served.alone) if len(answer) == NEW_TOKENS]
     numbers = sorted(long_answers, key=lambda number: len(served.prompts[number]))[:3]
     room = 3 * (len(served.prompts[numbers[-1]]) + 4)
@@ -125,7 +132,7 @@ def test_a_full_cache_puts_sequences_back(served: SimpleNamespace, monkeypatch: 
     widest = 0
     while not engine.is_idle:
         engine.step()
-        widest = max(widest, len(engine.running) * engine.length)
+        widest = max(widest, len(engine.rows.sequences) * engine.rows.length)
     assert put_back and widest <= room
     assert [answers[number] for number in numbers] == [served.alone[number] for number in numbers]
 
@@ -135,14 +142,14 @@ def test_what_is_prepared_serves_every_step_of_the_same_rows(served: SimpleNames
     engine = Engine(served.model, Limits())
     numbers = [number for number, answer in enumerate(served.alone) if len(answer) == NEW_TOKENS][:2]
     engine.submit([ask(served, number, answers) for number in numbers])
-    while len(engine.running) < 2:
+    while len(engine.rows.sequences) < 2:
         engine.step()
     engine.step()
-    batch = engine.batch
+    batch = engine.rows.batch
     engine.step()
-    assert engine.batch is batch is not None
+    assert engine.rows.batch is batch is not None
     finish(engine)
-    assert engine.batch is None  # or it would keep tenants alive
+    assert engine.rows.batch is None  # or it would keep tenants alive
 
 
 def test_a_long_prompt_holds_nobody_up(served: SimpleNamespace) -> None:
@@ -171,27 +178,145 @@ def test_deadline_and_full_queue(served: SimpleNamespace) -> None:
     assert answers[1] == served.alone[1]
 
 
-def test_a_failing_step_ends_its_answers_and_no_others(
-    served: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def told(sequence: Sequence) -> list[Event]:
+    """The events of a sequence from now on."""
+    events: list[Event] = []
+    sequence.notify = events.append
+    return events
+
+
+class GuiltyError(Exception):
+    """What one sequence of the tests does to whatever batch it is in."""
+
+
+def guilty(step: str) -> Callable[[Sequence], None]:
+    """Let a sequence fail in the forward pass that reads its prompt or makes its tokens, or behind it, by its text."""
+
+    def fail(*_: object) -> None:
+        raise GuiltyError
+
+    def apply(sequence: Sequence) -> None:
+        if step == "text":
+            sequence.text.add = fail  # type: ignore[method-assign, assignment]
+        elif step == "told":
+            sequence.notify = fail
+        elif step == "token":
+            sequence.tokens[-1] = 10**6
+
+    return apply
+
+
+@pytest.mark.parametrize("limits", [Limits(), Limits(prompt=300), Limits(prompt=7)], ids=str)
+@pytest.mark.parametrize("step", ["prompt", "step", "text", "told", "token", "nan"])
+def test_a_guilty_row_fails_alone(
+    served: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, step: str, limits: Limits
 ) -> None:
+    """Whatever goes wrong for one sequence, every other answer in its batch is what it is without it."""
     answers: dict[int, list[int]] = {}
-    ends: list[Event] = []
-    engine = Engine(served.model, Limits())
-    failing = ask(served, max(range(12), key=lambda number: len(served.alone[number])), answers)
-    failing.notify = ends.append
-    engine.submit([failing])
+    engine = Engine(served.model, limits)
+    sequences = [ask(served, number, answers) for number in range(12)]
+    culprit = ask(served, 4, {})
+    events = told(culprit)
+    broken = Tenant("broken", None, served.tenants[1].changes)
+    guilty(step)(culprit)
+    forward = Engine._forward
+
+    def fail(self: Engine, batch: Batch, ids: torch.Tensor, *arguments: object) -> torch.Tensor:
+        """As a kernel might: not before it has written keys and values of other rows."""
+        logits = forward(self, batch, ids, *arguments)  # type: ignore[arg-type]
+        if broken in batch.tenants:
+            if step == "nan":
+                logits[batch.tenants.index(broken)] = torch.nan
+            elif (step == "prompt") == (ids.shape[1] > 1):
+                raise GuiltyError
+        return logits
+
+    if step in ("prompt", "step", "nan"):
+        culprit.tenant = broken
+        monkeypatch.setattr(Engine, "_forward", fail)
+    engine.submit([*sequences[:5], culprit, *sequences[5:]])
+    finish(engine)
+    assert [answers[number] for number in range(12)] == served.alone
+    assert step == "told" or [event.finish for event in events if event.finish] == ["failed"]
+    assert not engine._begun and engine.rows.cache is None
+
+
+@pytest.mark.parametrize("place", ["prompt", "step", "join"])
+def test_a_batch_too_large_for_the_memory_makes_sequences_wait(
+    served: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def limited(function: Callable[..., Any], rows: Callable[..., int]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            if rows(*arguments) > 3:
+                raise torch.OutOfMemoryError("out of memory")
+            return function(*arguments)
+
+        return call
+
+    if place == "join":
+        plain = scheduler.join
+        monkeypatch.setattr(scheduler, "join", limited(plain, lambda parts, _: sum(len(rows) for _, rows in parts)))
+    else:
+        is_prompt = place == "prompt"
+        plain = Engine._forward
+        limit = limited(plain, lambda _, batch, ids, *__: len(batch) if (ids.shape[1] > 1) == is_prompt else 0)
+        monkeypatch.setattr(Engine, "_forward", limit)
+    answers: dict[int, list[int]] = {}
+    engine = Engine(served.model, Limits(prompt=300))
+    engine.submit([ask(served, number, answers) for number in range(12)])
+    rooms = []
+    engine.on_step = lambda engine: rooms.append(engine.room)
+    finish(engine)
+    assert [answers[number] for number in range(12)] == served.alone
+    assert rooms[-1] == engine.limits.cache  # the next batch tries anew
+    assert place == "prompt" or min(rooms) < engine.limits.cache
+
+
+@pytest.mark.parametrize("part", ["linear", "embed", "exact"])
+def test_a_delta_that_is_not_numbers_fails_alone(served: SimpleNamespace, part: str) -> None:
+    """Its rows share every kernel with the others' rows, which must not read them."""
+
+    def broken(change: Change) -> Change:
+        packed = change.packed
+        if part == "exact":
+            return replace(change, exact={key: value * torch.nan for key, value in change.exact.items()})
+        if part == "embed" or packed is None:
+            return replace(change, vectors=None if change.vectors is None else change.vectors * torch.nan)
+        terms = tuple(replace(term, scale=term.scale * torch.nan) for term in packed.terms)
+        return replace(change, packed=replace(packed, terms=terms))
+
+    changes = {name: broken(change) for name, change in served.tenants[1].changes.items()}
+    culprit = ask(served, 4, {})
+    culprit.tenant = Tenant("broken", None, changes)
+    events = told(culprit)
+    answers: dict[int, list[int]] = {}
+    engine = Engine(served.model, Limits(prompt=300))
+    engine.submit([culprit, *(ask(served, number, answers) for number in range(12))])
+    finish(engine)
+    assert [event.finish for event in events] == ["failed"]
+    assert [answers[number] for number in range(12)] == served.alone
+
+
+def test_a_step_that_fails_whatever_its_rows_ends_all_answers(
+    served: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of those being read, of those running, and none of those that wait."""
+    answers: dict[int, list[int]] = {}
+    engine = Engine(served.model, Limits(prompt=8, rows=3))
+    sequences = [ask(served, number, answers) for number in (4, 2, 0, 1)]
+    events = [told(sequence) for sequence in sequences[:3]]
+    engine.submit(sequences)
     engine.step()
 
     def fail(*_: object) -> None:
         raise RuntimeError("out of luck")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "_forward", fail)
+        patch.setattr(Engine, "_next_to_read", fail)
         engine.step()
-    assert ends[-1].finish == "failed" and engine.is_idle
-    engine.submit([ask(served, 1, answers)])
+    assert [found[-1].finish for found in events] == ["failed"] * 3
     finish(engine)
-    assert answers[1] == served.alone[1]
+    assert answers[1] == served.alone[1] and not engine._begun
 
 
 def test_the_engines_own_thread(served: SimpleNamespace) -> None:
@@ -258,6 +383,9 @@ def test_text_comes_in_whole_characters() -> None:
         ("数学です", ["学"], "数"),
         ("abc", ["c", "b"], "a"),
         ("abc", ["abc"], ""),
+        ("xabcabcabd!", ["abcabd"], "xabc"),
+        ("aaaaab", ["aaab"], "aa"),
+        ("abcd", ["bcx", "cd", "d"], "ab"),  # of those that end at once, the longest
     ],
 )
 def test_stop_strings(text: str, stop: list[str], expected: str) -> None:
@@ -266,14 +394,47 @@ def test_stop_strings(text: str, stop: list[str], expected: str) -> None:
     assert is_stopped == (expected != text)
 
 
+class Counting:
+    """A tokenizer that counts the tokens that it decodes."""
+
+    def __init__(self) -> None:
+        self.tokenizer, self.decoded = make_tokenizer(), 0
+
+    def decode(self, tokens: list[int], **options: Any) -> str:
+        self.decoded += len(tokens)
+        return self.tokenizer.decode(tokens, **options)
+
+
+@pytest.mark.parametrize("character", ["\x80", "ã"], ids=["a part of none", "the first of three"])
+def test_a_long_run_without_a_character_takes_linear_time(character: str) -> None:
+    """Each token is decoded a few times, and the text is that of all of them at once."""
+    tokenizer = Counting()
+    alone = tokenizer.tokenizer.convert_tokens_to_ids({"\x80": "Ģ", "ã": "ã"}[character])
+    tokens = [alone] * 1000 + make_tokenizer()("数 end").input_ids
+    stream = TextStream(tokenizer, [])
+    text = "".join(map(stream.add, tokens)) + stream.finish()
+    assert text == tokenizer.tokenizer.decode(tokens) and text.endswith("数 end")
+    assert tokenizer.decoded < 100 * len(tokens)
+
+
+def test_no_more_is_held_back_than_may_be_a_stop_string() -> None:
+    tokens = make_tokenizer()("a" * 500 + "c").input_ids
+    stream = TextStream(make_tokenizer(), ["a" * 255 + "b"])
+    parts = [stream.add(token) for token in tokens]
+    assert parts == [""] * 255 + ["a"] * 245 + ["a" * 255 + "c"]
+
+
 def draw(sampling: Sampling, logits: torch.Tensor, count: int) -> list[int]:
     generator = sampling.generator(0)
-    return [choose(logits[None], [(sampling, generator)])[0] for _ in range(count)]
+    return [sample(logits, sampling, generator) for _ in range(count)]
 
 
 def test_sampling() -> None:
     logits = torch.tensor([1.0, 3.0, 2.0, -torch.inf, 2.5])
-    assert draw(Sampling(temperature=0), logits, 3) == [1, 1, 1]
+    for temperature in (1e-7, 1e-40, 5e-324):
+        assert draw(Sampling(temperature, seed=1), logits, 20) == [1] * 20
+    ties = torch.tensor([1.0, 3.0, 3.0])
+    assert set(draw(Sampling(1e-40, seed=1), ties, 50)) == {1, 2}
     assert draw(Sampling(seed=7), logits, 50) == draw(Sampling(seed=7), logits, 50)
     assert draw(Sampling(seed=7), logits, 50) != draw(Sampling(seed=8), logits, 50)
     assert draw(Sampling(), logits, 50) != draw(Sampling(), logits, 50)
@@ -285,6 +446,3 @@ def test_sampling() -> None:
     expected = torch.log_softmax(logits.double(), 0)
     assert found.logprob == pytest.approx(float(expected[2]), abs=1e-5)
     assert [token for token, _ in found.top] == [1, 4, 2]
-    rows = torch.stack([logits, logits.flip(0)])
-    greedy = Sampling(temperature=0)
-    assert choose(rows, [(greedy, greedy.generator(0))] * 2) == [1, 3]

@@ -1,8 +1,11 @@
 """Deltas that are added, replaced and removed, and those that are refused."""
 
+import copy
 import gc
 import shutil
 import weakref
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +126,19 @@ def test_a_parameter_of_attention_itself_is_refused(save: Save, tmp_path: Path) 
     compress(folder, save(tuned, "tuned"), tmp_path / "delta", ratio=4)
     with pytest.raises(DeltacomeError, match=r"changes model\.layers\.1\.self_attn\.sinks.*merge it instead"):
         load(folder, {"a": tmp_path / "delta"})
+
+
+@pytest.mark.parametrize("make", [make_model, partial(make_any, "mixtral")], ids=["llama", "mixtral"])
+def test_a_copy_of_the_model_lives_on_its_own(save: Save, tmp_path: Path, make: Callable[[], Any]) -> None:
+    base, deltas = tenants_of(save, tmp_path, make)
+    model = load(base, {"a": deltas[0]})
+    with torch.no_grad():
+        expected = model(IDS[:2], tenants=["a", None]).logits
+        copied = copy.deepcopy(model)
+        model.remove_delta("a")
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert torch.equal(copied(IDS[:2], tenants=["a", None]).logits, expected)
+        copied.add_delta("b", deltas[1])
+        assert list(copied.deltas) == ["a", "b"] and not model.deltas
+        assert not torch.equal(copied(IDS[:2], tenants=["b", None]).logits, expected)

@@ -58,7 +58,7 @@ def test_the_command_finishes_what_runs_when_told_to_stop(folder: Path) -> None:
         (["--memory-limit", "much"], "much is no size"),
         (["--api-keys", "nothing.json"], "cannot read the keys"),
         (["--max-length", "100000"], "room for 512"),
-        (["--delta", "../x=nothing"], "no name for a model"),
+        (["--delta", ".x=nothing"], "no name for a model"),
     ],
 )
 def test_bad_commands(folder: Path, options: list[str], said: str) -> None:

@@ -49,6 +49,52 @@ def test_deltas_are_loaded_and_unloaded(folder: Path, merged: dict[str, tuple[An
         assert ask("b") == expected["b"]
 
 
+@pytest.mark.parametrize("embeddings", ["compress", "exact"])
+@pytest.mark.parametrize("size", [250, 262])
+def test_tokens_that_a_tenant_has_not_are_refused(folder: Path, save: Save, embeddings: Any, size: int) -> None:
+    """Its vocabulary may be smaller or larger than the base's, which has 259."""
+    model = make_model(initializer_range=0.2)
+    model.resize_token_embeddings(size, mean_resizing=False)
+    fine_tune(model, size=0.2)
+    name = f"{embeddings}-{size}"
+    deltacome.compress(folder / "base", save(model, name), folder / name, ratio=4, embeddings=embeddings)
+    with serving(make_app(folder, deltas={"a": folder / "deltas" / "a", "other": folder / name})) as address:
+        for model_name, vocabulary in (("other", size), ("a", 259), ("base", 259)):
+            for token, status in ((vocabulary - 1, 200), (vocabulary, 400)):
+                body = {"model": model_name, "prompt": [5, token], "max_tokens": 1}
+                found, answer = post_json(address, "/v1/completions", body)
+                assert found == status, answer
+        assert f"the prompt holds token {vocabulary}; this model has {vocabulary}" == answer["error"]["message"]
+
+
+def test_a_bad_delta_does_not_keep_the_others_from_being_served(
+    folder: Path, tmp_path: Path, merged: dict[str, tuple[Any, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither one that is not there, nor one whose fault shows when it is read; if there is no other, it is said."""
+    broken = tmp_path / "broken"
+    shutil.copytree(folder / "deltas" / "a", broken)
+    weights = next(broken.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    odd = tmp_path / "Übung 1"
+    shutil.copytree(folder / "deltas" / "b", odd)
+    bad = {"none": tmp_path / "none", "broken": broken}
+    with serving(make_app(folder, deltas={"a": folder / "deltas" / "a", **bad, odd.name: odd})) as address:
+        api = client(address)
+        assert [model.id for model in api.models.list()] == ["base", "a", "Übung 1"]
+        for name, tenant in (("a", "a"), ("Übung 1", "b")):
+            answer = api.chat.completions.create(model=name, messages=CHAT, temperature=0, max_tokens=8)
+            assert answer.choices[0].message.content == alone(merged, tenant, "Hello there", 8)
+        assert api.models.retrieve("Übung 1").id == "Übung 1"
+    refused = [record.fields for record in caplog.records if record.message == "delta refused"]  # type: ignore[attr-defined]
+    assert [fields["tenant"] for fields in refused] == ["none", "broken"]
+    for name, path in bad.items():
+        with pytest.raises(DeltacomeError, match=name):
+            make_app(folder, deltas={name: path})
+    for name in ("", " a", ".a", "a/b", "a\nb", "a" * 97):
+        with pytest.raises(DeltacomeError, match="is no name for a model"):
+            make_app(folder, deltas={name: odd})
+
+
 def test_nothing_outside_the_folder_is_read(folder: Path, tmp_path: Path) -> None:
     deltas = tmp_path / "deltas"
     shutil.copytree(folder / "deltas", deltas)
@@ -59,7 +105,7 @@ def test_nothing_outside_the_folder_is_read(folder: Path, tmp_path: Path) -> Non
     content[-1] ^= 1
     weights.write_bytes(content)
     paths = ["../base", "/", ".", "", "nothing", "link", "a\0b", "a" * 5000, str(folder / "deltas/a"), "broken"]
-    names = ["../x", "x/y", "", "base", "a b", "é", "x" * 97]
+    names = ["../x", "x/y", "", "base", " a", "a\0", "x" * 97]
     with serving(make_app(folder, deltas={}, folder=deltas)) as address:
         for name, path in [*(("x", path) for path in paths), *((name, "a") for name in names)]:
             status, answer = post_json(address, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})

@@ -7,3 +7,8 @@ class DeltacomeError(Exception):
 
 class UnreachableRatioError(DeltacomeError):
     """A ratio that the method cannot compress these checkpoints to."""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of another library's message, or the error's type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

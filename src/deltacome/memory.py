@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work."""
+"""Peak memory of a piece of work, and whether it was too much."""
 
 import sys
 import threading
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psutil
+import torch
 
 if sys.platform != "win32":
     import resource
@@ -49,3 +50,11 @@ def peak_memory() -> Iterator[Peak]:
         if sys.platform != "win32":  # which has no such count
             largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
             peak.bytes = max(peak.bytes, largest - resident)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that this machine, or its GPU, has not enough memory; the CPU's from torch is a
+    RuntimeError among others."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )

@@ -213,6 +213,7 @@ class _Bench:
             new_tokens=finetune.new_tokens,
             chat_template=suite.chat_template,
             pattern=finetune.pattern,
+            base=self.base,
         )
 
 

@@ -15,7 +15,8 @@ from deltacome.format.artifact import Artifact
 from deltacome.runtime.model import share
 from deltacome.runtime.tenant import Tenant
 from deltacome.serve.engine.attention import share_keys
-from deltacome.serve.engine.scheduler import Engine, Limits, Sequence
+from deltacome.serve.engine.scheduler import Engine, Limits
+from deltacome.serve.engine.sequence import Sequence
 from deltacome.serve.http.keys import Keys
 from deltacome.serve.http.service import Service
 from deltacome.serve.metrics import Metrics
@@ -47,7 +48,7 @@ class SwappingEngine(Engine):
             others = [sequence for sequence in self.waiting if _name(sequence) != self.current]
             has_own = len(others) < len(self.waiting)
         is_late = bool(others) and time.monotonic() - self.came[others[0]] > self.patience
-        if others and not self.running and not self.reading and (is_late or not has_own):
+        if others and not self.rows.sequences and not self.reading and (is_late or not has_own):
             self._swap(_name(others[0]))
             is_late = False
         with self.lock:
@@ -68,7 +69,9 @@ class SwappingEngine(Engine):
         gc.collect()
         if self.from_disk and self.current is not None:
             _forget_pages(self.merged[self.current])
-        self.model = AutoModelForCausalLM.from_pretrained(self.merged[name], dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(
+            self.merged[name], dtype=torch.float32, trust_remote_code=False
+        ).eval()
         share(self.model, None)
         share_keys(self.model)
         self.current = name
@@ -107,7 +110,7 @@ def build_swapping(
     from transformers import AutoModelForCausalLM
 
     checkpoint = Checkpoint(base)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, trust_remote_code=False).eval()
     share(model, checkpoint)
     metrics = Metrics()
     registry = _Names(model, checkpoint, checkpoint.name, metrics, chat_template=chat_template)

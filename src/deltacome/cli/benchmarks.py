@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from deltacome.cli.common import Base, Json, NewTokens, Template, app, named_folders, print_table, quiet
+from deltacome.cli.common import Base, Json, NewTokens, Template, app, named_folders, print_table, quiet, split_name
 
 benchmarks = typer.Typer(help="Whole comparisons, each by one command; a killed one goes on.", no_args_is_help=True)
 app.add_typer(benchmarks, name="benchmark")
@@ -175,7 +175,7 @@ def serve_benchmark(
     from deltacome.evaluate.comparison import cells
 
     quiet()
-    files = dict((item.partition("=")[::2] if "=" in item else ("", item)) for item in data)
+    files = {name or "": path for name, path in map(split_name, data)}
     rows = benchmark_serve(
         base,
         named_folders(delta),

@@ -1,5 +1,6 @@
 """What the commands have in common: the application, their arguments, and how they print."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,15 +38,25 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-def named_folders(deltas: list[str]) -> dict[str, str]:
-    """The deltas of the command line by name."""
+def split_name(item: str) -> tuple[str | None, str]:
+    """Name and path in NAME=PATH, or None and the path if it has no name; there may be a = in the path."""
+    name, equals, path = item.partition("=")
+    return (name, path) if equals and "/" not in name and not Path(item).exists() else (None, item)
+
+
+def named_folders(deltas: list[str], taken: Collection[str] = ()) -> dict[str, str]:
+    """The deltas of the command line by name, which is the folder's if none is given.
+
+    taken: names that something else has.
+    """
     folders: dict[str, str] = {}
     for item in deltas:
-        name, equals, folder = item.partition("=")
-        if not equals:
-            name, folder = Path(item).resolve().name, item
-        if not name or name in folders:
-            raise DeltacomeError(f"--delta {item}: write NAME=DELTA, each name once")
+        name, folder = split_name(item)
+        if name is None:
+            name = Path(item).resolve().name
+        if not name or not folder or name in folders or name in taken:
+            others = f" and none of {', '.join(taken)}" if taken else ""
+            raise DeltacomeError(f"--delta {item}: write NAME=DELTA, each name once{others}")
         folders[name] = folder
     return folders
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from deltacome.cli.common import Base, Finetuned, Json, Template, app, print_table, quiet
+from deltacome.cli.common import Base, Finetuned, Json, Template, app, named_folders, print_table, quiet
 from deltacome.errors import DeltacomeError
 
 OF_DATA = ("offtask", "max_new_tokens", "answer_pattern", "show")  # options of `evaluate` that go with --data
@@ -20,7 +20,7 @@ def evaluate(
     context: typer.Context,
     base: Base,
     finetuned: Annotated[str, typer.Option(help="Fine-tuned checkpoint: a folder or a hub id.")],
-    delta: Annotated[list[str], typer.Option(metavar="NAME=DELTA", help="A compressed delta; may be repeated.")],
+    delta: Annotated[list[str], typer.Option(metavar="[NAME=]DELTA", help="A compressed delta; may be repeated.")],
     data: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Held-out examples of the task.")] = None,
     offtask: Annotated[
         Path | None, typer.Option(metavar="FILE.jsonl", help="Text that the fine-tune is not about, for off-task KL.")
@@ -57,7 +57,7 @@ def evaluate(
     from deltacome.files import disk_errors
 
     quiet()
-    deltas = _named_deltas(delta, {evaluation.BASE, evaluation.FINETUNED})
+    deltas = named_folders(delta, (evaluation.BASE, evaluation.FINETUNED))
     if not output.absolute().parent.is_dir():
         raise DeltacomeError(f"cannot write {output}: there is no folder {output.parent}")
     if (data is None) == (tasks is None):
@@ -95,16 +95,6 @@ def evaluate(
         print(f"\nprompt: {example.messages[-1]['content']}\nexpected: {example.completion!r}")
         for row in rows:
             print(f"{row['name']}: {row['outputs'][number]!r}")
-
-
-def _named_deltas(given: list[str], taken: set[str]) -> dict[str, str]:
-    deltas: dict[str, str] = {}
-    for item in given:
-        name, equals, folder = item.partition("=")
-        if not (name and equals and folder) or name in deltas or name in taken:
-            raise DeltacomeError(f"--delta {item}: write NAME=DELTA, each name once and neither base nor fine-tuned")
-        deltas[name] = folder
-    return deltas
 
 
 def _refuse_options_of_the_other_kind(context: typer.Context, *, has_tasks: bool) -> None:

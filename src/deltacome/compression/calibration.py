@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.data import Encoder, Example
-from deltacome.errors import DeltacomeError
+from deltacome.errors import DeltacomeError, reason
 from deltacome.weights import OUTPUT_EMBEDDINGS
 
 TOKENS_AT_ONCE = 2048  # in one forward pass of a layer
@@ -181,15 +181,14 @@ def _skeleton(checkpoint: Checkpoint) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder)
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         text_only = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         kind = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
         with init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # transformers initializes weights that are not there
-            model = kind.from_config(config, dtype=torch.float32)
+            model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DeltacomeError(f"transformers cannot build {checkpoint.source} for calibration: {reason}") from error
+        raise DeltacomeError(f"transformers cannot build {checkpoint.source} to calibrate: {reason(error)}") from error
     model.tie_weights()
     return model.eval()
 

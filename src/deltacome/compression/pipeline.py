@@ -32,6 +32,7 @@ from deltacome.files import disk_errors, raw, refuse_existing
 from deltacome.format.artifact import Artifact
 from deltacome.format.manifest import MANIFEST
 from deltacome.format.terms import Dense
+from deltacome.language import load_tokenizer
 from deltacome.memory import peak_memory
 from deltacome.progress import bar, print_warning
 from deltacome.version import __version__
@@ -105,7 +106,7 @@ def compress(
         run = _Run(opened, tuned, budget, make_executor(engine), warn)
         tokens = None
         if calibration is not None:
-            tokens = _read_tokens(tuned, calibration, calibration_examples, chat_template)
+            tokens = _read_tokens(opened, tuned, calibration, calibration_examples, chat_template)
         _warn_of_large_change(run)
         recorded = {**describe(method, chosen), "calibration_examples": len(tokens[0]) if tokens else 0}
         if isinstance(tuned, Folded):
@@ -286,13 +287,9 @@ def _layer(name: str) -> str:
     return found[0] if found else ""
 
 
-def _read_tokens(finetuned: Checkpoint, calibration: str | Path, count: int, chat_template: str | None) -> Tokens:
-    from transformers import AutoTokenizer
-
+def _read_tokens(
+    base: Checkpoint, finetuned: Checkpoint, calibration: str | Path, count: int, chat_template: str | None
+) -> Tokens:
     examples = read_examples(calibration, count)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(finetuned.tokenizer_folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise DeltacomeError(f"calibration needs the tokenizer of {finetuned.source}: {reason}") from error
+    tokenizer = load_tokenizer(finetuned.source, finetuned.tokenizer_folder, base.folder)
     return batch(examples, Encoder(tokenizer, chat_template))

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.data import Encoder, Example, read_examples
-from deltacome.errors import DeltacomeError
+from deltacome.errors import DeltacomeError, reason
 from deltacome.evaluate.metrics import ANSWER_PATTERN, Mean, answer, compile_pattern, divergence, is_right, retention
 from deltacome.format.artifact import Artifact
+from deltacome.language import load_tokenizer
 from deltacome.progress import bar
 from deltacome.restore.merging import load_merged, open_checked
 
@@ -59,7 +60,13 @@ def evaluate(
     base_checkpoint = Checkpoint(base)
     artifacts = {name: open_checked(base_checkpoint, path) for name, path in deltas.items()}
     comparison = Comparison(
-        Checkpoint(finetuned), examples, texts, new_tokens=new_tokens, chat_template=chat_template, pattern=pattern
+        Checkpoint(finetuned),
+        examples,
+        texts,
+        new_tokens=new_tokens,
+        chat_template=chat_template,
+        pattern=pattern,
+        base=base_checkpoint,
     )
     sources: dict[str, Callable[[], tuple[Any, Any]]] = {
         BASE: partial(load, base_checkpoint),
@@ -89,6 +96,7 @@ class Comparison:
         others: of other tasks, for KL over all positions of their prompts.
         new_tokens, chat_template: as of `evaluate`.
         pattern: regular expression whose group is the answer.
+        base: whose tokenizer is used where the fine-tuned model has none.
 
     Raises:
         DeltacomeError: if transformers cannot load the model, or on a bad template.
@@ -104,9 +112,10 @@ class Comparison:
         new_tokens: int,
         chat_template: str | None,
         pattern: re.Pattern[str],
+        base: Checkpoint | None = None,
     ) -> None:
         self.new_tokens, self.chat_template, self.pattern = new_tokens, chat_template, pattern
-        self.reference, self.tokenizer = load(finetuned)
+        self.reference, self.tokenizer = load(finetuned, base)
         encoder = Encoder(self.tokenizer, chat_template)
         self.tasks = [example for example in examples if example.messages]
         prompts = (encoder.prompt(other.messages) for other in others if other.messages)
@@ -167,20 +176,19 @@ def sizes(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def load(checkpoint: Checkpoint) -> tuple[Any, Any]:
-    """A checkpoint's model in float32, in evaluation mode, and its tokenizer.
+def load(checkpoint: Checkpoint, base: Checkpoint | None = None) -> tuple[Any, Any]:
+    """A checkpoint's model in float32, in evaluation mode, and its tokenizer, or the base's where it has none.
 
     Raises:
         DeltacomeError: if transformers cannot load it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
-        return model, AutoTokenizer.from_pretrained(checkpoint.folder)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise DeltacomeError(f"transformers cannot load {checkpoint.source}: {reason}") from error
+        raise DeltacomeError(f"transformers cannot load {checkpoint.source}: {reason(error)}") from error
+    return model.eval(), load_tokenizer(checkpoint.source, checkpoint.folder, None if base is None else base.folder)
 
 
 def add_tokens(model: Any, size: int) -> None:

@@ -114,7 +114,7 @@ def evaluate_tasks(
     shared = load(base, deltas)
 
     def finetuned_model() -> HFLM:
-        model, tokenizer = load_plain(Checkpoint(finetuned))
+        model, tokenizer = load_plain(Checkpoint(finetuned), Checkpoint(base))
         return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
 
     applies = chat_template != NO_TEMPLATE and (apply_chat_template or chat_template is not None)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deltacome.data import Example, pad
 from deltacome.errors import DeltacomeError
+from deltacome.language import as_set, up_to_end
 
 TOKENS_AT_ONCE = 1024  # logits of so many tokens are in memory, twice
 ANSWERS_AT_ONCE = 32
@@ -84,8 +85,12 @@ def answer(
     new_tokens: int,
     advance: Callable[[float], None] = lambda _: None,
 ) -> list[str]:
-    """Greedy answers to prompts of token ids, up to the end token or `new_tokens` tokens."""
+    """Greedy answers to prompts of token ids, up to an end token or `new_tokens` tokens.
+
+    End tokens are those of the model's generation configuration and the tokenizer's.
+    """
     answers = [""] * len(prompts)
+    ends = as_set(model.generation_config.eos_token_id) | as_set(tokenizer.eos_token_id)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), ANSWERS_AT_ONCE):
         chunk = order[start : start + ANSWERS_AT_ONCE]
@@ -95,25 +100,30 @@ def answer(
             attention_mask=mask,
             max_new_tokens=new_tokens,
             do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id or 0,
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=min(ends, default=0),
         )
-        for i, row in zip(chunk, output[:, ids.shape[1] :], strict=True):
-            answers[i] = tokenizer.decode(row, skip_special_tokens=True)
+        for i, row in zip(chunk, output[:, ids.shape[1] :].tolist(), strict=True):
+            answers[i] = tokenizer.decode(up_to_end(row, ends), skip_special_tokens=True)
         advance(len(chunk))
     return answers
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """The regular expression that finds an answer.
+    """The regular expression that finds an answer, by its only group or as a whole.
 
     Raises:
-        DeltacomeError: if it is none.
+        DeltacomeError: if it is none, or has several groups.
     """
     try:
-        return re.compile(pattern)
+        compiled = re.compile(pattern)
     except re.error as error:
         raise DeltacomeError(f"{pattern!r} is no regular expression: {error}") from error
+    if compiled.groups > 1:
+        raise DeltacomeError(
+            f"{pattern!r} has {compiled.groups} groups, and one is the answer; write (?:...) for the others"
+        )
+    return compiled
 
 
 def is_right(output: str, example: Example, pattern: str | re.Pattern[str] = ANSWER_PATTERN) -> bool:

@@ -41,7 +41,7 @@ class Artifact:
         self.manifest = read_manifest(self.folder)
         try:
             self._parse()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise self._broken(f"{MANIFEST} is not as the format has it ({error})") from error
         self._check_headers()
 

@@ -22,6 +22,7 @@ FORMAT_VERSION = 3
 MANIFEST = "deltacome.json"
 WEIGHTS = "delta"
 MODEL_CARD = "README.md"
+MOST_BYTES = 2**26  # of a manifest, which takes some 200 a weight
 NO_DIGEST = "0" * 64
 DIGEST_START = b'{"sha256":"'
 
@@ -274,16 +275,21 @@ def plain_file_name(name: str) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
+    """The content of a manifest whose digest and version are right.
+
+    Raises:
+        DeltacomeError: if there is none, or it is damaged, changed or of another version.
+    """
     path = folder / MANIFEST
     if not folder.is_dir():
         raise DeltacomeError(f"there is no folder {folder}")
     if not path.is_file():
         raise DeltacomeError(f"{folder} is no compressed delta: it has no {MANIFEST}")
-    text = path.read_bytes()
+    text = _read(path)
     try:
         manifest = json.loads(text)
         version = manifest["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DeltacomeError(f"{path} is damaged: it is not the JSON that was written ({error})") from error
     if version != FORMAT_VERSION:
         raise DeltacomeError(
@@ -297,6 +303,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         or text[start : start + 64].decode("ascii", "replace") != hashlib.sha256(blank).hexdigest()
     ):
         raise DeltacomeError(f"{path} has been changed since it was written (its SHA-256 differs); fetch it again")
-    if not isinstance(manifest, dict) or not math.isfinite(manifest.get("ratio", math.nan)):
+    ratio = manifest.get("ratio")
+    if not isinstance(ratio, float | int) or not abs(ratio) < math.inf:
         raise DeltacomeError(f"{path} is damaged: it names no ratio")
     return manifest
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of a manifest, which may be anybody's."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise DeltacomeError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(text) > MOST_BYTES:
+        raise DeltacomeError(f"{path} is damaged: it is larger than {MOST_BYTES:,} bytes")
+    return text

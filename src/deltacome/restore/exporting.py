@@ -14,7 +14,7 @@ from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.module_names import ModuleNames
 from deltacome.checkpoints.rebuilding import rebuild
 from deltacome.compression.svd import leading_components
-from deltacome.errors import DeltacomeError
+from deltacome.errors import DeltacomeError, reason
 from deltacome.files import new_folder, write_safetensors
 from deltacome.format.artifact import Artifact
 from deltacome.format.manifest import WeightEntry
@@ -130,10 +130,11 @@ def _skeleton(base: Checkpoint) -> Any:
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.folder))
+            return AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(base.folder, trust_remote_code=False), trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise DeltacomeError(f"transformers cannot build the model of {base.source}: {reason}") from error
+        raise DeltacomeError(f"transformers cannot build the model of {base.source}: {reason(error)}") from error
 
 
 def _is_layer(name: str, names: ModuleNames, model: Any) -> bool:

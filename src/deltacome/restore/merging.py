@@ -10,9 +10,10 @@ import torch
 
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.rebuilding import check_base, rebuild_stored
-from deltacome.errors import DeltacomeError
+from deltacome.errors import DeltacomeError, reason
 from deltacome.files import new_folder, shard_names, shards, write_safetensors
 from deltacome.format.artifact import Artifact
+from deltacome.language import load_tokenizer
 from deltacome.progress import bar, each
 
 SHARD_BYTES = 5 * 10**9
@@ -94,7 +95,7 @@ def load_merged(base: Checkpoint, artifact: Artifact, dtype: torch.dtype = torch
     Raises:
         DeltacomeError: if transformers does not know the architecture.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
     weights = {}
     with bar("rebuilding", len(artifact.stored)) as advance:
@@ -103,13 +104,12 @@ def load_merged(base: Checkpoint, artifact: Artifact, dtype: torch.dtype = torch
     with TemporaryDirectory() as temporary:
         copy_sidecars(artifact, base, Path(temporary))
         try:
-            config = AutoConfig.from_pretrained(temporary)
+            config = AutoConfig.from_pretrained(temporary, trust_remote_code=False)
             architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             model = architecture.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
             if (Path(temporary) / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(temporary)
-            tokenizer = AutoTokenizer.from_pretrained(temporary)
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise DeltacomeError(f"transformers cannot load the model of {artifact.folder}: {reason}") from error
+            raise DeltacomeError(f"transformers cannot load the model of {artifact.folder}: {reason(error)}") from error
+        tokenizer = load_tokenizer(str(artifact.folder), Path(temporary), base.folder)
     return model.eval(), tokenizer

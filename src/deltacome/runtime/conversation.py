@@ -10,35 +10,30 @@ import torch
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.data import Encoder, pad
 from deltacome.errors import DeltacomeError
+from deltacome.language import as_set, end_tokens, load_tokenizer, up_to_end
 from deltacome.restore.merging import copy_sidecars
+from deltacome.runtime.ends import end_options
 from deltacome.runtime.tenant import Tenant
 
 Messages = tuple[dict[str, str], ...]
 
 
 def load_language(base: Checkpoint, tenant: Tenant | None) -> tuple[Any, set[int]]:
-    """The tokenizer of a tenant, or of the base for None, and the tokens that end an answer of its.
+    """The tokenizer of a tenant, or of the base for None, and the tokens that end its answers.
+
+    A fine-tune without a tokenizer of its own has the base's.
 
     Raises:
         DeltacomeError: if transformers cannot load them.
     """
-    from transformers import AutoTokenizer, GenerationConfig
-
     with TemporaryDirectory() as temporary:
         folder = base.folder
         if tenant is not None and tenant.artifact is not None:
             folder = Path(temporary)
             copy_sidecars(tenant.artifact, base, folder)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            ends = {tokenizer.eos_token_id}
-            if (folder / "generation_config.json").is_file():
-                found = GenerationConfig.from_pretrained(folder).eos_token_id
-                ends.update(found if isinstance(found, list) else [found])
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise DeltacomeError(f"transformers cannot load the tokenizer of {base.source}: {reason}") from error
-    return tokenizer, ends - {None}
+        tokenizer = load_tokenizer(base.source, folder, base.folder)
+        ends = end_tokens(folder / "generation_config.json", folder / "config.json")
+    return tokenizer, ends | as_set(tokenizer.eos_token_id)
 
 
 class Conversation:
@@ -54,7 +49,7 @@ class Conversation:
         deltas = model.deltas
         languages = [load_language(base, None if name is None else deltas[name]) for name in self.tenants]
         self.tokenizers = [tokenizer for tokenizer, _ in languages]
-        self.ends: set[int] = set().union(*(ends for _, ends in languages))
+        self.ends = [ends for _, ends in languages]
         self.encoders = [Encoder(tokenizer, chat_template) for tokenizer in self.tokenizers]
         self.reset()
 
@@ -87,13 +82,13 @@ class Conversation:
             tenants=self.tenants,
             max_new_tokens=new_tokens,
             do_sample=False,
-            eos_token_id=sorted(self.ends) or None,
-            pad_token_id=min(self.ends, default=0),
+            pad_token_id=min(set().union(*self.ends), default=0),
             streamer=TextStreamer(self.tokenizers[0], skip_prompt=True, skip_special_tokens=True) if stream else None,
+            **end_options(self.ends),
         )
         answers = [
-            tokenizer.decode(row, skip_special_tokens=True)
-            for tokenizer, row in zip(self.tokenizers, output[:, ids.shape[1] :], strict=True)
+            tokenizer.decode(up_to_end(row, ends), skip_special_tokens=True)
+            for tokenizer, row, ends in zip(self.tokenizers, output[:, ids.shape[1] :].tolist(), self.ends, strict=True)
         ]
         self.messages = [
             (*messages, {"role": "assistant", "content": answer})

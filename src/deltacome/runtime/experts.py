@@ -9,16 +9,15 @@ from torch.nn.functional import linear
 
 from deltacome.errors import DeltacomeError
 from deltacome.runtime.batch import Batch, running
+from deltacome.runtime.replacement import Replacement
 from deltacome.runtime.tenant import Change
 
 
-class Experts:
+class Experts(Replacement):
     """Takes the place of `forward` of a module with stacks of experts' weights.
 
     Without changes in the batch the module runs as it is; with them, expert by expert.
     """
-
-    deltacome = True
 
     def __init__(self, name: str, module: Any, kernels: Any) -> None:
         self.name, self.module, self.kernels = name, module, kernels

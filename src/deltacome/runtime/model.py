@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from deltacome.checkpoints.checkpoint import Checkpoint
-from deltacome.errors import DeltacomeError
+from deltacome.errors import DeltacomeError, reason
+from deltacome.language import as_set
 from deltacome.runtime.batch import Batch, running
+from deltacome.runtime.ends import end_options
 from deltacome.runtime.tenant import Tenant
 from deltacome.runtime.tenants import TenantNames, Tenants
 
@@ -25,9 +27,10 @@ def load(
 
     `model.generate(..., tenants=["math", None])` and `model(..., tenants=[...])` take the name of a delta, or None for
     the base, for each row of the batch (or, instead of a name, what `model.deltas` has for it); without `tenants` every
-    row is the base's. `model.add_delta(name, folder)` and `model.remove_delta(name)` change what is there at any time,
-    from any thread; `model.deltas` lists it. `model.tenants` is the `Tenants` behind these, whose `batch_of` makes a
-    batch for several calls.
+    row is the base's. A generated row ends at its own model's end tokens, unless `eos_token_id` is given.
+    `model.add_delta(name, folder)` and `model.remove_delta(name)` change what is there at any time, from any thread;
+    `model.deltas` lists it. `model.tenants` is the `Tenants` behind these, whose `batch_of` makes a batch for several
+    calls.
 
     Args:
         base: a checkpoint folder or hub id.
@@ -78,8 +81,21 @@ def _with_tenants(model_class: Any) -> Any:
         if tenants is None:
             return model_class.generate(self, *arguments, **options)
         _check_size(tenants, _rows(arguments, options))
-        with self.tenants.run(tenants):
-            return model_class.generate(self, *arguments, **options)
+        batch = tenants if isinstance(tenants, Batch) else self.tenants.batch_of(tenants)
+        config = options.get("generation_config", arguments[1] if len(arguments) > 1 else None)
+        if "eos_token_id" not in options and getattr(config, "eos_token_id", None) is None:
+            own = self.generation_config
+            base = as_set(own.eos_token_id)
+            ends = [(tenant and tenant.ends) or base for tenant in batch.tenants]
+            options |= end_options(ends, options.get("stopping_criteria") or ())
+            pads = (own.pad_token_id, *sorted(set().union(*ends)))
+            options.setdefault("pad_token_id", next((token for token in pads if token is not None), None))
+        with self.tenants.run(batch):
+            output = model_class.generate(self, *arguments, **options)
+        tokens = output if isinstance(output, torch.Tensor) else output.sequences
+        if options.get("pad_token_id") is not None:
+            tokens[tokens < 0] = options["pad_token_id"]  # which beams are padded with where rows end in other ways
+        return output
 
     def add_delta(self: Any, name: str, folder: str | Path) -> None:
         """Load a compressed delta under a name; one that has it already is replaced, running calls keeping the old.
@@ -134,7 +150,6 @@ def _load_base(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
     text_only = checkpoint.config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     kind = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
     try:
-        return kind.from_pretrained(checkpoint.folder, dtype=dtype or "auto")
+        return kind.from_pretrained(checkpoint.folder, dtype=dtype or "auto", trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise DeltacomeError(f"transformers cannot load {checkpoint.source}: {reason}") from error
+        raise DeltacomeError(f"transformers cannot load {checkpoint.source}: {reason(error)}") from error

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from deltacome.errors import DeltacomeError
 from deltacome.runtime.batch import Batch, running
 from deltacome.runtime.experts import Experts, is_experts
+from deltacome.runtime.replacement import Replacement
 from deltacome.runtime.tenant import Change, embed
 
 QUANTIZED = ("bitsandbytes.nn", "transformers.integrations.finegrained_fp8")  # linear layers, with weights of their own
@@ -26,7 +27,7 @@ def install(name: str, module: nn.Module, kernels: Any) -> None:
     Raises:
         DeltacomeError: if it is of a kind whose deltas can only be merged.
     """
-    if "forward" in module.__dict__ and getattr(module.forward, "deltacome", False):
+    if isinstance(module.__dict__.get("forward"), Replacement):
         return
     forward: Callable[..., Any]
     if isinstance(module, nn.Linear | Conv1D):
@@ -61,10 +62,8 @@ class _Job:
     sizes: list[tuple[int, Tensor]]
 
 
-class _Linear:
+class _Linear(Replacement):
     """`nn.Linear`, also quantized, and transformers' `Conv1D`, whose weight lies the other way round."""
-
-    deltacome = True
 
     def __init__(self, name: str, module: nn.Module, kernels: Any) -> None:
         self.name, self.module, self.kernels = name, module, kernels
@@ -153,9 +152,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y.add_(bias)
 
 
-class _Embedding:
-    deltacome = True
-
+class _Embedding(Replacement):
     def __init__(self, name: str, module: nn.Embedding, kernels: Any) -> None:
         self.name, self.module, self.kernels = name, module, kernels
         self.forward = module.forward
@@ -198,18 +195,13 @@ class _Embedding:
             return  # looking would stop the device at every step
         limits = torch.full((len(ids), 1), m, device=ids.device)
         for change, rows in changes:
-            if change.rows is not None:
-                limits[rows] = change.start + len(change.rows)
-            elif change.size is not None:
-                limits[rows] = change.size
+            limits[rows] = change.vocabulary(m)
         if (ids >= limits).any():
             raise DeltacomeError(f"a prompt holds token {int(ids.max())}, which its tenant's vocabulary has not")
 
 
-class _Exact:
+class _Exact(Replacement):
     """A module that computes in its own way, a norm above all or a router, and whose parameters a delta replaces."""
-
-    deltacome = True
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module

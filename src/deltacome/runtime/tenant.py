@@ -54,6 +54,12 @@ class Change:
     exact: dict[str, Tensor] = field(default_factory=dict)
     experts: dict[tuple[str, int], list[tuple[int, Packed]]] = field(default_factory=dict)
 
+    def vocabulary(self, rows: int) -> int:
+        """Tokens that the tenant has where this is an embedding of so many rows in the base."""
+        if self.rows is not None:
+            return self.start + len(self.rows)
+        return rows if self.size is None else self.size
+
     def tensors(self) -> Iterator[Tensor]:
         """Everything that it keeps in memory."""
         if self.packed is not None:
@@ -67,11 +73,15 @@ class Change:
 
 @dataclass(frozen=True, eq=False)
 class Tenant:
-    """A delta under its name, and its changes by the names of the base model's modules."""
+    """A delta under its name, and its changes by the names of the base model's modules.
+
+    ends: tokens that end an answer, by the fine-tuned model's configuration; empty for the base's.
+    """
 
     name: str
     artifact: Artifact | None  # a benchmark's random deltas have none
     changes: Mapping[str, Change]
+    ends: frozenset[int] = frozenset()
 
     @property
     def bytes(self) -> int:
@@ -180,7 +190,10 @@ def check_config(artifact: Artifact, base: Checkpoint) -> None:
     from transformers import AutoConfig
 
     try:
-        ours, theirs = (AutoConfig.from_pretrained(folder).to_dict() for folder in (base.folder, artifact.folder))
+        ours, theirs = (
+            AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
+            for folder in (base.folder, artifact.folder)
+        )
     except (OSError, ValueError, KeyError):  # a model that transformers does not know
         ours, theirs = base.config, json.loads((artifact.folder / "config.json").read_text())
     difference = next(_differences(ours, theirs), None)

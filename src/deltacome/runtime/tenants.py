@@ -1,16 +1,19 @@
 """The deltas of a model by name."""
 
+import copy
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError
+from deltacome.format.artifact import Artifact
+from deltacome.language import end_tokens
+from deltacome.memory import is_out_of_memory
 from deltacome.restore.merging import open_checked
 from deltacome.runtime.batch import Batch, running
 from deltacome.runtime.kernels import kernels_for
@@ -27,11 +30,17 @@ class Tenants:
     """
 
     def __init__(self, model: Any, checkpoint: Checkpoint | None) -> None:
-        self._model, self._checkpoint = model, checkpoint
+        self._model, self.checkpoint = model, checkpoint
         self._by_name: dict[str, Tenant] = {}
         self._calls_of: Counter[Tenant] = Counter()
         self._busy: set[Batch] = set()
         self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Tenants":
+        """Of a copied model: the same tenants, which come and go in each on their own."""
+        new = memo[id(self)] = Tenants(copy.deepcopy(self._model, memo), self.checkpoint)
+        new._by_name = self.by_name()
+        return new
 
     def by_name(self) -> dict[str, Tenant]:
         """The known tenants, as they are now."""
@@ -51,17 +60,17 @@ class Tenants:
         Raises:
             DeltacomeError: if it is broken, of another base, or does not fit; the model is as it was before.
         """
-        assert self._checkpoint is not None
-        artifact = open_checked(self._checkpoint, folder)
-        check_config(artifact, self._checkpoint)
+        assert self.checkpoint is not None
+        artifact = open_checked(self.checkpoint, folder)
+        check_config(artifact, self.checkpoint)
         try:
             tenant = load_tenant(name, artifact, self._model, self._model.device)
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             raise DeltacomeError(f"not enough memory for {folder}; remove another delta first") from error
         self._install(tenant)
-        return tenant
+        return replace(tenant, ends=frozenset(_end_tokens(artifact, self.checkpoint)))
 
     def put(self, tenant: Tenant) -> None:
         """Make a tenant known under its name, in place of one that has it already."""
@@ -129,3 +138,14 @@ class Tenants:
             known = ", ".join(sorted(self._by_name)) or "none"
             raise DeltacomeError(f"there is no tenant {name!r}; those loaded are: {known}")
         return self._by_name[name]
+
+
+def _end_tokens(artifact: Artifact, base: Checkpoint) -> set[int]:
+    """Those that the fine-tuned model's configuration names."""
+
+    def find(name: str) -> Path | None:
+        if name in artifact.files:
+            return artifact.folder / name
+        return base.folder / name if name in artifact.base_files else None
+
+    return end_tokens(find("generation_config.json"), find("config.json"))

@@ -76,7 +76,7 @@ def search(
         raise DeltacomeError(f"cannot write {out}: there is no folder {out.parent}; create it first")
     checkpoints = Checkpoint(base), Checkpoint(finetuned)
     lines = read_examples(data, examples)
-    reference, tokenizer = load(checkpoints[1])
+    reference, tokenizer = load(checkpoints[1], checkpoints[0])
     encoder = Encoder(tokenizer, chat_template)
     encoded = [cut(encoder.example(line)) for line in lines]
     job = {

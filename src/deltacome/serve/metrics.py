@@ -1,12 +1,19 @@
 """Prometheus metrics of a server."""
 
+from contextlib import suppress
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+STATUSES = ("ok", "rejected", "cancelled", "deadline", "failed")  # of requests that ended
+UNLOADED = "(unloaded)"  # in the place of the name of a model that is not there any more
 
 
 class Metrics:
-    """`tenant` is the model that was asked for, the base's name included."""
+    """`tenant` is the model that was asked for, the base's name included.
+
+    Only models that are there have series of their own, so that there are no more of these than of models.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -41,6 +48,26 @@ class Metrics:
         )
         self.loads = Counter("deltacome_delta_loads", "Deltas read from disk.", tenant, registry=own)
         self.evictions = Counter("deltacome_delta_evictions", "Deltas dropped for room.", tenant, registry=own)
+        self._names: set[str] = set()
+
+    def add(self, name: str) -> None:
+        """A model is there."""
+        self._names.add(name)
+
+    def remove(self, name: str) -> None:
+        """A model is not there any more, and so are its series."""
+        self._names.discard(name)
+        for status in STATUSES:
+            with suppress(KeyError):  # nothing was counted
+                self.requests.remove(name, status)
+        counted = (self.prompt_tokens, self.tokens, self.delta_bytes, self.loads, self.evictions)
+        for metric in (*counted, self.first_token_seconds, self.seconds_per_token):
+            with suppress(KeyError):
+                metric.remove(name)
+
+    def label(self, name: str) -> str:
+        """The label for what is counted of a model, which may have gone while it happened."""
+        return name if name in self._names else UNLOADED
 
     def text(self) -> bytes:
         """In Prometheus' format."""

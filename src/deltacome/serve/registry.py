@@ -2,26 +2,25 @@
 
 import asyncio
 import logging
-import re
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.rebuilding import check_base
-from deltacome.data import Encoder
 from deltacome.errors import DeltacomeError
 from deltacome.format.artifact import Artifact, locate_artifact
-from deltacome.format.manifest import MANIFEST
-from deltacome.runtime.conversation import load_language
 from deltacome.runtime.kernels.cpu import compute_alone
 from deltacome.runtime.tenant import Tenant, check_config
+from deltacome.serve.folder import LONGEST_NAME, Stamp, find, is_name, readable, stamp
+from deltacome.serve.languages import Language, Languages
 from deltacome.serve.metrics import Metrics
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+ROOM_SECONDS = 30.0  # that `load` waits for room
 log = logging.getLogger("deltacome.serve")
 
 
@@ -33,16 +32,8 @@ class NoRoomError(DeltacomeError):
     """A delta that the memory limit has no room for."""
 
 
-@dataclass(eq=False)
-class Language:
-    """What turns text into tokens and back: it takes more memory than many a delta, so models share it where they can.
-
-    ends: tokens that end an answer.
-    """
-
-    tokenizer: Any
-    encoder: Encoder
-    ends: set[int]
+class BusyNameError(DeltacomeError):
+    """A name whose delta is just being loaded."""
 
 
 @dataclass(eq=False)
@@ -53,7 +44,7 @@ class Loaded:
     language: Language
     vocabulary: int
     uses: int = 0
-    last_used: float = 0.0
+    last_used: float = field(default_factory=time.monotonic)
 
     @property
     def bytes(self) -> int:
@@ -62,19 +53,24 @@ class Loaded:
 
 @dataclass(eq=False)
 class RegisteredDelta:
-    """A delta that can be asked for. size: bytes of its artifact. is_watched: it came from the watched folder."""
+    """A delta that can be asked for. size: bytes of its artifact. is_watched: it came from the watched folder.
+
+    arriving: what loads it. wanted: how many wait for that.
+    """
 
     folder: Path
     size: int
     full_bytes: int
-    stamp: tuple[int, int]
+    stamp: Stamp
     is_watched: bool = False
     loaded: Loaded | None = None
+    arriving: asyncio.Task[None] | None = None
+    wanted: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
 
 
 class Registry:
-    """The deltas over a model from `deltacome.load`; to be used from one event loop.
+    """The deltas over a model from `deltacome.load`; to be used from one event loop, which it never holds up.
 
     name: the base's. folder: where deltas may be loaded from while it runs. memory_limit: bytes that deltas may take.
     """
@@ -92,118 +88,156 @@ class Registry:
     ) -> None:
         self.model, self.base_checkpoint, self.name, self.metrics = model, base, name, metrics
         self.folder = None if folder is None else folder.resolve()
-        if self.folder is not None and not self.folder.is_dir():
-            raise DeltacomeError(f"there is no folder {folder}")
-        self.memory_limit, self.chat_template = memory_limit, chat_template
-        self._languages: WeakValueDictionary[frozenset[tuple[str, str]], Language] = WeakValueDictionary()
+        if self.folder is not None:
+            if not self.folder.is_dir():
+                raise DeltacomeError(f"there is no folder {folder}")
+            base.fingerprint()  # now, rather than when the first delta comes
+        self.memory_limit = memory_limit
+        self.languages = Languages(base, chat_template)
         self.base, self.created = self._loaded(None), int(time.time())
         self.deltas: dict[str, RegisteredDelta] = {}
         self.in_memory: set[Loaded] = set()  # replaced ones that are still used included
-        self.loading = asyncio.Lock()
+        self._coming = 0  # bytes of what is being read
+        self._freed = asyncio.Event()  # set, and another put in its place, when there may be more room
+        self._claimed: set[str] = set()  # names whose delta `load` is loading
+        self._refused: dict[str, tuple[Stamp, str]] = {}  # what the watched folder has and why not
         self._reader = ThreadPoolExecutor(1, "reader", compute_alone)
-        self.released = asyncio.Condition()
-        self._refused: dict[Path, tuple[int, int]] = {}
+        metrics.add(name)
 
     # Which deltas there are.
 
-    def add(self, name: str, folder: Path, *, is_watched: bool = False, replace: bool = False) -> None:
-        """Make a delta known; it is loaded when it is first asked for.
+    def add(self, name: str, folder: Path) -> None:
+        """Make a delta known, before the server starts; it is loaded when it is first asked for.
 
         Raises:
             DeltacomeError: if the name is taken or odd, or the folder holds no artifact that this base can serve.
         """
-        self._register(name, self._open(name, folder, is_watched, replace))
+        self._check_name(name, replace=False)
+        self._register(name, self._open(folder))
 
     async def load(self, name: str, folder: Path, *, replace: bool = False) -> None:
         """Make a delta known and load it now.
 
         Raises:
             DeltacomeError: as `add`, or if its files are broken or do not fit; then nothing has changed.
+            BusyNameError: if another of that name is being loaded.
+            NoRoomError: if there is no room for it, or none comes free in time.
         """
-        delta = self._open(name, folder, False, replace)
-        async with self.loading:
-            await self._load_from_disk(name, delta)
+        self._check_name(name, replace)
+        with self._claim(name):
+            delta = await asyncio.to_thread(self._open, folder)
+            delta.wanted = 1
+            await self._load(name, delta, ROOM_SECONDS)
+            delta.wanted = 0
             self._register(name, delta)
 
-    def _open(self, name: str, folder: Path, is_watched: bool, replace: bool) -> RegisteredDelta:
-        if not NAME.fullmatch(name):
-            raise DeltacomeError(f"{name!r} is no name for a model: letters, digits and ._- only, up to 96")
+    def _check_name(self, name: str, replace: bool) -> None:
+        if not is_name(name):
+            raise DeltacomeError(f"{name!r} is no name for a model: up to {LONGEST_NAME} characters, no / among them")
         if name == self.name:
             raise DeltacomeError(f"{name!r} is the base's name; take another")
+        self._check_unclaimed(name)
         if name in self.deltas and not replace:
             raise DeltacomeError(f"there is a model {name!r} already; unload it, or load in place")
+
+    def _check_unclaimed(self, name: str) -> None:
+        if name in self._claimed:
+            raise BusyNameError(f"{name!r} is just being loaded; wait for that, and try again")
+
+    @contextmanager
+    def _claim(self, name: str) -> Iterator[None]:
+        self._claimed.add(name)
+        try:
+            yield
+        finally:
+            self._claimed.discard(name)
+
+    def _open(self, folder: Path, is_watched: bool = False) -> RegisteredDelta:
+        """Look at an artifact, on any thread."""
         folder = locate_artifact(folder).resolve()
-        stamp = _stamp(folder)
-        artifact = Artifact(folder)
-        check_base(artifact, self.base_checkpoint)
-        check_config(artifact, self.base_checkpoint)
-        return RegisteredDelta(folder, artifact.bytes, artifact.finetuned_bytes, stamp, is_watched)
+        with readable(folder):
+            found = stamp(folder)
+            artifact = Artifact(folder)
+            check_base(artifact, self.base_checkpoint)
+            check_config(artifact, self.base_checkpoint)
+            return RegisteredDelta(folder, artifact.bytes, artifact.finetuned_bytes, found, is_watched)
 
     def _register(self, name: str, delta: RegisteredDelta) -> None:
-        self.remove(name, missing_ok=True)
+        known = self.deltas.get(name)
         self.deltas[name] = delta
+        if known is not None and known.loaded is not None:
+            self._drop(known.loaded)
+        self.metrics.add(name)
         self.metrics.delta_bytes.labels(name).set(0 if delta.loaded is None else delta.loaded.bytes)
 
-    def remove(self, name: str, missing_ok: bool = False) -> None:
+    def remove(self, name: str) -> None:
         """Forget a delta; requests that run keep it until they end.
 
         Raises:
             UnknownModelError: if there is none of that name.
+            BusyNameError: if one of that name is being loaded.
         """
+        self._check_unclaimed(name)
         delta = self.deltas.pop(name, None)
         if delta is None:
-            if missing_ok:
-                return
             raise UnknownModelError(f"there is no delta {name!r}")
         if delta.loaded is not None:
             self._drop(delta.loaded)
-        self.metrics.delta_bytes.remove(name)
-
-    def resolve(self, path: str) -> Path:
-        """A folder that a request names, which must lie in the configured one, links followed.
-
-        Raises:
-            DeltacomeError: if it does not.
-        """
-        if self.folder is None:
-            raise DeltacomeError("this server was started without --delta-dir, so that no delta can be loaded")
-        try:
-            folder = (self.folder / path).resolve()
-            inside = folder.is_relative_to(self.folder) and folder != self.folder and folder.is_dir()
-        except (OSError, ValueError, RuntimeError):  # too long, a NUL byte, a loop of links
-            inside = False
-        if not inside:
-            raise DeltacomeError("there is no such folder in the server's --delta-dir")
-        return folder
+        self.metrics.remove(name)
 
     def scan(self) -> None:
-        """Bring what is known into line with the watched folder: each subfolder with an artifact is a tenant."""
-        if self.folder is None:
-            return
-        present = {}
-        for folder in sorted(self.folder.iterdir()):
-            if NAME.fullmatch(folder.name) and (folder / MANIFEST).is_file():
-                inside = folder.resolve()
-                if inside.is_relative_to(self.folder):
-                    present[folder.name] = inside
-        for name, delta in list(self.deltas.items()):
-            if delta.is_watched and present.get(name) != delta.folder:
+        """Bring what is known into line with the watched folder: each subfolder with an artifact is a tenant.
+
+        Raises:
+            OSError: if the folder cannot be read.
+        """
+        known = dict(self.deltas)
+        self._take(known, *self._look(known))
+
+    async def rescan(self) -> None:
+        """`scan` while the server runs.
+
+        Raises:
+            OSError: if the folder cannot be read.
+        """
+        known = dict(self.deltas)
+        self._take(known, *await asyncio.to_thread(self._look, known))
+
+    def _look(self, known: dict[str, RegisteredDelta]) -> tuple[dict[str, Path], dict[str, RegisteredDelta]]:
+        """Where the watched folder has artifacts, and those that are new; on any thread, one look at a time."""
+        present = {} if self.folder is None else find(self.folder)
+        self._refused = {name: refused for name, refused in self._refused.items() if name in present}
+        new = {}
+        for name, (folder, found) in present.items():
+            delta = known.get(name)
+            stamp_before, reason = self._refused.get(name, (None, None))
+            if found == stamp_before or (delta is not None and (not delta.is_watched or delta.stamp == found)):
+                continue
+            try:
+                if not is_name(name) or name == self.name:
+                    raise DeltacomeError(f"{name!r} is no name for a delta here; rename its folder")
+                new[name] = self._open(folder, is_watched=True)
+                self._refused.pop(name, None)
+            except DeltacomeError as error:
+                self._refused[name] = found, str(error)
+                if reason != str(error):
+                    log.warning("delta refused", extra={"fields": {"tenant": name, "reason": str(error)}})
+        return {name: folder for name, (folder, _) in present.items()}, new
+
+    def _take(
+        self, known: dict[str, RegisteredDelta], present: dict[str, Path], new: dict[str, RegisteredDelta]
+    ) -> None:
+        """Take over what a look has found, but for names that have changed hands meanwhile."""
+        for name in known.keys() | new.keys():
+            delta = known.get(name)
+            if self.deltas.get(name) is not delta or name in self._claimed:
+                continue
+            if name in new:
+                self._register(name, new[name])
+                log.info("delta found", extra={"fields": {"tenant": name}})
+            elif delta is not None and delta.is_watched and present.get(name) != delta.folder:
                 self.remove(name)
                 log.info("delta gone", extra={"fields": {"tenant": name}})
-        for name, folder in present.items():
-            known = self.deltas.get(name)
-            try:
-                stamp = _stamp(folder)
-                if (known is not None and (not known.is_watched or known.stamp == stamp)) or (
-                    self._refused.get(folder) == stamp
-                ):
-                    continue
-                self._refused[folder] = stamp
-                self.add(name, folder, is_watched=True, replace=True)
-                del self._refused[folder]
-                log.info("delta found", extra={"fields": {"tenant": name}})
-            except (DeltacomeError, OSError) as error:
-                log.warning("delta refused", extra={"fields": {"tenant": name, "reason": str(error)}})
 
     # Which of them are in memory.
 
@@ -220,16 +254,12 @@ class Registry:
         loaded.last_used = time.monotonic()
         return loaded
 
-    async def release(self, loaded: Loaded) -> None:
+    def release(self, loaded: Loaded) -> None:
         """Give back what `lease` returned."""
         loaded.uses -= 1
-        if not loaded.uses and loaded not in self._current():
+        if loaded is not self.base and all(delta.loaded is not loaded for delta in self.deltas.values()):
             self._drop(loaded)
-        async with self.released:
-            self.released.notify_all()
-
-    def _current(self) -> set[Loaded]:
-        return {self.base, *(delta.loaded for delta in self.deltas.values() if delta.loaded is not None)}
+        self._tell_waiting()
 
     async def _load_on_demand(self, name: str) -> Loaded:
         if name == self.name:
@@ -240,66 +270,74 @@ class Registry:
                 raise UnknownModelError(f"there is no model {name!r}")
             if delta.loaded is not None:
                 return delta.loaded
-            async with self.loading:
-                if delta.loaded is not None or self.deltas.get(name) is not delta:
-                    continue
-                loaded = await self._load_from_disk(name, delta)
-                if self.deltas.get(name) is delta:
-                    self.metrics.delta_bytes.labels(name).set(loaded.bytes)
-                else:  # removed or replaced meanwhile
-                    self._drop(loaded)
+            if delta.arriving is None:
+                delta.arriving = asyncio.create_task(self._bring(name, delta))
+                delta.arriving.add_done_callback(lambda task: task.cancelled() or task.exception())  # if all have gone
+            delta.wanted += 1
+            try:
+                await asyncio.shield(delta.arriving)
+            finally:
+                delta.wanted -= 1
+                self._tell_waiting()
 
-    async def _load_from_disk(self, name: str, delta: RegisteredDelta) -> Loaded:
-        """Read a delta from disk, and keep it."""
-        await self._make_room(name, int(1.1 * delta.size))  # a bound on what it takes in memory
-        return self._keep_in_memory(
-            name, delta, await asyncio.get_running_loop().run_in_executor(self._reader, self._read, name, delta.folder)
-        )
+    async def _bring(self, name: str, delta: RegisteredDelta) -> None:
+        """Load a known delta, for however many requests wait for it, and whoever of them goes."""
+        try:
+            await self._load(name, delta, None)
+            if self.deltas.get(name) is delta:
+                self.metrics.delta_bytes.labels(name).set(0 if delta.loaded is None else delta.loaded.bytes)
+            elif delta.loaded is not None:  # removed or replaced meanwhile
+                self._drop(delta.loaded)
+        finally:
+            delta.arriving = None
+
+    async def _load(self, name: str, delta: RegisteredDelta, seconds: float | None) -> None:
+        """Read a delta from disk, and keep it. seconds: to wait for room at most."""
+        size = int(1.1 * delta.size)  # a bound on what it takes in memory
+        try:
+            async with asyncio.timeout(seconds):
+                await self._make_room(name, delta, size)
+        except TimeoutError as error:
+            raise NoRoomError(
+                f"no room for {name} came free in {seconds:g} s: requests use all that is in memory; "
+                "try again, or raise --memory-limit"
+            ) from error
+        self._coming += size
+        try:
+            read = asyncio.get_running_loop().run_in_executor(self._reader, self._read, name, delta.folder)
+            self._keep_in_memory(name, delta, await read)
+        finally:
+            self._coming -= size
+            self._tell_waiting()
 
     def preload(self, name: str) -> None:
         """Load a delta before the server starts, if the memory limit has room for it.
 
         Raises:
-            DeltacomeError: if its files are broken.
+            DeltacomeError: if its files are broken; then it is forgotten.
         """
         delta = self.deltas[name]
-        loaded = self._read(name, delta.folder)
-        if (
-            self.memory_limit is None
-            or sum(other.bytes for other in self.in_memory) + loaded.bytes <= self.memory_limit
-        ):
+        try:
+            loaded = self._read(name, delta.folder)
+        except DeltacomeError:
+            self.remove(name)
+            raise
+        if self.memory_limit is None or self._bytes_in_memory() + loaded.bytes <= self.memory_limit:
             self._keep_in_memory(name, delta, loaded)
+            self.metrics.delta_bytes.labels(name).set(loaded.bytes)
 
-    def _keep_in_memory(self, name: str, delta: RegisteredDelta, loaded: Loaded) -> Loaded:
+    def _keep_in_memory(self, name: str, delta: RegisteredDelta, loaded: Loaded) -> None:
         delta.loaded = loaded
         self.in_memory.add(loaded)
-        self.metrics.loads.labels(name).inc()
+        self.metrics.loads.labels(self.metrics.label(name)).inc()
         log.info("delta loaded", extra={"fields": {"tenant": name, "bytes": loaded.bytes}})
-        return loaded
 
     def _read(self, name: str, folder: Path) -> Loaded:
-        return self._loaded(self.model.tenants.read(name, folder))
+        with readable(folder):
+            return self._loaded(self.model.tenants.read(name, folder))
 
     def _loaded(self, tenant: Tenant | None) -> Loaded:
-        files = self._language_files(tenant)
-        language = self._languages.get(files)
-        if language is None:
-            tokenizer, ends = load_language(self.base_checkpoint, tenant)
-            language = Language(tokenizer, Encoder(tokenizer, self.chat_template), ends)
-            self._languages[files] = language
-        return Loaded(tenant, language, self._vocabulary(tenant))
-
-    def _language_files(self, tenant: Tenant | None) -> frozenset[tuple[str, str]]:
-        """Names and digests of the files that a model's tokenizer and template come from."""
-        if tenant is None or tenant.artifact is None:
-            base = self.base_checkpoint
-            files = {path.name: str(base.sidecar_digest(path.name)) for path in base.sidecars()}
-        else:
-            files = {**tenant.artifact.base_files, **tenant.artifact.files}
-        others = {"config.json", "README.md"}
-        return frozenset(
-            (name, digest) for name, digest in files.items() if name not in others and not name.endswith(".safetensors")
-        )
+        return Loaded(tenant, self.languages.of(tenant), self._vocabulary(tenant))
 
     def _vocabulary(self, tenant: Tenant | None) -> int:
         """Tokens that a model knows."""
@@ -307,42 +345,48 @@ class Registry:
         name = next(name for name, module in self.model.named_modules() if module is embedding)
         change = None if tenant is None else tenant.changes.get(name)
         count: int = embedding.weight.shape[0]
-        return count if change is None or change.rows is None else max(count, change.start + len(change.rows))
+        return count if change is None else change.vocabulary(count)
 
-    async def _make_room(self, name: str, size: int) -> None:
+    def _bytes_in_memory(self) -> int:
+        return sum(loaded.bytes for loaded in self.in_memory)
+
+    async def _make_room(self, name: str, delta: RegisteredDelta, size: int) -> None:
         """Drop deltas that nobody uses, the longest unused first, until there is room; wait for one if need be."""
         if self.memory_limit is None:
             return
         if size > self.memory_limit:
             raise NoRoomError(f"{name} takes {size:,} bytes and the memory limit is {self.memory_limit:,}; raise it")
-        while sum(loaded.bytes for loaded in self.in_memory) + size > self.memory_limit:
-            idle = [
-                (delta.loaded.last_used, key, delta)
-                for key, delta in self.deltas.items()
-                if delta.loaded is not None and not delta.loaded.uses
-            ]
-            if idle:
-                _, key, delta = min(idle)
-                assert delta.loaded is not None
-                self._drop(delta.loaded)
-                delta.loaded = None
-                self.metrics.delta_bytes.labels(key).set(0)
-                self.metrics.evictions.labels(key).inc()
-                log.info("delta evicted", extra={"fields": {"tenant": key}})
-            else:
-                async with self.released:
-                    await self.released.wait()
+        while self._bytes_in_memory() + self._coming + size > self.memory_limit:
+            if not self._evict():
+                await self._freed.wait()
+                if not delta.wanted:
+                    raise NoRoomError(f"nobody waits for {name} any more")
+
+    def _evict(self) -> bool:
+        """Drop the longest unused delta; whether there was one that nobody uses."""
+        idle = [
+            (delta.loaded.last_used, name)
+            for name, delta in self.deltas.items()
+            if delta.loaded is not None and not delta.loaded.uses and not delta.wanted
+        ]
+        if not idle:
+            return False
+        _, name = min(idle)
+        loaded, self.deltas[name].loaded = self.deltas[name].loaded, None
+        assert loaded is not None
+        self._drop(loaded)
+        self.metrics.delta_bytes.labels(name).set(0)
+        self.metrics.evictions.labels(name).inc()
+        log.info("delta evicted", extra={"fields": {"tenant": name}})
+        return True
 
     def _drop(self, loaded: Loaded) -> None:
         """Let go of a model that no name has any more, unless requests use it: the last of them lets it go."""
         if not loaded.uses:
             self.in_memory.discard(loaded)
+            self._tell_waiting()
 
-
-def _stamp(folder: Path) -> tuple[int, int]:
-    """What changes when an artifact is written anew."""
-    try:
-        status = (folder / MANIFEST).stat()
-    except OSError as error:
-        raise DeltacomeError(f"{folder.name} holds no artifact: there is no {MANIFEST}") from error
-    return status.st_mtime_ns, status.st_ino
+    def _tell_waiting(self) -> None:
+        """Who waits for room looks again."""
+        self._freed.set()
+        self._freed = asyncio.Event()

@@ -1,5 +1,6 @@
 """From a base and some deltas to a running server."""
 
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,11 +12,11 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
-from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError
 from deltacome.runtime.model import load
 from deltacome.serve.engine.scheduler import Engine, Limits
 from deltacome.serve.http.app import create_app
+from deltacome.serve.http.connections import configure
 from deltacome.serve.http.keys import Keys
 from deltacome.serve.http.service import Service
 from deltacome.serve.logs import log_as_json
@@ -24,6 +25,7 @@ from deltacome.serve.registry import Registry
 
 PROMPT_TOKENS_ON_GPU = 2048  # at a step; a processor reads 128 in about the time of one
 GRACE_SECONDS = 60  # that running requests have when the server is told to stop
+log = logging.getLogger("deltacome.serve")
 Parameters = ParamSpec("Parameters")
 Made = TypeVar("Made")
 
@@ -61,10 +63,11 @@ def build(
     """The server's application, as `deltacome serve` has it; see its options. `folder`'s deltas are loaded on demand.
 
     Raises:
-        DeltacomeError: if the base cannot be loaded, or a delta is broken in a way that shows at once.
+        DeltacomeError: if the base cannot be loaded, or deltas were given and none of them can be served; where only
+            some cannot, the log says which and why.
     """
-    checkpoint, metrics = Checkpoint(base), Metrics()
-    model = load(base, device=device, dtype=dtype)
+    model, metrics = load(base, device=device, dtype=dtype), Metrics()
+    checkpoint = model.tenants.checkpoint  # its fingerprint is taken once
     max_length = _max_length(base, model, max_length)
     limits = limits or Limits()
     if model.device.type != "cpu":
@@ -78,10 +81,17 @@ def build(
         memory_limit=memory_limit,
         chat_template=chat_template,
     )
+    refused: DeltacomeError | None = None
     for delta_name, delta_folder in deltas.items():
-        registry.add(delta_name, Path(delta_folder))
-        registry.preload(delta_name)
+        try:
+            registry.add(delta_name, Path(delta_folder))
+            registry.preload(delta_name)
+        except DeltacomeError as error:
+            refused = error
+            log.error("delta refused", extra={"fields": {"tenant": delta_name, "reason": str(error)}})
     registry.scan()
+    if refused is not None and not registry.deltas:
+        raise refused
     engine = Engine(model, limits, partial(_record_step, metrics))
     return create_app(Service(engine, registry, metrics, keys or Keys(None, None), max_length, deadline))
 
@@ -96,11 +106,12 @@ def _max_length(base: str | Path, model: Any, asked: int | None) -> int:
 
 def _record_step(metrics: Metrics, engine: Engine) -> None:
     metrics.queue.set(len(engine.waiting))
-    metrics.rows.set(len(engine.running))
-    metrics.tenants.set(len({sequence.tenant for sequence in engine.running}))
-    metrics.cache.set(engine.length * len(engine.running))
-    if engine.running:
-        metrics.steps.observe(len(engine.running))
+    rows = engine.rows.sequences
+    metrics.rows.set(len(rows))
+    metrics.tenants.set(len({sequence.tenant for sequence in rows}))
+    metrics.cache.set(engine.rows.length * len(rows))
+    if rows:
+        metrics.steps.observe(len(rows))
 
 
 def run(app: FastAPI, host: str, port: int) -> None:
@@ -110,17 +121,7 @@ def run(app: FastAPI, host: str, port: int) -> None:
         DeltacomeError: if the address is taken.
     """
     log_as_json()
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=GRACE_SECONDS,
-        timeout_keep_alive=30,
-        h11_max_incomplete_event_size=64 * 1024,
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(configure(app, host, port, GRACE_SECONDS))
     try:
         server.run()
     except KeyboardInterrupt:

@@ -50,6 +50,12 @@ def new_cache() -> Cache:
     return Cache(layer_class_to_replicate=_Layer)
 
 
+def rewind(cache: Cache, length: int) -> None:
+    """Forget what was written behind the first `length` positions, in some layers or in all of them."""
+    for layer in cache.layers:
+        layer.show(length)
+
+
 def join(parts: Sequence[tuple[Cache, list[int]]], length: int) -> Cache:
     """One cache of some rows of several, in that order, for `length` positions, the longest row's.
 

@@ -36,16 +36,13 @@ class Likelihood:
     top: list[tuple[int, float]]
 
 
-def choose(logits: Tensor, rows: list[tuple[Sampling, torch.Generator]]) -> list[int]:
-    """A token for each row of logits (rows, vocabulary)."""
-    found: list[int] = logits.argmax(-1).tolist()
-    for row, (sampling, generator) in enumerate(rows):
-        if sampling.temperature > 0:
-            scores = logits[row : row + 1].float().cpu() / sampling.temperature
-            if sampling.top_p < 1:
-                scores = TopPLogitsWarper(sampling.top_p)(torch.empty(1, 0, dtype=torch.long), scores)
-            found[row] = int(torch.multinomial(torch.softmax(scores[0], -1), 1, generator=generator))
-    return found
+def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """A token for a row of logits (vocabulary,), the temperature not being 0."""
+    scores = logits.double().cpu()
+    scores = (scores - scores.max()) / sampling.temperature  # however small, the likeliest stay at 0
+    if sampling.top_p < 1:
+        scores = TopPLogitsWarper(sampling.top_p)(torch.empty(1, 0, dtype=torch.long), scores[None])[0]
+    return int(torch.multinomial(torch.softmax(scores, -1), 1, generator=generator))
 
 
 def likelihood(logits: Tensor, token: int, top: int) -> Likelihood:

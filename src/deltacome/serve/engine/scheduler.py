@@ -7,72 +7,33 @@ transformers' own generation has them, so that every architecture's masks apply.
 
 import inspect
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
 from deltacome.data import pad
+from deltacome.errors import DeltacomeError
+from deltacome.memory import is_out_of_memory
 from deltacome.runtime.batch import Batch
-from deltacome.runtime.tenant import Tenant
 from deltacome.serve.engine.attention import share_keys
-from deltacome.serve.engine.cache import join, new_cache
-from deltacome.serve.engine.sampling import Likelihood, Sampling, choose, likelihood
-from deltacome.serve.engine.text import TextStream
+from deltacome.serve.engine.cache import join, new_cache, rewind
+from deltacome.serve.engine.sampling import likelihood, sample
+from deltacome.serve.engine.sequence import Event, Finish, Sequence
 
-Finish = Literal["stop", "length", "cancelled", "deadline", "failed"]
 log = logging.getLogger("deltacome.serve")
 
 
 class QueueFullError(Exception):
     """So many sequences wait already that another would wait in vain."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a step did for a sequence. text: what can be given out. finish: why it ended, None while it goes on."""
-
-    text: str = ""
-    token: int | None = None
-    likelihood: Likelihood | None = None
-    finish: Finish | None = None
-
-
-@dataclass(eq=False)
-class Sequence:
-    """An answer that is asked for, and as far as it has got.
-
-    tokens: the prompt's, and those of the answer behind them. ends: tokens that end an answer. notify: called with
-    each event, from the engine's thread. deadline: of `time.monotonic`.
-    """
-
-    tenant: Tenant | None
-    tokens: list[int]
-    max_tokens: int
-    ends: set[int]
-    sampling: Sampling
-    text: TextStream
-    notify: Callable[[Event], None]
-    deadline: float = float("inf")
-    index: int = 0
-    is_cancelled: bool = False
-    cache: Cache | None = None  # while a long prompt is read
-    read: int = 0  # tokens whose keys and values are in a cache
-    made: int = 0
-    generator: torch.Generator = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.generator = self.sampling.generator(self.index)
-
-    @property
-    def unread(self) -> int:
-        return len(self.tokens) - self.read
 
 
 @dataclass(frozen=True)
@@ -87,8 +48,36 @@ class Limits:
     prompt: int = 128
 
 
+@dataclass(eq=False)
+class Rows:
+    """Sequences whose keys and values are in one cache. batch: their tenants, once a step has needed it."""
+
+    sequences: list[Sequence] = field(default_factory=list)
+    cache: Cache | None = None
+    batch: Batch | None = None
+
+    @property
+    def length(self) -> int:
+        """Positions of the cache."""
+        return max((sequence.read for sequence in self.sequences), default=0)
+
+
+def joined(parts: list[tuple[Rows, list[int]]]) -> Rows:
+    """Some rows of each part, in that order; the parts stay as they are."""
+    rows = Rows([part.sequences[row] for part, own in parts for row in own])
+    caches = [(part.cache, own) for part, own in parts if own and part.cache is not None]
+    rows.cache = join(caches, rows.length) if caches else None
+    return rows
+
+
 class Engine:
-    """The running batch of a model from `deltacome.load`. `step` is for one thread, the rest for any."""
+    """The running batch of a model from `deltacome.load`. `step` is for one thread, the rest for any.
+
+    A row that fails, whatever the reason, ends with an event that says so, and the others go on. Where the memory has
+    no room for all of them, some wait.
+
+    room: tokens that the rows' cache may have: the limit, or less since a batch was too large for the memory.
+    """
 
     def __init__(self, model: Any, limits: Limits, on_step: Callable[["Engine"], None] = lambda _: None) -> None:
         self.model, self.limits, self.on_step = model, limits, on_step
@@ -96,10 +85,8 @@ class Engine:
         self.keeps_few_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         self.waiting: deque[Sequence] = deque()
         self.reading: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
-        self.batch: Batch | None = None  # the running rows' tenants, made anew when the rows change
-        self.cache: Cache | None = None
-        self.length = 0  # positions of the cache
+        self.rows = Rows()  # the running batch
+        self.room = limits.cache
         self.lock = threading.Condition()
         self.seconds_per_answer = 1.0  # a moving average
         self._begun: dict[Sequence, float] = {}
@@ -149,7 +136,7 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        return not (self.waiting or self.reading or self.running)
+        return not (self.waiting or self.reading or self.rows.sequences)
 
     # For the engine's thread.
 
@@ -170,14 +157,17 @@ class Engine:
             self._admit()
             if self.reading:
                 self._read(self._next_to_read())
-            if self.running:
+            if self.rows.sequences:
                 self._make_tokens()
         except Exception as error:  # the server lives on, whatever a batch has met
-            log.exception("step failed", extra={"fields": {"error": type(error).__name__}})
-            for sequence in [*self.reading, *self.running]:
-                self._end(sequence, "failed")
+            with self.lock:
+                waiting = set(self.waiting)
+            for sequence in self._begun.keys() - waiting:
+                self._fail(sequence, error)
             self.reading.clear()
-            self._select_rows([])
+            self.rows = Rows()
+        if self.is_idle:
+            self.room = self.limits.cache
         self.on_step(self)
 
     def _drop_ended(self) -> None:
@@ -193,9 +183,9 @@ class Engine:
         with self.lock:
             self.waiting = deque(sequence for sequence in self.waiting if not is_over(sequence))
         self.reading = deque(sequence for sequence in self.reading if not is_over(sequence))
-        kept = [row for row, sequence in enumerate(self.running) if not is_over(sequence)]
-        if len(kept) < len(self.running):
-            self._select_rows(kept)
+        kept = [row for row, sequence in enumerate(self.rows.sequences) if not is_over(sequence)]
+        if len(kept) < len(self.rows.sequences):
+            self.rows = joined([(self.rows, kept)])
 
     def _admit(self) -> None:
         """Take sequences from the queue while the batch and its cache have room."""
@@ -204,9 +194,8 @@ class Engine:
                 self._take(self.waiting.popleft())
 
     def _has_room(self, sequence: Sequence) -> bool:
-        active = [*self.running, *self.reading, sequence]
-        longest = max(len(other.tokens) for other in active) + 1
-        fits = len(active) == 1 or len(active) * longest <= self.limits.cache
+        active = [*self.rows.sequences, *self.reading, sequence]
+        fits = len(active) == 1 or _cache_tokens(active) <= self.room
         return fits and len(active) <= self.limits.rows
 
     def _take(self, sequence: Sequence) -> None:
@@ -226,7 +215,6 @@ class Engine:
 
     def _read(self, group: list[Sequence]) -> None:
         """Read the prompts of a group, or the next part of its only one; those that are read make a token and join."""
-        self.reading.extendleft(group)  # where a failure finds them
         first = group[0]
         parts = [sequence.tokens[sequence.read :][: self.limits.prompt] for sequence in group]
         ids, mask = pad(parts, left=True)
@@ -234,43 +222,78 @@ class Engine:
         if first.read:
             mask = torch.ones(1, first.read + ids.shape[1], dtype=torch.long)
         cache = first.cache or new_cache()
-        logits = self._forward(self._batch_of(group), ids, mask, positions, cache)
+        try:
+            logits = self._forward(self._batch_of(group), ids, mask, positions, cache)
+        except Exception as error:
+            if len(group) == 1:
+                self._give_up(group, error)
+                return
+            for sequence in group:
+                self._read([sequence])
+            return
         for sequence, part in zip(group, parts, strict=True):
             sequence.read += len(part)
-            self.reading.remove(sequence)
         if first.unread:
             first.cache = cache
             self.reading.append(first)
             return
-        ended = self._choose(group, logits)
-        joining = [row for row, is_ended in enumerate(ended) if not is_ended]
+        read = Rows(group, cache)
+        joining = self._choose(group, logits)
+        try:
+            rows = joined([(self.rows, list(range(len(self.rows.sequences)))), (read, joining)])
+        except Exception as error:
+            self._give_up([group[row] for row in joining], error)
+            return
         for sequence in group:
             sequence.cache = None
-        if joining:
-            self._select_rows(list(range(len(self.running))), cache, [(row, group[row]) for row in joining])
+        self.rows = rows
 
     def _make_tokens(self) -> None:
-        while len(self.running) > 1 and len(self.running) * (self.length + 1) > self.limits.cache:
-            self._put_back()
-        ids = torch.tensor([[sequence.tokens[-1]] for sequence in self.running])
-        positions = torch.tensor([[sequence.read] for sequence in self.running])
-        mask = (torch.arange(self.length + 1) >= self.length - positions).long()
-        assert self.cache is not None
-        if self.batch is None:
-            self.batch = self._batch_of(self.running)
-        logits = self._forward(self.batch, ids, mask, positions, self.cache)
-        self.length += 1
-        for sequence in self.running:
-            sequence.read += 1
-        ended = self._choose(self.running, logits)
-        if any(ended):
-            self._select_rows([row for row, is_ended in enumerate(ended) if not is_ended])
+        while len(self.rows.sequences) > 1 and len(self.rows.sequences) * (self.rows.length + 1) > self.room:
+            self._put_back(self.rows.sequences[-1])
+            self.rows = joined([(self.rows, list(range(len(self.rows.sequences) - 1)))])
+        parts = [(part, kept) for part, kept in self._advance(self.rows) if kept]
+        is_whole = [kept for _, kept in parts] == [list(range(len(self.rows.sequences)))]
+        self.rows = parts[0][0] if is_whole else joined(parts)
 
-    def _put_back(self) -> None:
-        """Take the youngest sequence out of a cache that has grown too full; its tokens are read again later."""
-        sequence = self.running[-1]
-        self._select_rows(list(range(len(self.running) - 1)))
-        sequence.read = 0
+    def _advance(self, rows: Rows) -> list[tuple[Rows, list[int]]]:
+        """Make a token for each row; which rows go on, in parts if together they failed."""
+        sequences, length = rows.sequences, rows.length
+        ids = torch.tensor([[sequence.tokens[-1]] for sequence in sequences])
+        positions = torch.tensor([[sequence.read] for sequence in sequences])
+        mask = (torch.arange(length + 1) >= length - positions).long()
+        assert rows.cache is not None
+        try:
+            if rows.batch is None:
+                rows.batch = self._batch_of(sequences)
+            logits = self._forward(rows.batch, ids, mask, positions, rows.cache)
+        except Exception as error:
+            rewind(rows.cache, length)
+            if len(sequences) == 1 or is_out_of_memory(error):  # which has no room for a copy of some rows either
+                self._give_up(sequences, error)
+                return []
+            middle = len(sequences) // 2
+            halves = joined([(rows, list(range(middle)))]), joined([(rows, list(range(middle, len(sequences))))])
+            return [*self._advance(halves[0]), *self._advance(halves[1])]
+        for sequence in sequences:
+            sequence.read += 1
+        return [(rows, self._choose(sequences, logits))]
+
+    def _give_up(self, sequences: list[Sequence], error: Exception) -> None:
+        """End sequences that failed; where memory is short and there are others, let them wait for room."""
+        others = [other for other in (*self.rows.sequences, *self.reading) if other not in sequences]
+        if is_out_of_memory(error) and len(others) + len(sequences) > 1:
+            room = max(_cache_tokens(others), _cache_tokens([*others, *sequences]) // 2)
+            self.room = min(self.room, room)
+            for sequence in reversed(sequences):
+                self._put_back(sequence)
+        else:
+            for sequence in sequences:
+                self._fail(sequence, error)
+
+    def _put_back(self, sequence: Sequence) -> None:
+        """Let a sequence wait again; its tokens are read again later."""
+        sequence.read, sequence.cache = 0, None
         with self.lock:
             self.waiting.appendleft(sequence)
 
@@ -291,13 +314,22 @@ class Engine:
             **options,
         ).logits[:, -1]
 
-    def _choose(self, group: list[Sequence], logits: Tensor) -> list[bool]:
-        """Add a token to each sequence of a group and tell it; which of them have ended."""
-        tokens = choose(logits, [(sequence.sampling, sequence.generator) for sequence in group])
-        return [
-            self._add(sequence, token, logits[row])
-            for row, (sequence, token) in enumerate(zip(group, tokens, strict=True))
-        ]
+    def _choose(self, group: list[Sequence], logits: Tensor) -> list[int]:
+        """Add a token to each sequence of a group and tell it; the rows of those that go on."""
+        best, tokens = (found.tolist() for found in logits.max(-1))
+        going_on = []
+        for row, sequence in enumerate(group):
+            try:
+                if not math.isfinite(best[row]):
+                    raise DeltacomeError("the model's logits are no numbers")
+                token = tokens[row]
+                if sequence.sampling.temperature > 0:
+                    token = sample(logits[row], sequence.sampling, sequence.generator)
+                if not self._add(sequence, token, logits[row]):
+                    going_on.append(row)
+            except Exception as error:
+                self._fail(sequence, error)
+        return going_on
 
     def _add(self, sequence: Sequence, token: int, logits: Tensor) -> bool:
         found = None if sequence.sampling.top is None else likelihood(logits, token, sequence.sampling.top)
@@ -319,9 +351,15 @@ class Engine:
             self._forget(sequence)
         return finish is not None
 
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        name = None if sequence.tenant is None else sequence.tenant.name
+        log.error("answer failed", exc_info=error, extra={"fields": {"tenant": name, "error": repr(error)}})
+        self._end(sequence, "failed")
+
     def _end(self, sequence: Sequence, reason: Finish) -> None:
-        sequence.notify(Event(finish=reason))
         self._forget(sequence)
+        with suppress(Exception):  # whoever asked may be gone
+            sequence.notify(Event(finish=reason))
 
     def _forget(self, sequence: Sequence) -> None:
         sequence.cache = None
@@ -329,16 +367,7 @@ class Engine:
         if begun is not None:
             self.seconds_per_answer += 0.1 * (time.monotonic() - begun - self.seconds_per_answer)
 
-    def _select_rows(
-        self, rows: list[int], other: Cache | None = None, joining: list[tuple[int, Sequence]] | None = None
-    ) -> None:
-        """Let some rows of the batch be the batch, and rows of another cache join them."""
-        joining = joining or []
-        kept = [self.running[row] for row in rows]
-        parts = [(self.cache, rows)] if rows and self.cache is not None else []
-        if other is not None:
-            parts.append((other, [row for row, _ in joining]))
-        self.running = kept + [sequence for _, sequence in joining]
-        self.length = max((sequence.read for sequence in self.running), default=0)
-        self.cache = join(parts, self.length) if parts else None
-        self.batch = None
+
+def _cache_tokens(sequences: list[Sequence]) -> int:
+    """Positions of a cache that has all of them, and one token more of each."""
+    return len(sequences) * (max((len(sequence.tokens) for sequence in sequences), default=0) + 1)

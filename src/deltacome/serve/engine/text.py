@@ -3,13 +3,18 @@
 from typing import Any
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a part of a character decodes to
+MOST_PENDING = 16  # tokens that are decoded again with the next, when no character is complete
+CHARACTER = 4  # bytes of a character at most, and so tokens that may be parts of one
 
 
 class TextStream:
-    """The text of an answer: complete characters at once, but nothing that may be the beginning of a stop string."""
+    """The text of an answer: complete characters at once, but nothing that may be the beginning of a stop string.
+
+    A token takes the same time however many came before.
+    """
 
     def __init__(self, tokenizer: Any, stop: list[str]) -> None:
-        self.tokenizer, self.stop = tokenizer, stop
+        self.tokenizer, self.stops = tokenizer, [_Stop(text) for text in stop]
         self.tokens: list[int] = []
         self.start = 0  # of the tokens that are decoded with the next, for the spaces between
         self.done = 0  # tokens whose text is out
@@ -19,31 +24,56 @@ class TextStream:
     def add(self, token: int) -> str:
         """The text that can be given out after another token."""
         self.tokens.append(token)
-        text = self._decode(len(self.tokens))
-        if text.endswith(INCOMPLETE):
-            return ""
-        return self._release(text)
+        before, text = self._decode(self.done), self._decode(len(self.tokens))
+        if not text.endswith(INCOMPLETE):
+            return self._release(text[len(before) :], len(self.tokens))
+        if len(self.tokens) - self.done > MOST_PENDING:
+            # No character at all, then: give out what nothing that comes can turn into one.
+            for end in range(len(self.tokens) - CHARACTER, self.done, -1):
+                part = self._decode(end)
+                if text.startswith(part):
+                    return self._release(part[len(before) :], end)
+        return ""
 
     def finish(self) -> str:
         """The rest, when no more tokens come."""
-        text = self._release(self._decode(len(self.tokens)))
+        before, text = self._decode(self.done), self._decode(len(self.tokens))
+        text = self._release(text[len(before) :], len(self.tokens))
         return text if self.is_stopped else text + self.held
 
     def _decode(self, end: int) -> str:
-        before = self.tokenizer.decode(self.tokens[self.start : self.done], skip_special_tokens=True)
-        text = self.tokenizer.decode(self.tokens[self.start : end], skip_special_tokens=True)
-        return text[len(before) :]
+        text: str = self.tokenizer.decode(self.tokens[self.start : end], skip_special_tokens=True)
+        return text
 
-    def _release(self, text: str) -> str:
-        self.start, self.done = self.done, len(self.tokens)
-        text = self.held + text
-        found = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
-        if found:
-            self.is_stopped, self.held = True, ""
-            return text[: min(found)]
-        hold = max(
-            (size for stop in self.stop for size in range(1, len(stop)) if text.endswith(stop[:size])),
-            default=0,
-        )
-        self.held = text[len(text) - hold :]
-        return text[: len(text) - hold]
+    def _release(self, text: str, done: int) -> str:
+        """Note that the tokens up to `done` are decoded; what of their text can be given out."""
+        self.start, self.done = self.done, done
+        whole = self.held + text
+        for end, character in enumerate(text, len(self.held) + 1):
+            found = [len(stop.text) for stop in self.stops if stop.add(character)]
+            if found:
+                self.is_stopped, self.held = True, ""
+                return whole[: end - max(found)]
+        kept = len(whole) - max((stop.matched for stop in self.stops), default=0)
+        self.held = whole[kept:]
+        return whole[:kept]
+
+
+class _Stop:
+    """A stop string, and how many of its characters the text so far ends with (Knuth, Morris and Pratt)."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.matched = text, 0
+        self.shorter = [0] * len(text)  # for each beginning, the longest shorter one that it ends with
+        for i in range(1, len(text)):
+            self.shorter[i] = self._extend(self.shorter[i - 1], text[i])
+
+    def _extend(self, matched: int, character: str) -> int:
+        while matched and self.text[matched] != character:
+            matched = self.shorter[matched - 1]
+        return matched + (self.text[matched] == character)
+
+    def add(self, character: str) -> bool:
+        """Whether the string ends with this character of the text."""
+        self.matched = self._extend(self.matched, character)
+        return self.matched == len(self.text)

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 
 from deltacome.serve.engine.sampling import Sampling
-from deltacome.serve.engine.scheduler import Event, Finish, Sequence
+from deltacome.serve.engine.sequence import Event, Finish, Sequence
 from deltacome.serve.engine.text import TextStream
 from deltacome.serve.http.errors import ApiError
 from deltacome.serve.http.protocol import GenerationRequest, Usage
@@ -42,7 +42,6 @@ class Answers:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self.ended = asyncio.Event()
-        self._release: asyncio.Task[None] | None = None
         every = [prompt for prompt in prompts for _ in range(body.n or 1)]
         self.sequences = [self._sequence(index, prompt, body) for index, prompt in enumerate(every)]
         self._left = len(self.sequences)
@@ -90,15 +89,16 @@ class Answers:
 
     def _finish(self) -> None:
         metrics = self.service.metrics
-        metrics.requests.labels(self.name, self.status).inc()
-        metrics.prompt_tokens.labels(self.name).inc(self.prompt_tokens)
-        metrics.tokens.labels(self.name).inc(self.generated)
+        label = metrics.label(self.name)
+        metrics.requests.labels(label, self.status).inc()
+        metrics.prompt_tokens.labels(label).inc(self.prompt_tokens)
+        metrics.tokens.labels(label).inc(self.generated)
         if self.first is not None:
-            metrics.first_token_seconds.labels(self.name).observe(self.first - self.started)
+            metrics.first_token_seconds.labels(label).observe(self.first - self.started)
             if self.generated > len(self.sequences):
                 steps = self.generated / len(self.sequences) - 1
-                metrics.seconds_per_token.labels(self.name).observe((self.last - self.first) / steps)
-        self._release = self._loop.create_task(self.service.registry.release(self.loaded))
+                metrics.seconds_per_token.labels(label).observe((self.last - self.first) / steps)
+        self.service.registry.release(self.loaded)
         self.ended.set()
 
     def cancel(self) -> None:

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 
 from deltacome.serve.http import completions, routes
 from deltacome.serve.http.errors import RESPONSES, ApiWithErrors, handle_errors
-from deltacome.serve.http.guards import BodyGuard
+from deltacome.serve.http.guards import BodyGuard, most_bytes
 from deltacome.serve.http.service import Service
 from deltacome.serve.registry import Registry
 from deltacome.version import __version__
@@ -30,7 +30,7 @@ def create_app(service: Service) -> FastAPI:
         responses=RESPONSES,
     )
     app.state.service = service
-    app.add_middleware(BodyGuard)
+    app.add_middleware(BodyGuard, keys=service.keys, most_bytes=most_bytes(service.max_length))
     handle_errors(app)
     app.include_router(routes.router)
     app.include_router(completions.router)
@@ -50,10 +50,15 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def _watch(registry: Registry) -> None:
-    """Look at the watched folder again and again."""
+    """Look at the watched folder again and again, whatever comes; what goes wrong is said once."""
+    said = ""
     while True:
         await asyncio.sleep(WATCH_SECONDS)
+        reason = ""
         try:
-            registry.scan()
-        except OSError as error:
-            log.warning("delta folder unreadable", extra={"fields": {"reason": str(error)}})
+            await registry.rescan()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+        if reason and reason != said:
+            log.warning("delta folder unreadable", extra={"fields": {"reason": reason}})
+        said = reason

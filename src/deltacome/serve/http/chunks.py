@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel
 
-from deltacome.serve.engine.scheduler import Event
+from deltacome.serve.engine.sequence import Event
 from deltacome.serve.http.answers import Answers
 from deltacome.serve.http.protocol import (
     Answer,

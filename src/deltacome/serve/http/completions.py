@@ -46,7 +46,7 @@ async def completions(request: Request, body: CompletionRequest, service: FromSe
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAMED)
 async def chat(request: Request, body: ChatRequest, service: FromService, key: Key) -> Response:
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     answers = await _begin(service, request, body, key, partial(_encode_messages, body.messages))
     return await _respond(service, request, body, ChatChunks(answers))
@@ -87,7 +87,7 @@ async def _begin(service: Service, request: Request, body: GenerationRequest, ke
         _check(prompts, body.answer_tokens, service.max_length, loaded.vocabulary)
         answers = Answers(service, body, loaded, prompts, started)
     except BaseException:
-        await service.registry.release(loaded)
+        service.registry.release(loaded)
         raise
     try:
         engine.submit(answers.sequences)
@@ -141,7 +141,7 @@ async def _respond(service: Service, request: Request, body: GenerationRequest, 
     service.background.add(task := asyncio.create_task(_log(chunks.answers, chunks.id)))
     task.add_done_callback(service.background.discard)
     if body.stream:
-        wants_usage = body.stream_options is not None and body.stream_options.include_usage
+        wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         return StreamingResponse(_stream(chunks, wants_usage), media_type="text/event-stream")
     whole = await _unless_gone(request, chunks.whole())
     return Response(status_code=499) if whole is None else JSONResponse(whole.model_dump(exclude_none=False))

@@ -9,9 +9,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from deltacome.serve.http.protocol import ErrorBody
+from deltacome.serve.http.wording import describe
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
+    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 408, 409, 413, 415, 429, 500, 503, 504)
 }
 ERROR_SCHEMA = "#/components/schemas/ErrorBody"
 log = logging.getLogger("deltacome.serve")
@@ -29,6 +30,7 @@ class ApiError(Exception):
         param: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
+        message = message.encode(errors="replace").decode()  # surrogates cannot be sent
         super().__init__(message)
         self.status, self.headers = status, headers
         kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -60,14 +62,20 @@ def _api_error(_: Request, error: Any) -> JSONResponse:
 
 
 def _invalid(request: Request, error: Any) -> JSONResponse:
-    first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"][1:] if isinstance(part, str | int))
-    message = f"{path}: {first['msg']}" if path else str(first["msg"])
-    return _api_error(request, ApiError(400, message, param=path or None))
+    message, param = describe(error.errors()[0], error.body)
+    return _api_error(request, ApiError(400, message, param=param))
 
 
 def _http_error(request: Request, error: Any) -> JSONResponse:
-    return _api_error(request, ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})))
+    """What the framework refuses before a route of ours is reached."""
+    status, headers = error.status_code, dict(error.headers or {})
+    path = request.url.path[:100]
+    sentences = {
+        400: "the body is not JSON in UTF-8, or nested too deeply",
+        404: f"there is no {path} here; /openapi.json lists what there is",
+        405: f"{request.method} is not for {path}; it takes {headers.get('Allow', 'another method')}",
+    }
+    return _api_error(request, ApiError(status, sentences.get(status, str(error.detail)), headers=headers))
 
 
 def _unexpected(request: Request, error: Exception) -> JSONResponse:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deltacome.errors import DeltacomeError
+from deltacome.serve.http.errors import ApiError
 
 
 class Keys:
@@ -51,6 +52,12 @@ class Keys:
         if self.master is not None and hmac.compare_digest(given, self.master.encode()):
             found = Allowed(None)
         return found
+
+
+def no_valid_key() -> ApiError:
+    """The same for a key that is wrong and for one that is not there."""
+    headers = {"WWW-Authenticate": "Bearer"}
+    return ApiError(401, "no valid API key was given", code="invalid_api_key", headers=headers)
 
 
 def _is_key(key: Any) -> bool:

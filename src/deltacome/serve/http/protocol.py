@@ -7,6 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 MOST_CHOICES = 16
 MOST_LOGPROBS = 20
+MOST_STOP = 256  # characters of a stop string
 
 
 def _is_text(text: str) -> str:
@@ -20,12 +21,20 @@ def _is_text(text: str) -> str:
 Text = Annotated[str, AfterValidator(_is_text)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Strict = ConfigDict(extra="forbid", allow_inf_nan=False)
-Zero = Annotated[float, Field(ge=0, le=0, description="Not supported: leave it out, or 0.")]
+Stop = Annotated[Text, Field(min_length=1, max_length=MOST_STOP)]
+
+# Fields of OpenAI's that change nothing here, and those of which only the values that change nothing are taken.
+UNUSED = "Taken and not used."
+NEUTRAL = "Not supported: leave it out, or send what changes nothing."
+Zero = Annotated[float, Field(ge=0, le=0)]
+Empty = Annotated[list[Any], Field(max_length=0)]
+UnusedText = Annotated[Text | None, Field(description=UNUSED)]
 
 
 class StreamOptions(BaseModel):
     model_config = Strict
-    include_usage: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = Field(None, description=UNUSED)
 
 
 class GenerationRequest(BaseModel, ABC):
@@ -37,19 +46,14 @@ class GenerationRequest(BaseModel, ABC):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: (
-        Annotated[Text, Field(min_length=1)]
-        | Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=4)]
-        | None
-    ) = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    frequency_penalty: Zero | None = None
-    presence_penalty: Zero | None = None
-    ignore_eos: bool = Field(False, description="Not OpenAI's but vLLM's, for benchmarks: go on behind an end token.")
-    user: Text | None = Field(None, description="Taken and not used.")
-    metadata: dict[str, Any] | None = Field(None, description="Taken and not used.")
-    store: bool | None = Field(None, description="Taken and not used.")
+    ignore_eos: bool | None = Field(None, description="vLLM's, for benchmarks: go on behind an end token.")
+    frequency_penalty: Zero | None = Field(None, description=NEUTRAL)
+    presence_penalty: Zero | None = Field(None, description=NEUTRAL)
+    logit_bias: dict[str, Zero] | None = Field(None, description=NEUTRAL)
+    user: UnusedText = None
 
     @property
     @abstractmethod
@@ -74,7 +78,10 @@ class CompletionRequest(GenerationRequest):
         | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=64)]
     )
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="16 if left out.")
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    logprobs: Literal[False] | Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    best_of: Literal[1] | None = Field(None, description=NEUTRAL)
+    echo: Literal[False] | None = Field(None, description=NEUTRAL)
+    suffix: Literal[""] | None = Field(None, description=NEUTRAL)
 
     @property
     def answer_tokens(self) -> int | None:
@@ -82,7 +89,7 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def likeliest(self) -> int | None:
-        return self.logprobs
+        return None if self.logprobs is False else self.logprobs
 
 
 class TextPart(BaseModel):
@@ -94,14 +101,26 @@ class TextPart(BaseModel):
 class Message(BaseModel):
     model_config = Strict
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1)] | None = None
     name: Text | None = None
+    refusal: None = Field(None, description=NEUTRAL)
+    audio: None = Field(None, description=NEUTRAL)
+    annotations: Empty | None = Field(None, description=NEUTRAL)
+    function_call: None = Field(None, description=NEUTRAL)
+    tool_calls: Empty | None = Field(None, description=NEUTRAL)
 
     @property
     def plain(self) -> dict[str, str]:
         """As a chat template wants it."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        content = self.content or ""
+        if not isinstance(content, str):
+            content = "".join(part.text for part in content)
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class ResponseFormat(BaseModel):
+    model_config = Strict
+    type: Literal["text"]
 
 
 class ChatRequest(GenerationRequest):
@@ -112,6 +131,26 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="The new name of max_tokens.")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    audio: None = Field(None, description=NEUTRAL)
+    function_call: Literal["none", "auto"] | None = Field(None, description=NEUTRAL)
+    functions: Empty | None = Field(None, description=NEUTRAL)
+    modalities: list[Literal["text"]] | None = Field(None, description=NEUTRAL)
+    moderation: None = Field(None, description=NEUTRAL)
+    prediction: None = Field(None, description=NEUTRAL)
+    reasoning_effort: Literal["none"] | None = Field(None, description=NEUTRAL)
+    response_format: ResponseFormat | None = Field(None, description=NEUTRAL)
+    tool_choice: Literal["none", "auto"] | None = Field(None, description=NEUTRAL)
+    tools: Empty | None = Field(None, description=NEUTRAL)
+    verbosity: Literal["medium"] | None = Field(None, description=NEUTRAL)
+    web_search_options: None = Field(None, description=NEUTRAL)
+    metadata: dict[str, Any] | None = Field(None, description=UNUSED)
+    parallel_tool_calls: bool | None = Field(None, description=UNUSED)
+    prompt_cache_key: UnusedText = None
+    prompt_cache_options: dict[str, Any] | None = Field(None, description=UNUSED)
+    prompt_cache_retention: UnusedText = None
+    safety_identifier: UnusedText = None
+    service_tier: UnusedText = None
+    store: bool | None = Field(None, description=UNUSED)
 
     @property
     def answer_tokens(self) -> int | None:
@@ -128,7 +167,7 @@ class LoadRequest(BaseModel):
     model_config = Strict
     lora_name: Text
     lora_path: Text
-    load_inplace: bool = Field(False, description="Replace one of that name.")
+    load_inplace: bool | None = Field(None, description="Replace one of that name.")
 
 
 class UnloadRequest(BaseModel):

@@ -1,5 +1,6 @@
 """Everything but the answers: the page, health, metrics, the models, and deltas that come and go."""
 
+import asyncio
 import logging
 from pathlib import Path
 
@@ -7,10 +8,11 @@ from fastapi import APIRouter, Response
 from fastapi.responses import HTMLResponse, PlainTextResponse
 
 from deltacome.errors import DeltacomeError
+from deltacome.serve.folder import resolve
 from deltacome.serve.http.errors import ApiError, unknown_model
 from deltacome.serve.http.protocol import Health, LoadRequest, Model, Models, UnloadRequest
 from deltacome.serve.http.service import MASTER, FromService, Key, Service
-from deltacome.serve.registry import UnknownModelError
+from deltacome.serve.registry import BusyNameError, NoRoomError, UnknownModelError
 
 log = logging.getLogger("deltacome.serve")
 router = APIRouter()
@@ -49,7 +51,12 @@ async def model(model: str, service: FromService, key: Key) -> Model:
 async def load_delta(body: LoadRequest, service: FromService) -> str:
     registry = service.registry
     try:
-        await registry.load(body.lora_name, registry.resolve(body.lora_path), replace=body.load_inplace)
+        folder = await asyncio.to_thread(resolve, registry.folder, body.lora_path)
+        await registry.load(body.lora_name, folder, replace=bool(body.load_inplace))
+    except BusyNameError as error:
+        raise ApiError(409, str(error), code="model_is_loading", param="lora_name") from error
+    except NoRoomError as error:
+        raise ApiError(503, str(error), code="no_room") from error
     except DeltacomeError as error:
         raise ApiError(400, str(error), param="lora_path") from error
     log.info("delta added", extra={"fields": {"tenant": body.lora_name}})
@@ -62,6 +69,8 @@ async def unload_delta(body: UnloadRequest, service: FromService) -> str:
         service.registry.remove(body.lora_name)
     except UnknownModelError as error:
         raise ApiError(404, str(error), code="model_not_found", param="lora_name") from error
+    except BusyNameError as error:
+        raise ApiError(409, str(error), code="model_is_loading", param="lora_name") from error
     log.info("delta removed", extra={"fields": {"tenant": body.lora_name}})
     return f"Success: {body.lora_name} is unloaded."
 

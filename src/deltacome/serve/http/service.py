@@ -9,7 +9,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from deltacome.serve.engine.scheduler import Engine
 from deltacome.serve.http.errors import ApiError
-from deltacome.serve.http.keys import Allowed, Keys
+from deltacome.serve.http.keys import Allowed, Keys, no_valid_key
 from deltacome.serve.metrics import Metrics
 from deltacome.serve.registry import Registry
 
@@ -44,8 +44,7 @@ Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(
 async def _allowed(service: FromService, credentials: Credentials) -> Allowed:
     found = service.keys.allowed(None if credentials is None else credentials.credentials)
     if found is None:
-        headers = {"WWW-Authenticate": "Bearer"}
-        raise ApiError(401, "no valid API key was given", code="invalid_api_key", headers=headers)
+        raise no_valid_key()
     return found
 
 

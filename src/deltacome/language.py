@@ -1,0 +1,76 @@
+"""What turns text into tokens and back: the tokenizer of a checkpoint, and the tokens that end its answers."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from deltacome.errors import DeltacomeError, reason
+from deltacome.files import sidecars_in
+
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def load_tokenizer(source: str, folder: Path, base: Path | None = None) -> Any:
+    """The tokenizer in a folder, or the base's where there is no vocabulary in it.
+
+    What there is without a vocabulary, such as a chat template, is taken together with the base's.
+
+    Args:
+        source: what errors call the folder.
+        base: the base's folder.
+
+    Raises:
+        DeltacomeError: if transformers cannot load it.
+    """
+    from transformers import AutoTokenizer
+
+    with TemporaryDirectory() as temporary:
+        if base is not None and not _has_vocabulary(folder):
+            for path in (*sidecars_in(base), *sidecars_in(folder)):
+                shutil.copyfile(path, Path(temporary) / path.name)
+            folder = Path(temporary)
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # of whatever type a tokenizer's own reader raises
+            raise DeltacomeError(f"transformers cannot load the tokenizer of {source}: {reason(error)}") from error
+
+
+def _has_vocabulary(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in VOCABULARIES) or any(folder.glob("*.tiktoken"))
+
+
+def end_tokens(generation_config: Path | None, config: Path | None) -> set[int]:
+    """The tokens that end an answer: those in generation_config.json, or in config.json where that names none.
+
+    A file that is not there names none.
+
+    Raises:
+        DeltacomeError: if a file is not JSON.
+    """
+    for path in (generation_config, config):
+        if path is None or not path.is_file():
+            continue
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DeltacomeError(f"{path} cannot be read: {error}") from error
+        for part in (settings, settings.get("text_config") or {}):
+            found = as_set(part.get("eos_token_id"))
+            if found:
+                return found
+    return set()
+
+
+def as_set(tokens: int | Sequence[int] | None) -> set[int]:
+    """A token, several or none, as configurations have them."""
+    if tokens is None:
+        return set()
+    return {tokens} if isinstance(tokens, int) else set(tokens)
+
+
+def up_to_end(tokens: list[int], ends: set[int]) -> list[int]:
+    """An answer's tokens before the first that ends it."""
+    return next((tokens[:place] for place, token in enumerate(tokens) if token in ends), tokens)

@@ -1,0 +1,55 @@
+"""An answer that is asked for, and what a step did for it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import Cache
+
+from deltacome.runtime.tenant import Tenant
+from deltacome.serve.engine.sampling import Likelihood, Sampling
+from deltacome.serve.engine.text import TextStream
+
+Finish = Literal["stop", "length", "cancelled", "deadline", "failed"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a step did for a sequence. text: what can be given out. finish: why it ended, None while it goes on."""
+
+    text: str = ""
+    token: int | None = None
+    likelihood: Likelihood | None = None
+    finish: Finish | None = None
+
+
+@dataclass(eq=False)
+class Sequence:
+    """An answer that is asked for, and as far as it has got.
+
+    tokens: the prompt's, and those of the answer behind them. ends: tokens that end an answer. notify: called with
+    each event, from the engine's thread. deadline: of `time.monotonic`.
+    """
+
+    tenant: Tenant | None
+    tokens: list[int]
+    max_tokens: int
+    ends: set[int]
+    sampling: Sampling
+    text: TextStream
+    notify: Callable[[Event], None]
+    deadline: float = float("inf")
+    index: int = 0
+    is_cancelled: bool = False
+    cache: Cache | None = None  # while a long prompt is read
+    read: int = 0  # tokens whose keys and values are in a cache
+    made: int = 0
+    generator: torch.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.generator = self.sampling.generator(self.index)
+
+    @property
+    def unread(self) -> int:
+        return len(self.tokens) - self.read

@@ -42,7 +42,7 @@ def make_adapter(base: Path, folder: Path, safe: bool = True, **options: Any) ->
         ("llama", {"alpha_pattern": {"down_proj": 9}, "modules_to_save": ["norm", "lm_head"]}),
         ("qwen2", {"target_modules": ["embed_tokens", "lm_head", "v_proj"], "bias": "none"}),
         ("gpt_neox", {"target_modules": ["query_key_value", "dense"]}),
-        ("gpt_neox", {"target_modules": ["dense", "lm_head"]}),
+        ("gpt_neox", {"target_modules": ["dense", "dense_h_to_4h", "lm_head"]}),
         ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
         ("gpt2", {"target_modules": ["c_attn", "c_proj"], "init_lora_weights": "pissa", "use_dora": True}),
         ("llama", {"init_lora_weights": "pissa", "alpha_pattern": {"down_proj": 3}}),

@@ -2,37 +2,21 @@
 
 import asyncio
 import json
-import random
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 
+from clients import attack, check_unharmed, connect, read
 from deltacome.serve.http import connections, guards
 from deltacome.serve.http.guards import BodyGuard
 from deltacome.serve.http.keys import Keys
-from serving import alone, make_app, metric, post_json, raw, serving, until
+from serving import alone, make_app, raw, serving, until
 
 pytest_plugins = ["serving"]
-
-
-def connect(address: str) -> socket.socket:
-    host, port = address.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=30)
-
-
-def read(connection: socket.socket) -> bytes:
-    """What comes until the connection is closed, however."""
-    answer = b""
-    with suppress(ConnectionError):
-        while part := connection.recv(65536):
-            answer += part
-    return answer
 
 
 async def nothing(scope: Any, receive: Any, send: Any) -> None:
@@ -163,67 +147,9 @@ def test_an_answer_that_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
         until(lambda: ended, 5)
 
 
-BODY = {"model": "a", "messages": [{"role": "user", "content": "Who?"}], "max_tokens": 8, "temperature": 0}
-
-
-def attack(address: str, clients: int, seed: int) -> None:
-    """Clients that do one of all that is not nice each, many at once."""
-    body = json.dumps(BODY).encode()
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    whole = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
-    streamed = json.dumps({**BODY, "stream": True, "max_tokens": 400, "temperature": 1}).encode()
-
-    def be_bad(number: int) -> None:
-        own = random.Random(seed * 10_000 + number)
-        with suppress(OSError), connect(address) as connection:
-            kind = number % 9
-            if kind == 0:  # opens and vanishes
-                return
-            if kind == 1:  # vanishes in the middle
-                connection.sendall(whole[: own.randrange(len(whole))])
-            elif kind == 2:  # sends slowly, and is answered
-                for start in range(0, len(whole), 40):
-                    connection.sendall(whole[start : start + 40])
-                    time.sleep(0.002)
-                read(connection)
-            elif kind == 3:  # garbage
-                connection.sendall(own.randbytes(own.randrange(1, 5000)) + b"\r\n\r\n")
-                read(connection)
-            elif kind == 4:  # huge headers
-                connection.sendall(b"GET / HTTP/1.1\r\nX: " + b"x" * 300_000)
-                read(connection)
-            elif kind == 5:  # deep JSON
-                deep = b'{"model": "a", "messages": ' + b"[" * 50_000
-                connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(deep) + deep)
-                read(connection)
-            elif kind == 6:  # a body with some bytes changed
-                changed = bytearray(body)
-                for _ in range(own.randrange(1, 6)):
-                    changed[own.randrange(len(body))] = own.randrange(256)
-                connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + changed)
-                read(connection)
-            elif kind == 7:  # vanishes while it is answered
-                connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(streamed) + streamed)
-                connection.recv(own.randrange(1, 2000))
-            else:  # a whole request, and does not wait
-                connection.sendall(whole)
-
-    with ThreadPoolExecutor(32) as pool:
-        list(pool.map(be_bad, range(clients)))
-
-
-def check_unharmed(app: FastAPI, address: str, expected: str) -> None:
-    """It answers what it should, and keeps nothing of those who went."""
-    service = app.state.service
-    until(lambda: service.engine.is_idle)
-    until(lambda: not any(loaded.uses for loaded in service.registry.in_memory) and not service.arriving)
-    assert not service.background and metric(address, "deltacome_batch_rows") == 0
-    status, answer = post_json(address, "/v1/chat/completions", BODY)
-    assert status == 200 and answer["choices"][0]["message"]["content"] == expected
-
-
 def test_clients_that_mean_no_good(folder: Path, merged: dict[str, tuple[Any, Any]]) -> None:
     app = make_app(folder)
     with serving(app) as address:
-        attack(address, 90, 0)
-        check_unharmed(app, address, alone(merged, "a", "Who?", 8))
+        expected = alone(merged, "a", "Who?", 8)
+        attack(address, 90, 0, expected)
+        check_unharmed(app, address, expected)

@@ -38,6 +38,14 @@ def test_a_full_queue_says_when_to_come_again(folder: Path) -> None:
     assert statuses.count(None) == 3
 
 
+def test_more_answers_than_the_queue_has_room_for(folder: Path) -> None:
+    with serving(make_app(folder, limits=Limits(rows=2, waiting=6))) as address:
+        api = client(address)
+        with pytest.raises(openai.BadRequestError, match="asks for 8 answers, and the server's queue has room for 6"):
+            api.completions.create(model="a", prompt=["x"] * 4, n=2, max_tokens=2)
+        assert len(api.completions.create(model="a", prompt=["x"] * 3, n=2, max_tokens=2).choices) == 6
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_place(address: str, stream: bool) -> None:
     body = json.dumps({"model": "a", "prompt": "x", "max_tokens": 500, "stream": stream, "seed": 1}).encode()

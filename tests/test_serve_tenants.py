@@ -231,7 +231,44 @@ def test_keys(folder: Path, tmp_path: Path) -> None:
         assert metric(address, 'deltacome_time_to_first_token_seconds_count{tenant="base"}', "master") == 2
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"k": "a"}', '{"": ["a"]}', '{"clé": ["a"]}', '{"k": [1]}'])
+def test_a_key_may_have_so_many_requests_at_once(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    file.write_text(json.dumps({"few": {"models": ["a"], "max_parallel_requests": 2}, "many": ["a"]}))
+    app = make_app(folder, keys=Keys("master", file))
+    with serving(app) as address:
+        few, many = client(address, "few"), client(address, "many")
+        options: dict[str, Any] = {"model": "a", "prompt": "x", "seed": 1}
+        running = [few.completions.create(max_tokens=450, stream=True, **options) for _ in range(2)]
+        with pytest.raises(openai.RateLimitError, match="this key may have 2 requests at once") as caught:
+            few.completions.create(max_tokens=1, **options)
+        assert int(caught.value.response.headers["retry-after"]) >= 1 and caught.value.code == "rate_limit_exceeded"
+        many.completions.create(max_tokens=1, **options)
+        assert few.models.list().data
+        list(running[0])
+        running[1].close()  # goes away
+        until(lambda: app.state.service.keys.allowed("few").running == 0)
+        for body in ({"model": "none"}, {"prompt": [999]}, {"prompt": "x" * 600}):  # refused ones count for nothing
+            for _ in range(3):
+                with pytest.raises((openai.BadRequestError, openai.NotFoundError)):
+                    few.completions.create(max_tokens=1, **{**options, **body})
+        assert few.completions.create(max_tokens=1, **options).choices
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"k": "a"}',
+        '{"": ["a"]}',
+        '{"clé": ["a"]}',
+        '{"k": [1]}',
+        '{"k": {}}',
+        '{"k": {"models": ["a"], "max_parallel_requests": 0}}',
+        '{"k": {"models": ["a"], "rpm": 1}}',
+    ],
+)
 def test_bad_key_files(tmp_path: Path, content: str) -> None:
     file = tmp_path / "keys.json"
     file.write_text(content)

@@ -1,6 +1,6 @@
 """What turns text into tokens and back, shared by the models that have it from the same files."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -8,6 +8,7 @@ from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.data import Encoder
 from deltacome.runtime.conversation import load_language
 from deltacome.runtime.tenant import Tenant
+from deltacome.serve.pieces import Pieces
 
 
 @dataclass(eq=False)
@@ -17,6 +18,10 @@ class Language:
     tokenizer: Any
     encoder: Encoder
     ends: set[int]
+    pieces: Pieces = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pieces = Pieces(self.tokenizer)
 
 
 class Languages:

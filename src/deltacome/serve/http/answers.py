@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 
 from deltacome.serve.engine.sampling import Sampling
@@ -23,14 +23,20 @@ FAILURES: dict[Finish, tuple[int, str, str]] = {
 class Answers:
     """One request's answers, `n` of them to each prompt, numbered in that order.
 
-    The lease of the model is given back when the last of them has ended, not when somebody has read it.
-
-    started: when the request came, of `time.monotonic`.
+    started: when the request came, of `time.monotonic`. give_back: called when the last of them has ended, not when
+    somebody has read it: of the model's lease and what else a running request takes.
     """
 
     def __init__(
-        self, service: Service, body: GenerationRequest, loaded: Loaded, prompts: list[list[int]], started: float
+        self,
+        service: Service,
+        body: GenerationRequest,
+        loaded: Loaded,
+        prompts: list[list[int]],
+        started: float,
+        give_back: Callable[[], None],
     ) -> None:
+        self.give_back = give_back
         self.service, self.loaded, self.tokenizer = service, loaded, loaded.language.tokenizer
         self.name = body.model
         self.prompt_tokens = sum(map(len, prompts))
@@ -98,7 +104,7 @@ class Answers:
             if self.generated > len(self.sequences):
                 steps = self.generated / len(self.sequences) - 1
                 metrics.seconds_per_token.labels(label).observe((self.last - self.first) / steps)
-        self.service.registry.release(self.loaded)
+        self.give_back()
         self.ended.set()
 
     def cancel(self) -> None:

@@ -54,16 +54,16 @@ class CompletionChunks:
             offset = self.offsets[index]
             for event in events:
                 if event.token is not None and event.likelihood is not None:
-                    logprobs.tokens.append(self._text(event.token))
-                    logprobs.token_logprobs.append(event.likelihood.logprob)
-                    logprobs.top_logprobs.append({self._text(token): value for token, value in event.likelihood.top})
+                    own, top = event.likelihood.logprob, event.likelihood.top
+                    pieces = self.answers.loaded.language.pieces
+                    found = pieces.by_text(event.token, own, top)
+                    logprobs.tokens.append(pieces.text_of(event.token))
+                    logprobs.token_logprobs.append(_finite(own))
+                    logprobs.top_logprobs.append({text: _finite(value) for text, value in found.items()})
                     logprobs.text_offset.append(offset)
                 offset += len(event.text)
             self.offsets[index] = offset
         return CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=events[-1].finish)
-
-    def _text(self, token: int) -> str:
-        return self.answers.tokenizer.decode([token])
 
     def _completion(self, choices: list[CompletionChoice], **fields: Any) -> Completion:
         return Completion(id=self.id, created=self.created, model=self.answers.name, choices=choices, **fields)
@@ -99,8 +99,11 @@ class ChatChunks:
         return ChatLogprobs(content=content)
 
     def _logprob(self, token: int, value: float) -> Logprob:
-        text = self.answers.tokenizer.decode([token])
-        return Logprob(token=text, logprob=value, bytes=list(text.encode()))
+        pieces = self.answers.loaded.language.pieces
+        found = pieces.bytes_of(token)
+        return Logprob(
+            token=pieces.text_of(token), logprob=_finite(value), bytes=None if found is None else list(found)
+        )
 
     def _chunk(self, choices: list[ChatChunkChoice], **fields: Any) -> ChatChunk:
         return ChatChunk(id=self.id, created=self.created, model=self.answers.name, choices=choices, **fields)
@@ -125,6 +128,11 @@ class ChatChunks:
 
     def usage(self) -> ChatChunk:
         return self._chunk([], usage=self.answers.usage)
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; the API says -9999 of what cannot be."""
+    return max(logprob, -9999.0)
 
 
 async def _collect(answers: Answers) -> list[list[Event]]:

@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from deltacome.errors import DeltacomeError
 from deltacome.serve.engine.scheduler import QueueFullError
 from deltacome.serve.http.answers import Answers
 from deltacome.serve.http.chunks import ChatChunks, Chunks, CompletionChunks
-from deltacome.serve.http.errors import ApiError, queue_full, unknown_model
+from deltacome.serve.http.errors import ApiError, queue_full, quota_used, unknown_model
 from deltacome.serve.http.keys import Allowed
 from deltacome.serve.http.protocol import (
     ChatCompletion,
@@ -81,14 +82,22 @@ async def _begin(service: Service, request: Request, body: GenerationRequest, ke
     engine = service.engine
     if len(service.arriving) + len(engine.waiting) >= engine.limits.waiting:
         raise queue_full(engine.seconds_to_wait())
-    loaded = await _lease(service, request, body.model)
-    try:
+    with ExitStack() as until_answered:  # if that is not reached, all is given back at once
+        if not key.begin():
+            raise quota_used(key.most, engine.seconds_to_wait())
+        until_answered.callback(key.end)
+        loaded = await _lease(service, request, body.model)
+        until_answered.callback(service.registry.release, loaded)
         prompts = await asyncio.to_thread(encode, loaded)
         _check(prompts, body.answer_tokens, service.max_length, loaded.vocabulary)
-        answers = Answers(service, body, loaded, prompts, started)
-    except BaseException:
-        service.registry.release(loaded)
-        raise
+        if len(prompts) * (body.n or 1) > engine.limits.waiting:
+            raise ApiError(
+                400,
+                f"this asks for {len(prompts) * (body.n or 1)} answers, and the server's queue has room for "
+                f"{engine.limits.waiting}: send fewer prompts at once, or a smaller n",
+                param="n",
+            )
+        answers = Answers(service, body, loaded, prompts, started, until_answered.pop_all().close)
     try:
         engine.submit(answers.sequences)
     except QueueFullError as error:

@@ -49,6 +49,12 @@ def queue_full(seconds: int) -> ApiError:
     return ApiError(429, f"the queue is full; try again in {seconds} s", code="queue_full", headers=headers)
 
 
+def quota_used(most: int | None, seconds: int) -> ApiError:
+    """most: requests that a key may have at once. seconds: after which to come again."""
+    message = f"this key may have {most} requests at once; try again in {seconds} s"
+    return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(seconds)})
+
+
 def handle_errors(app: FastAPI) -> None:
     """Answer every error of an application by the API's error object."""
     app.add_exception_handler(ApiError, _api_error)

@@ -207,7 +207,7 @@ class Completion(BaseModel):
 class Logprob(BaseModel):
     token: str
     logprob: float
-    bytes: list[int]
+    bytes: list[int] | None
 
 
 class TokenLogprob(Logprob):

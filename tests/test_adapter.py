@@ -42,6 +42,7 @@ def make_adapter(base: Path, folder: Path, safe: bool = True, **options: Any) ->
         ("llama", {"alpha_pattern": {"down_proj": 9}, "modules_to_save": ["norm", "lm_head"]}),
         ("qwen2", {"target_modules": ["embed_tokens", "lm_head", "v_proj"], "bias": "none"}),
         ("gpt_neox", {"target_modules": ["query_key_value", "dense"]}),
+        ("gpt_neox", {"target_modules": ["dense", "dense_h_to_4h", "lm_head"]}),
         ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
         ("gpt2", {"target_modules": ["c_attn", "c_proj"], "init_lora_weights": "pissa", "use_dora": True}),
         ("llama", {"init_lora_weights": "pissa", "alpha_pattern": {"down_proj": 3}}),
@@ -166,29 +167,50 @@ def test_layers_decide_whether_factors_are_transposed(save: Save, tmp_path: Path
     assert all(torch.allclose(found.read_float(name), merged[name], atol=1e-6) for name in found.tensors)
 
 
-def test_an_adapter_beside_a_model(save: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_beside_a_model(save: Save, tmp_path: Path) -> None:
+    """`from_pretrained` puts the one on the other, on the base as on the fine-tune."""
     base = save(make("llama"), "base", torch.float32)
     make_adapter(base, tmp_path / "adapter")
     shutil.copy(base / "config.json", tmp_path / "adapter")
     assert is_adapter(tmp_path / "adapter")
     shutil.copy(base / "model.safetensors", tmp_path / "adapter")
     assert not is_adapter(tmp_path / "adapter")
-    assert "holds a whole model and an adapter; the model's own weights are taken" in capsys.readouterr().err
+    for arguments in ((base, tmp_path / "adapter"), (tmp_path / "adapter", base)):
+        with pytest.raises(DeltacomeError, match=r"holds a whole model and an adapter, .*; move the adapter into"):
+            compress(*arguments, tmp_path / "delta")
 
 
 def test_names_of_an_adapter_may_be_mapped(save: Save, tmp_path: Path) -> None:
     base = save(make("llama"), "base", torch.float32)
     merged = make_adapter(base, tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
-    tensors = {name.replace("model.layers", "inner.blocks"): tensor for name, tensor in load_file(file).items()}
+    tensors = {name.replace("self_attn", "attention"): tensor for name, tensor in load_file(file).items()}
     save_file(tensors, file)
     with pytest.raises(DeltacomeError, match=r"say how the names correspond to the base's \(--map\)"):
         Adapted(Checkpoint(base), tmp_path / "adapter")
-    options = {"method": "low-rank", "ratio": 4, "renames": {"inner.blocks.": "model.layers."}}
+    renames = {f"model.layers.{i}.attention.": f"model.layers.{i}.self_attn." for i in range(2)}
+    options = {"method": "low-rank", "ratio": 4, "renames": renames}
     compress(base, tmp_path / "adapter", tmp_path / "delta", **options)
     merge(base, tmp_path / "delta", tmp_path / "merged")
     found = Checkpoint(tmp_path / "merged")
     assert all(torch.allclose(found.read_float(name), merged[name], atol=1e-3) for name in found.tensors)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("base_model.model.", "base_model.model._orig_mod."),
+        ("base_model.model.", "module.base_model.model."),
+        ("model.layers.", "model.language_model.layers."),  # as newer versions name what is `model.` in the base
+    ],
+)
+def test_names_of_an_adapter_are_found(old: str, new: str, save: Save, tmp_path: Path) -> None:
+    base = save(make("llama"), "base", torch.float32)
+    merged = make_adapter(base, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name.replace(old, new): tensor for name, tensor in load_file(file).items()}, file)
+    found = Adapted(Checkpoint(base), tmp_path / "adapter")
+    assert all(torch.allclose(found.read_float(name), merged[name], atol=1e-6) for name in found.tensors)
 
 
 def test_norms_of_an_adapter_are_not_folded(save: Save, tmp_path: Path) -> None:

@@ -8,44 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltacome.checkpoints.adapter_settings import CONFIG, AdapterSettings, read_settings
+from deltacome.checkpoints.adapter_names import PREFIX, WHOLE_CHANGES, find_weight, split_name
+from deltacome.checkpoints.adapter_settings import AdapterSettings, read_settings
 from deltacome.checkpoints.checkpoint import Checkpoint, locate_checkpoint
-from deltacome.checkpoints.weight_files import has_weights, header, read_tensor, stamp, warn_once
+from deltacome.checkpoints.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, has_weights, header, read_tensor, stamp
 from deltacome.errors import DeltacomeError
 from deltacome.files import sha256, sidecars_in
 from deltacome.hub import name_of
 from deltacome.weights import OUTPUT_EMBEDDINGS, is_embedding
 
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT takes the first that is there
-PREFIX = "base_model.model."
-# The parts of a change of a weight, by the ends of the names that PEFT has for them.
-PARTS = {
-    "lora_A.weight": "a",
-    "lora_B.weight": "b",
-    "lora_embedding_A": "embedding_a",
-    "lora_embedding_B": "embedding_b",
-    "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude",
-    "token_adapter.trainable_tokens_delta": "rows",
-}
-WHOLE_CHANGES = {("a", "b"), ("a", "b", "magnitude"), ("embedding_a", "embedding_b"), ("rows",)}
 ONLY_FOR_TRAINING = ".lora_velora_embed"
 TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # families with `Conv1D` for linear layers
 
 
 def is_adapter(source: str | Path) -> bool:
-    """Whether a folder or hub id is that of a PEFT adapter and no model. Warns of an adapter beside a whole model."""
+    """Whether a folder or hub id is that of a PEFT adapter and no model."""
     folder = locate_checkpoint(source)
-    if not (folder / CONFIG).is_file():
-        return False
-    if not ((folder / "config.json").is_file() and has_weights(folder)):
-        return True
-    if any((folder / name).is_file() for name in WEIGHTS):
-        warn_once(
-            f"{source} holds a whole model and an adapter; the model's own weights are taken and the adapter is left "
-            "out: give it in a folder of its own if it is what you mean"
-        )
-    return False
+    return (folder / ADAPTER_CONFIG).is_file() and not ((folder / "config.json").is_file() and has_weights(folder))
 
 
 class Adapted(Checkpoint):
@@ -70,9 +49,9 @@ class Adapted(Checkpoint):
         self.folder, self.config, self.renames = base.folder, base.config, renames or {}
         self._fingerprint = None
         self.settings: AdapterSettings = read_settings(self.adapter)
-        self.file = next((self.adapter / name for name in WEIGHTS if (self.adapter / name).is_file()), None)
+        self.file = next((self.adapter / name for name in ADAPTER_WEIGHTS if (self.adapter / name).is_file()), None)
         if self.file is None:
-            raise DeltacomeError(f"{self.adapter} has no {WEIGHTS[0]}; is the adapter's download complete?")
+            raise DeltacomeError(f"{self.adapter} has no {ADAPTER_WEIGHTS[0]}; is the adapter's download complete?")
         self.changes: dict[str, dict[str, str]] = {}  # an adapter's tensors by part, by the base's weight
         self.biases: dict[str, str] = {}  # LoRA's own for B, by the base's bias
         self.whole: dict[str, str] = {}  # the adapter's tensor that takes the place of the base's
@@ -105,7 +84,12 @@ class Adapted(Checkpoint):
     def stamp(self) -> list[Any]:
         """What its weights are made of."""
         assert self.file is not None
-        return [self.base.stamp(), stamp([self.file]), sha256(self.adapter / CONFIG), sorted(self.renames.items())]
+        return [
+            self.base.stamp(),
+            stamp([self.file]),
+            sha256(self.adapter / ADAPTER_CONFIG),
+            sorted(self.renames.items()),
+        ]
 
     def read(self, name: str) -> Tensor:
         """One tensor, rounded to the base's dtype."""
@@ -191,43 +175,32 @@ class Adapted(Checkpoint):
 
     def _place(self, name: str) -> None:
         """Find the base's weight that one of the adapter's tensors belongs to."""
-        plain = name.removeprefix(PREFIX)
-        for suffix, part in PARTS.items():
-            if plain.endswith(f".{suffix}"):
-                weight = self._find(f"{plain.removesuffix(f'.{suffix}').removesuffix('.base_layer')}.weight")
-                self.changes.setdefault(weight, {})[part] = name
-                return
-        shape = self.shapes[name]
-        if plain.endswith(".lora_B.bias"):
-            bias = self._find(f"{plain.removesuffix('.lora_B.bias')}.bias")
-            if shape != self.tensors[bias].shape:
-                raise DeltacomeError(f"{name} in {self.source} does not fit {bias} in {self.base.source}")
-            self.biases[bias] = name
+        plain, part = split_name(name)
+        weight, shape = self._find(plain), self.shapes[name]
+        if part not in (None, "bias"):
+            self.changes.setdefault(weight, {})[str(part)] = name
             return
-        weight = self._find(plain.replace(".modules_to_save", "").replace(".base_layer", ""))
         if shape != self.tensors[weight].shape:
-            if not is_embedding(weight) or self.tensors[weight].shape[1:] != shape[1:]:
+            if part or not is_embedding(weight) or self.tensors[weight].shape[1:] != shape[1:]:
                 raise DeltacomeError(f"{name} in {self.source} does not fit {weight} in {self.base.source}")
             self.tensors[weight] = replace(self.tensors[weight], shape=shape)  # a grown vocabulary
-        self.whole[weight] = name
+        (self.biases if part else self.whole)[weight] = name
 
     def _find(self, weight: str) -> str:
-        """The base's name for a weight: the same, or the one that ends or begins otherwise alone."""
-        for old in sorted(self.renames, key=len, reverse=True):
-            if weight.startswith(old) and self.renames[old] + weight.removeprefix(old) in self.base.tensors:
-                return self.renames[old] + weight.removeprefix(old)
-        if weight in self.base.tensors:
-            return weight
-        found = [name for name in self.base.tensors if name.endswith(f".{weight}") or weight.endswith(f".{name}")]
-        if not found and weight.endswith("lm_head.weight") and self.base.input_embedding is not None:
-            self.tensors[weight] = self.base.tensors[self.base.input_embedding]
-            return weight  # the base ties it
-        if len(found) != 1:
+        """The base's name for a weight; its own for a head that the base ties."""
+        found = find_weight(weight, self.base.tensors, self.renames)
+        if found is None and weight.endswith(OUTPUT_EMBEDDINGS) and self.base.input_embedding is not None:
+            # transformers has given some families' heads another name
+            found = next((name for name in self.base.tensors if name.endswith(OUTPUT_EMBEDDINGS)), None)
+            if found is None:
+                self.tensors[weight] = self.base.tensors[self.base.input_embedding]
+                return weight
+        if found is None:
             raise DeltacomeError(
                 f"{self.source} changes {weight}, which {self.base.source} has not; is it the adapter's base? If it "
                 "is, say how the names correspond to the base's (--map)"
             )
-        return found[0]
+        return found
 
     def _check_settings(self) -> None:
         """That the adapter has the tensors that its settings speak of, and no others."""
@@ -240,8 +213,8 @@ class Adapted(Checkpoint):
         ):
             if said != found:
                 raise DeltacomeError(
-                    f"in {self.adapter / CONFIG}, {name} is not what {self.file} has of it; it is broken, or of a kind "
-                    "that only PEFT can merge"
+                    f"in {self.adapter / ADAPTER_CONFIG}, {name} is not what {self.file} has of it; it is broken, or "
+                    "of a kind that only PEFT can merge"
                 )
 
     def _check(self, weight: str, parts: dict[str, str]) -> None:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deltacome.checkpoints.weight_files import ADAPTER_CONFIG
 from deltacome.errors import DeltacomeError
-
-CONFIG = "adapter_config.json"
 
 # Of `init_lora_weights`: how the factors began. The first leave the base as it is; the second have taken their product
 # from it, which the base alone says; what others have taken from it is in no file of the adapter.
@@ -57,7 +56,7 @@ def read_settings(folder: Path) -> AdapterSettings:
     Raises:
         DeltacomeError: if it is no LoRA adapter, or one whose weights cannot be made from the base and its tensors.
     """
-    path = folder / CONFIG
+    path = folder / ADAPTER_CONFIG
     try:
         settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         kind = settings.get("peft_type")
@@ -78,7 +77,7 @@ def read_settings(folder: Path) -> AdapterSettings:
     for name in sorted(settings.keys() - {*WITHOUT_EFFECT.split(), *READ.split()}):
         if settings[name] not in (None, False, "", [], {}):
             raise DeltacomeError(
-                f"{folder} is an adapter with {name} in its {CONFIG}, which deltacome cannot merge; {REMEDY}"
+                f"{folder} is an adapter with {name} in its {ADAPTER_CONFIG}, which deltacome cannot merge; {REMEDY}"
             )
     return found
 

@@ -19,6 +19,8 @@ from deltacome.progress import print_warning
 
 # In the order in which transformers looks for them.
 NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT takes the first that is there
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 
 warn_once = cache(print_warning)  # a checkpoint may be opened several times in a command
@@ -68,8 +70,13 @@ def tensors_in(folder: Path, explicit: str | None = None) -> dict[str, TensorInf
         explicit: the file or index that the configuration names (`transformers_weights`).
 
     Raises:
-        DeltacomeError: if there are none, or some are missing or broken.
+        DeltacomeError: if there are none, some are missing or broken, or there is an adapter beside them.
     """
+    if (folder / ADAPTER_CONFIG).is_file() and any((folder / name).is_file() for name in ADAPTER_WEIGHTS):
+        raise DeltacomeError(
+            f"{folder} holds a whole model and an adapter, which transformers would put on it; move the adapter into a "
+            "folder of its own"
+        )
     found = [name for name in NAMES if (folder / name).is_file()] if explicit is None else [Path(explicit).name]
     if len(found) > 1:
         warn_once(

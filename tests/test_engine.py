@@ -152,6 +152,26 @@ def test_what_is_prepared_serves_every_step_of_the_same_rows(served: SimpleNames
     assert engine.rows.batch is None  # or it would keep tenants alive
 
 
+def test_who_asks_much_holds_up_nobody_who_asks_little(served: SimpleNamespace) -> None:
+    answers: dict[int, list[int]] = {}
+    ended: list[int] = []
+    engine = Engine(served.model, Limits(rows=1))
+    for number, owner in ((0, "x"), (3, "x"), (6, "x"), (9, "x"), (1, "x"), (2, "y")):
+        sequence, note = ask(served, number, answers, owner=owner), ended.append
+        plain = sequence.notify
+
+        def notify(event: Event, number: int = number, plain: Any = plain, note: Any = note) -> None:
+            plain(event)
+            if event.finish:
+                note(number)
+
+        sequence.notify = notify
+        engine.submit([sequence])
+    finish(engine)
+    assert ended == [0, 1, 2, 3, 6, 9]  # of x and one tenant, of another tenant, of y, and then the rest
+    assert [answers[number] for number in ended] == [served.alone[number] for number in ended]
+
+
 def test_a_long_prompt_holds_nobody_up(served: SimpleNamespace) -> None:
     answers: dict[int, list[int]] = {}
     engine = Engine(served.model, Limits(prompt=8))

@@ -3,7 +3,6 @@
 import gc
 import os
 import time
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,19 +46,21 @@ class SwappingEngine(Engine):
         with self.lock:
             others = [sequence for sequence in self.waiting if _name(sequence) != self.current]
             has_own = len(others) < len(self.waiting)
-        is_late = bool(others) and time.monotonic() - self.came[others[0]] > self.patience
-        if others and not self.rows.sequences and not self.reading and (is_late or not has_own):
-            self._swap(_name(others[0]))
+        oldest = min(others, key=lambda sequence: self.came.get(sequence, 0.0), default=None)
+        is_late = oldest is not None and time.monotonic() - self.came.get(oldest, 0.0) > self.patience
+        if oldest is not None and not self.rows.sequences and not self.reading and (is_late or not has_own):
+            self._swap(_name(oldest))
             is_late = False
+
+        def joins(sequence: Sequence) -> bool:
+            if _name(sequence) != self.current or is_late or not self._has_room(sequence):
+                return False
+            self._take(sequence)
+            self.came.pop(sequence, None)
+            return True
+
         with self.lock:
-            kept: deque[Sequence] = deque()
-            for sequence in self.waiting:
-                if _name(sequence) == self.current and not is_late and self._has_room(sequence):
-                    self._take(sequence)
-                    del self.came[sequence]
-                else:
-                    kept.append(sequence)
-            self.waiting = kept
+            self.waiting.drop(joins)
 
     def _swap(self, name: str | None) -> None:
         from transformers import AutoModelForCausalLM

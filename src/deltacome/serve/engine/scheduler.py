@@ -26,6 +26,7 @@ from deltacome.memory import is_out_of_memory
 from deltacome.runtime.batch import Batch
 from deltacome.serve.engine.attention import share_keys
 from deltacome.serve.engine.cache import join, new_cache, rewind
+from deltacome.serve.engine.queue import FairQueue
 from deltacome.serve.engine.sampling import likelihood, sample
 from deltacome.serve.engine.sequence import Event, Finish, Sequence
 
@@ -83,7 +84,7 @@ class Engine:
         self.model, self.limits, self.on_step = model, limits, on_step
         share_keys(model)
         self.keeps_few_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: FairQueue[Sequence] = FairQueue(lambda sequence: (sequence.owner, sequence.tenant))
         self.reading: deque[Sequence] = deque()
         self.rows = Rows()  # the running batch
         self.room = limits.cache
@@ -181,7 +182,7 @@ class Engine:
             return True
 
         with self.lock:
-            self.waiting = deque(sequence for sequence in self.waiting if not is_over(sequence))
+            self.waiting.drop(is_over)
         self.reading = deque(sequence for sequence in self.reading if not is_over(sequence))
         kept = [row for row, sequence in enumerate(self.rows.sequences) if not is_over(sequence)]
         if len(kept) < len(self.rows.sequences):
@@ -190,8 +191,8 @@ class Engine:
     def _admit(self) -> None:
         """Take sequences from the queue while the batch and its cache have room."""
         with self.lock:
-            while self.waiting and self._has_room(self.waiting[0]):
-                self._take(self.waiting.popleft())
+            while (sequence := self.waiting.take(self._has_room)) is not None:
+                self._take(sequence)
 
     def _has_room(self, sequence: Sequence) -> bool:
         active = [*self.rows.sequences, *self.reading, sequence]
@@ -295,7 +296,7 @@ class Engine:
         """Let a sequence wait again; its tokens are read again later."""
         sequence.read, sequence.cache = 0, None
         with self.lock:
-            self.waiting.appendleft(sequence)
+            self.waiting.put_back(sequence)
 
     def _batch_of(self, group: list[Sequence]) -> Batch:
         return self.model.tenants.batch_of([sequence.tenant for sequence in group])

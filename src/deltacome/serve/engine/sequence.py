@@ -1,6 +1,6 @@
 """An answer that is asked for, and what a step did for it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -29,7 +29,7 @@ class Sequence:
     """An answer that is asked for, and as far as it has got.
 
     tokens: the prompt's, and those of the answer behind them. ends: tokens that end an answer. notify: called with
-    each event, from the engine's thread. deadline: of `time.monotonic`.
+    each event, from the engine's thread. deadline: of `time.monotonic`. owner: who asks; owners and tenants take turns.
     """
 
     tenant: Tenant | None
@@ -41,6 +41,7 @@ class Sequence:
     notify: Callable[[Event], None]
     deadline: float = float("inf")
     index: int = 0
+    owner: Hashable = None
     is_cancelled: bool = False
     cache: Cache | None = None  # while a long prompt is read
     read: int = 0  # tokens whose keys and values are in a cache

@@ -9,6 +9,7 @@ from deltacome.serve.engine.sampling import Sampling
 from deltacome.serve.engine.sequence import Event, Finish, Sequence
 from deltacome.serve.engine.text import TextStream
 from deltacome.serve.http.errors import ApiError
+from deltacome.serve.http.keys import Allowed
 from deltacome.serve.http.protocol import GenerationRequest, Usage
 from deltacome.serve.http.service import Service
 from deltacome.serve.registry import Loaded
@@ -31,12 +32,13 @@ class Answers:
         self,
         service: Service,
         body: GenerationRequest,
+        key: Allowed,
         loaded: Loaded,
         prompts: list[list[int]],
         started: float,
         give_back: Callable[[], None],
     ) -> None:
-        self.give_back = give_back
+        self.key, self.give_back = key, give_back
         self.service, self.loaded, self.tokenizer = service, loaded, loaded.language.tokenizer
         self.name = body.model
         self.prompt_tokens = sum(map(len, prompts))
@@ -68,6 +70,7 @@ class Answers:
             partial(self._from_engine, index),
             self.started + self.service.deadline,
             index,
+            owner=self.key,
         )
 
     def reject(self) -> None:

@@ -97,7 +97,7 @@ async def _begin(service: Service, request: Request, body: GenerationRequest, ke
                 f"{engine.limits.waiting}: send fewer prompts at once, or a smaller n",
                 param="n",
             )
-        answers = Answers(service, body, loaded, prompts, started, until_answered.pop_all().close)
+        answers = Answers(service, body, key, loaded, prompts, started, until_answered.pop_all().close)
     try:
         engine.submit(answers.sequences)
     except QueueFullError as error:

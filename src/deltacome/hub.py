@@ -4,7 +4,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+
 from deltacome.errors import DeltacomeError
+
+# What transformers raises where it cannot make a configuration, a model or a tokenizer of files.
+UNFIT_FILES = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RecursionError, StrictDataclassError,
+)  # fmt: skip
 
 
 def locate(source: str, *patterns: Sequence[str]) -> Path:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.data import Encoder, Example
 from deltacome.errors import DeltacomeError
+from deltacome.hub import UNFIT_FILES
 from deltacome.weights import OUTPUT_EMBEDDINGS
 
 TOKENS_AT_ONCE = 2048  # in one forward pass of a layer
@@ -187,8 +188,8 @@ def _skeleton(checkpoint: Checkpoint) -> Any:
         with init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # transformers initializes weights that are not there
             model = kind.from_config(config, dtype=torch.float32)
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except UNFIT_FILES as error:
+        reason = str(error).partition("\n")[0]
         raise DeltacomeError(f"transformers cannot build {checkpoint.source} for calibration: {reason}") from error
     model.tie_weights()
     return model.eval()

@@ -30,6 +30,7 @@ from deltacome.errors import BadInputError, DeltacomeError
 from deltacome.files import disk_errors, raw
 from deltacome.format.artifact import Artifact
 from deltacome.format.terms import Dense
+from deltacome.hub import UNFIT_FILES
 from deltacome.memory import peak_memory
 from deltacome.outputs import refuse_existing
 from deltacome.progress import bar, print_warning
@@ -287,7 +288,7 @@ def _read_tokens(finetuned: Checkpoint, calibration: str | Path, count: int, cha
     examples = read_examples(calibration, count)
     try:
         tokenizer = AutoTokenizer.from_pretrained(finetuned.tokenizer_folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except UNFIT_FILES as error:
+        reason = str(error).partition("\n")[0]
         raise DeltacomeError(f"calibration needs the tokenizer of {finetuned.source}: {reason}") from error
     return batch(examples, Encoder(tokenizer, chat_template))

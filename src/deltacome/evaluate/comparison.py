@@ -17,6 +17,7 @@ from deltacome.errors import DeltacomeError
 from deltacome.evaluate.metrics import ANSWER_PATTERN, Mean, answer, compile_pattern, divergence, is_right, retention
 from deltacome.files import write_atomically
 from deltacome.format.artifact import Artifact
+from deltacome.hub import UNFIT_FILES
 from deltacome.progress import bar
 from deltacome.restore.merging import load_merged, open_checked
 
@@ -179,8 +180,8 @@ def load(checkpoint: Checkpoint) -> tuple[Any, Any]:
     try:
         model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
         return model, AutoTokenizer.from_pretrained(checkpoint.folder)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+    except UNFIT_FILES as error:
+        reason = str(error).partition("\n")[0]
         raise DeltacomeError(f"transformers cannot load {checkpoint.source}: {reason}") from error
 
 

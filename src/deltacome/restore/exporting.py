@@ -20,6 +20,7 @@ from deltacome.files import write_safetensors
 from deltacome.format.artifact import Artifact
 from deltacome.format.manifest import WeightEntry
 from deltacome.format.terms import Factored, Term
+from deltacome.hub import UNFIT_FILES
 from deltacome.outputs import new_folder, refuse_existing
 from deltacome.progress import bar, each
 from deltacome.restore.merging import job_of, open_checked
@@ -150,8 +151,8 @@ def _skeleton(base: Checkpoint) -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.folder))
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+    except UNFIT_FILES as error:
+        reason = str(error).partition("\n")[0]
         raise DeltacomeError(f"transformers cannot build the model of {base.source}: {reason}") from error
 
 

@@ -25,7 +25,8 @@ from deltacome.format.manifest import (
     NO_DIGEST,
     write_manifest,
 )
-from deltacome.restore.merging import open_checked
+from deltacome.restore.merging import load_merged, open_checked
+from deltacome.runtime.tenant import check_config
 from format_reader import Reader
 
 SETTINGS = {
@@ -382,3 +383,29 @@ def test_the_model_card_names_the_base_and_may_be_edited(artifact: Path, tmp_pat
     assert 'base_model: "base' in card.read_text()
     card.write_text("mine")
     Artifact(tmp_path / "copy").check_digests()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"num_hidden_layers": []}', b'{"model_type": 5}'],
+    ids=lambda content: content[:10].decode(errors="replace"),
+)  # fmt: skip
+def test_a_forged_configuration_is_refused_or_travels_as_it_is(
+    content: bytes, artifact: Path, base: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(artifact, tmp_path / "copy")
+    (tmp_path / "copy" / "config.json").write_bytes(content)
+    manifest = json.loads((artifact / MANIFEST).read_bytes())
+    del manifest["sha256"], manifest["ratio"]
+    manifest["base_files"].pop("config.json", None)
+    manifest["files"]["config.json"] = hashlib.sha256(content).hexdigest()
+    write_manifest(tmp_path / "copy", manifest, 1)
+    if content.startswith(b"{"):
+        merge(base, tmp_path / "copy", tmp_path / "merged")
+        opened, checkpoint = Artifact(tmp_path / "copy"), Checkpoint(base)
+        with pytest.raises(DeltacomeError):
+            check_config(opened, checkpoint)
+            load_merged(checkpoint, opened)
+    else:
+        with pytest.raises(DeltacomeError, match=r"config\.json is broken"):
+            merge(base, tmp_path / "copy", tmp_path / "merged")
+        assert not (tmp_path / "merged").exists() and not list(tmp_path.glob(".*"))

@@ -4,9 +4,15 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+
 from deltacome.errors import DeltacomeError
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w(?:[\w.-]*\w)?", re.ASCII)
+# What transformers raises where it cannot make a configuration, a model or a tokenizer of files.
+UNFIT_FILES = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RecursionError, StrictDataclassError,
+)  # fmt: skip
 
 
 def name_of(source: str, folder: Path) -> str:

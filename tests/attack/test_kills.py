@@ -22,7 +22,14 @@ from deltacome.outputs import work_folder
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["deltacome.compression.pipeline", "deltacome.restore.exporting", "deltacome.cli.commands"]
+    [
+        "deltacome.compression.pipeline",
+        "deltacome.restore.exporting",
+        "deltacome.cli.commands",
+        "accelerate",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.llama.modeling_llama",
+    ]
 )
 SENTENCE = "interrupted; the same command goes on where it stopped"
 
@@ -102,7 +109,7 @@ def jobs(base: Path, finetuned: Path, tmp_path_factory: pytest.TempPathFactory) 
     yield found
 
 
-IS_LONG = pytest.mark.parametrize("count", [4, pytest.param(100, marks=pytest.mark.attack)])
+IS_LONG = pytest.mark.parametrize("count", [2, pytest.param(100, marks=pytest.mark.attack)])
 
 
 @IS_LONG

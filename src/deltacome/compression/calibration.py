@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.data import Encoder, Example
 from deltacome.errors import DeltacomeError, reason
+from deltacome.hub import UNFIT_FILES
 from deltacome.weights import OUTPUT_EMBEDDINGS
 
 TOKENS_AT_ONCE = 2048  # in one forward pass of a layer
@@ -187,7 +188,7 @@ def _skeleton(checkpoint: Checkpoint) -> Any:
         with init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # transformers initializes weights that are not there
             model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
+    except UNFIT_FILES as error:
         raise DeltacomeError(f"transformers cannot build {checkpoint.source} to calibrate: {reason(error)}") from error
     model.tie_weights()
     return model.eval()

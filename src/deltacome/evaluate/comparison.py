@@ -17,6 +17,7 @@ from deltacome.errors import DeltacomeError, reason
 from deltacome.evaluate.metrics import ANSWER_PATTERN, Mean, answer, compile_pattern, divergence, is_right, retention
 from deltacome.files import write_atomically
 from deltacome.format.artifact import Artifact
+from deltacome.hub import UNFIT_FILES
 from deltacome.language import load_tokenizer
 from deltacome.progress import bar
 from deltacome.restore.merging import load_merged, open_checked
@@ -187,7 +188,7 @@ def load(checkpoint: Checkpoint, base: Checkpoint | None = None) -> tuple[Any, A
 
     try:
         model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except UNFIT_FILES as error:
         raise DeltacomeError(f"transformers cannot load {checkpoint.source}: {reason(error)}") from error
     return model.eval(), load_tokenizer(checkpoint.source, checkpoint.folder, None if base is None else base.folder)
 

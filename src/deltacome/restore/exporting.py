@@ -20,6 +20,7 @@ from deltacome.files import write_safetensors
 from deltacome.format.artifact import Artifact
 from deltacome.format.manifest import WeightEntry
 from deltacome.format.terms import Factored, Term
+from deltacome.hub import UNFIT_FILES
 from deltacome.outputs import new_folder, refuse_existing
 from deltacome.progress import bar, each
 from deltacome.restore.merging import job_of, open_checked
@@ -152,7 +153,7 @@ def _skeleton(base: Checkpoint) -> Any:
             return AutoModelForCausalLM.from_config(
                 AutoConfig.from_pretrained(base.folder, trust_remote_code=False), trust_remote_code=False
             )
-    except (OSError, ValueError, KeyError) as error:
+    except UNFIT_FILES as error:
         raise DeltacomeError(f"transformers cannot build the model of {base.source}: {reason(error)}") from error
 
 

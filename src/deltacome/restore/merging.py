@@ -14,6 +14,7 @@ from deltacome.checkpoints.rebuilding import check_base, rebuild_stored
 from deltacome.errors import DeltacomeError, reason
 from deltacome.files import shard_names, shards, write_safetensors
 from deltacome.format.artifact import Artifact
+from deltacome.hub import UNFIT_FILES
 from deltacome.language import load_tokenizer
 from deltacome.outputs import new_folder, refuse_existing
 from deltacome.progress import bar, each
@@ -84,6 +85,7 @@ def open_checked(base: Checkpoint, delta: str | Path) -> Artifact:
     artifact.check_files()
     check_base(artifact, base)
     _check_shapes(artifact, base)
+    _settings(artifact.folder / "config.json")  # refused before the work, if it is broken
     return artifact
 
 
@@ -112,11 +114,28 @@ def copy_sidecars(artifact: Artifact, base: Checkpoint, folder: Path) -> None:
     for name in artifact.files.keys() - {path.name for path in artifact.weight_files}:
         shutil.copyfile(artifact.folder / name, folder / name)
     config = folder / "config.json"
-    if config.is_file():
+    settings = _settings(config)
+    kept = {key: value for key, value in settings.items() if key not in OF_THE_FILES}
+    if kept != settings:
+        config.write_text(json.dumps(kept, indent=2), encoding="utf-8")
+
+
+def _settings(config: Path) -> dict[str, Any]:
+    """What is in a model's configuration, nothing if there is none.
+
+    Raises:
+        DeltacomeError: if it is no JSON object.
+    """
+    if not config.is_file():
+        return {}
+    try:
         settings = json.loads(config.read_text(encoding="utf-8"))
-        kept = {key: value for key, value in settings.items() if key not in OF_THE_FILES}
-        if kept != settings:
-            config.write_text(json.dumps(kept, indent=2), encoding="utf-8")
+        if isinstance(settings, dict):
+            return settings
+        reason = "it is no object"
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
+    raise DeltacomeError(f"{config} is broken: {reason}; fetch or compress the delta again")
 
 
 def load_merged(base: Checkpoint, artifact: Artifact, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -141,7 +160,7 @@ def load_merged(base: Checkpoint, artifact: Artifact, dtype: torch.dtype = torch
             model = architecture.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
             if (Path(temporary) / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(temporary)
-        except (OSError, ValueError, KeyError) as error:
+        except UNFIT_FILES as error:
             raise DeltacomeError(f"transformers cannot load the model of {artifact.folder}: {reason(error)}") from error
         tokenizer = load_tokenizer(str(artifact.folder), Path(temporary), base.folder)
     return model.eval(), tokenizer

@@ -16,6 +16,7 @@ from deltacome.format.artifact import Artifact
 from deltacome.format.bits import unpack
 from deltacome.format.manifest import WeightEntry
 from deltacome.format.terms import Dense, Factored, Term, add_terms
+from deltacome.hub import UNFIT_FILES
 from deltacome.runtime.kernels.packed import Packed, pack_terms, transposed
 from deltacome.weights import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
 
@@ -194,7 +195,7 @@ def check_config(artifact: Artifact, base: Checkpoint) -> None:
             AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
             for folder in (base.folder, artifact.folder)
         )
-    except (OSError, ValueError, KeyError):  # a model that transformers does not know
+    except UNFIT_FILES:  # a model that transformers does not know
         ours, theirs = base.config, json.loads((artifact.folder / "config.json").read_text())
     difference = next(_differences(ours, theirs), None)
     if difference is not None:

@@ -149,10 +149,10 @@ def test_mixed_load(
             time.sleep(0.1)
         registry = app.state.service.registry
         assert not any(loaded.uses for loaded in registry.in_memory)
-    third = len(load.memory) // 3
-    grown = (sum(load.memory[-third:]) - sum(load.memory[third : 2 * third])) / third
-    with capsys.disabled():
-        if is_long:
+    assert all(load.counts[kind] for kind, _ in clients)
+    if is_long:
+        third = len(load.memory) // 3
+        grown = (sum(load.memory[-third:]) - sum(load.memory[third : 2 * third])) / third
+        with capsys.disabled():
             print(f"\n{seconds:g} s: {dict(load.counts)}, memory grew by {grown / 2**20:.1f} MiB")
-    assert all(load.counts[kind] for kind, _ in clients) and load.counts["ask"] > seconds
-    assert grown < LONGEST_GROWTH, f"memory grew by {grown / 2**20:.1f} MiB"
+        assert grown < LONGEST_GROWTH

@@ -2,7 +2,7 @@
 # make test   lint, types and tests
 # make quick  the quick tests alone
 # make test-all   all tests, the slow ones too
-# make attack   thousands of damaged and forged artifacts, and runs killed at any moment (half an hour or so)
+# make attack   damaged and forged artifacts, killed runs, hostile clients, an hour of mixed load (an hour and a half or so)
 # make test-vllm   the tests of the plugin for vLLM, on vLLM's CPU build (five minutes)
 # make gpu-check   on a machine with a GPU, with its own Python: kernel tests, a step of 7B, the kernel alone (six minutes)
 # make docs   the documentation as a site, in site/

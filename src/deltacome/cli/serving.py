@@ -97,7 +97,8 @@ ApiKey = Annotated[
     str | None, typer.Option(envvar="DELTACOME_API_KEY", help="Asked of everybody; better in the environment.")
 ]
 ApiKeys = Annotated[
-    Path | None, typer.Option(metavar="FILE.json", help='Keys for some models each: {"KEY": ["MODEL", ...]}.')
+    Path | None,
+    typer.Option(metavar="FILE.json", help='Keys for some models each: {"KEY": ["MODEL", ...]}, or with quotas.'),
 ]
 MaxBatch = Annotated[int, typer.Option(min=1, help="Answers in the running batch.")]
 MaxQueue = Annotated[int, typer.Option(min=1, help="Answers that may wait; others get 429.")]

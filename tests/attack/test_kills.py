@@ -109,7 +109,7 @@ def jobs(base: Path, finetuned: Path, tmp_path_factory: pytest.TempPathFactory) 
     yield found
 
 
-IS_LONG = pytest.mark.parametrize("count", [2, pytest.param(100, marks=pytest.mark.attack)])
+IS_LONG = pytest.mark.parametrize("count", [1, pytest.param(100, marks=pytest.mark.attack)])
 
 
 @IS_LONG

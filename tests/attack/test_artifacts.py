@@ -190,7 +190,7 @@ def attack(tally: Tally, kind: str, seed: int, doors: Doors, original: Files) ->
 def test_no_artifact_gets_through_that_should_not(
     is_long: bool, artifacts: list[tuple[Doors, Files]], pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    count = pytestconfig.getoption("--attack-count") if is_long else 120
+    count = pytestconfig.getoption("--attack-count") if is_long else 60
     tally = Tally()
     failures: list[str] = []
     for seed in range(count):

@@ -94,7 +94,7 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def jobs(base: Path, finetuned: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Job]]:
+def jobs(base: Path, finetuned: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Job]]:
     whole = tmp_path_factory.mktemp("whole") / "delta"
     made = Job(["compress", str(base), str(finetuned), "--ratio", "4"], tmp_path_factory.mktemp("compress"))
     assert made.run() == 0, made.said
@@ -106,106 +106,112 @@ def jobs(base: Path, finetuned: Path, tmp_path_factory: pytest.TempPathFactory) 
         started = time.monotonic()
         job.finish()
         job.seconds = time.monotonic() - started
-    yield found
+    yield {job.arguments[0]: job for job in found}
 
 
-IS_LONG = pytest.mark.parametrize("count", [2, pytest.param(100, marks=pytest.mark.attack)])
+EACH = pytest.mark.parametrize("kind", ["compress", "merge", "export"])
+IS_LONG = pytest.mark.parametrize("count", [1, pytest.param(100, marks=pytest.mark.attack)])
 
 
+@EACH
 @IS_LONG
-def test_killed_at_any_moment(count: int, jobs: list[Job], capsys: pytest.CaptureFixture[str]) -> None:
+def test_killed_at_any_moment(count: int, kind: str, jobs: dict[str, Job], capsys: pytest.CaptureFixture[str]) -> None:
     """The resumed output is the uninterrupted one's, byte for byte."""
     random = Random(count)
-    for job in jobs:
-        kills = resumed = finished = 0
-        while kills < count:
-            process = job.start()
-            process.join(random.uniform(0.01, 1.1 * job.seconds))
-            if process.is_alive():
-                process.kill()
-                process.join()
-                kills += 1
-                resumed += work_folder(job.out).exists()
-                assert not job.out.exists() or files(job.out) == job.expected
-            if process.exitcode == 0 or job.out.exists() or random.random() < 0.4:
-                job.finish()
-                finished += 1
-        job.finish()
-        if count >= 100:
-            with capsys.disabled():
-                print(
-                    f"\n{job.arguments[0]}: {kills} kills, {resumed} with work to go on from, {finished + 1} finished"
-                )
+    job = jobs[kind]
+    kills = resumed = finished = 0
+    while kills < count:
+        process = job.start()
+        process.join(random.uniform(0.01, 1.1 * job.seconds))
+        if process.is_alive():
+            process.kill()
+            process.join()
+            kills += 1
+            resumed += work_folder(job.out).exists()
+            assert not job.out.exists() or files(job.out) == job.expected
+        if process.exitcode == 0 or job.out.exists() or random.random() < 0.4:
+            job.finish()
+            finished += 1
+    job.finish()
+    if count >= 100:
+        with capsys.disabled():
+            print(f"\n{job.arguments[0]}: {kills} kills, {resumed} with work to go on from, {finished + 1} finished")
 
 
+@EACH
 @IS_LONG
-def test_told_to_stop_at_any_moment(count: int, jobs: list[Job], capsys: pytest.CaptureFixture[str]) -> None:
+def test_told_to_stop_at_any_moment(
+    count: int, kind: str, jobs: dict[str, Job], capsys: pytest.CaptureFixture[str]
+) -> None:
     random = Random(count)
-    for job in jobs:
-        stopped = 0
-        while stopped < count:
-            process = job.start()
-            process.join(random.uniform(0.05, job.seconds))
-            sent = random.choice([signal.SIGINT, signal.SIGTERM])
-            if process.is_alive() and process.pid:
-                os.kill(process.pid, sent)
-            process.join(60)
-            assert "Traceback" not in job.said, job.said
-            if process.exitcode == 128 + sent:
-                assert job.said.strip().splitlines()[-1] == SENTENCE
-            else:  # after its end, or before it has begun, when all is the fork's
-                assert process.exitcode in (0, -sent) or not job.said, job.said
-            stopped += 1
-            if job.out.exists() or random.random() < 0.4:
-                job.finish()
-        job.finish()
-        if count >= 100:
-            with capsys.disabled():
-                print(f"\n{job.arguments[0]}: told to stop {stopped} times")
+    job = jobs[kind]
+    stopped = 0
+    while stopped < count:
+        process = job.start()
+        process.join(random.uniform(0.05, job.seconds))
+        sent = random.choice([signal.SIGINT, signal.SIGTERM])
+        if process.is_alive() and process.pid:
+            os.kill(process.pid, sent)
+        process.join(60)
+        assert "Traceback" not in job.said, job.said
+        if process.exitcode == 128 + sent:
+            assert job.said.strip().splitlines()[-1] == SENTENCE
+        else:  # after its end, or before it has begun, when all is the fork's
+            assert process.exitcode in (0, -sent) or not job.said, job.said
+        stopped += 1
+        if job.out.exists() or random.random() < 0.4:
+            job.finish()
+    job.finish()
+    if count >= 100:
+        with capsys.disabled():
+            print(f"\n{job.arguments[0]}: told to stop {stopped} times")
 
 
+@EACH
 @IS_LONG
-def test_no_room_at_any_moment(count: int, jobs: list[Job]) -> None:
+def test_no_room_at_any_moment(count: int, kind: str, jobs: dict[str, Job]) -> None:
     """Files beyond some size fail: one sentence, and the same command goes on when there is room."""
     random = Random(count)
-    for job in jobs:
-        assert job.expected is not None
-        largest = max(map(len, job.expected.values()))
-        for _ in range(count):
-            assert job.run(largest_file=int(largest * random.random() ** 2)) == 1
-            errors = [line for line in job.said.splitlines() if line.startswith("error: ")]
-            assert len(errors) == 1 and "cannot write" in errors[0] and "Traceback" not in job.said, job.said
-            assert not job.out.exists()
-            if random.random() < 0.4:
-                job.finish()
+    job = jobs[kind]
+    assert job.expected is not None
+    largest = max(map(len, job.expected.values()))
+    for _ in range(count):
+        assert job.run(largest_file=int(largest * random.random() ** 2)) == 1
+        errors = [line for line in job.said.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and "cannot write" in errors[0] and "Traceback" not in job.said, job.said
+        assert not job.out.exists()
+        if random.random() < 0.4:
+            job.finish()
+    job.finish()
+
+
+@EACH
+@IS_LONG
+def test_two_writers_at_once(count: int, kind: str, jobs: dict[str, Job]) -> None:
+    """One of them makes the output, and the other says why it does not."""
+    random = Random(count)
+    job = jobs[kind]
+    for _ in range(count):
+        one = job.start()
+        time.sleep(random.uniform(0, job.seconds))
+        other = job.start("log2")
+        one.join(120)
+        other.join(120)
+        log, log2 = ((job.folder / name).read_text() for name in ("log", "log2"))
+        assert sorted([one.exitcode, other.exitcode]) == [0, 1], log + log2  # type: ignore[type-var]
+        loser = log if one.exitcode else log2
+        assert "another process is writing" in loser or "exists already" in loser
         job.finish()
 
 
-@IS_LONG
-def test_two_writers_at_once(count: int, jobs: list[Job]) -> None:
-    """One of them makes the output, and the other says why it does not."""
-    random = Random(count)
-    for job in jobs:
-        for _ in range(count):
-            one = job.start()
-            time.sleep(random.uniform(0, job.seconds))
-            other = job.start("log2")
-            one.join(120)
-            other.join(120)
-            log, log2 = ((job.folder / name).read_text() for name in ("log", "log2"))
-            assert sorted([one.exitcode, other.exitcode]) == [0, 1], log + log2  # type: ignore[type-var]
-            loser = log if one.exitcode else log2
-            assert "another process is writing" in loser or "exists already" in loser
-            job.finish()
-
-
+@EACH
 @pytest.mark.parametrize("place", ["/sys/out", "/proc/out"])
-def test_where_nothing_can_be_written(place: str, jobs: list[Job]) -> None:
-    for job in jobs:
-        process = FORKS.Process(target=_command, args=([*job.arguments, "-o", place], str(job.folder / "log"), None))
-        process.start()
-        process.join(120)
-        assert process.exitcode == 1
-        assert [line for line in job.said.splitlines() if f"error: cannot write {place}: " in line] and (
-            "Traceback" not in job.said
-        )
+def test_where_nothing_can_be_written(place: str, kind: str, jobs: dict[str, Job]) -> None:
+    job = jobs[kind]
+    process = FORKS.Process(target=_command, args=([*job.arguments, "-o", place], str(job.folder / "log"), None))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 1
+    assert [line for line in job.said.splitlines() if f"error: cannot write {place}: " in line] and (
+        "Traceback" not in job.said
+    )

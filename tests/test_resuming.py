@@ -54,6 +54,7 @@ def test_a_killed_run_leaves_nothing_that_opens_and_is_resumed(
         deadline = time.monotonic() + 120
         while len(list(work_folder(out).glob("*.safetensors"))) < weights and time.monotonic() < deadline:
             assert process.poll() is None
+            time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not out.exists()

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from commands import fail, succeed
 from conftest import Save, fine_tune, make_model, make_tokenizer
-from deltacome import compress, load, merge
+from deltacome import DeltacomeError, compress, load, merge
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.data import Encoder, pad
-from deltacome.language import up_to_end
+from deltacome.language import end_tokens, up_to_end
 from deltacome.runtime.conversation import Conversation
 from deltacome.serve.server import build
 from serving import CHAT, OTHER_TEMPLATE, client, serving
@@ -179,3 +179,24 @@ def test_without_any_tokenizer_it_is_said(save: Save, tmp_path: Path) -> None:
         path.unlink()
     compress(base, tuned, tmp_path / "delta", ratio=4)
     fail("transformers cannot load the tokenizer of", "generate", base, "--delta", tmp_path / "delta", "--prompt", "x")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "null",
+        '{"eos_token_id": [[1]]}',
+        '{"eos_token_id": "a"}',
+        '{"eos_token_id": 1.5}',
+        '{"text_config": [1]}',
+        '{"a":' * 100000,
+        "�",
+        '{"eos_token_id": {"a": 1}}',
+    ],
+    ids=lambda text: text[:25],
+)
+def test_end_tokens_that_are_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(DeltacomeError, match=r"config\.json names no end token that can be read"):
+        end_tokens(tmp_path / "generation_config.json", tmp_path / "config.json")

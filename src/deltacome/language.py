@@ -48,27 +48,32 @@ def end_tokens(generation_config: Path | None, config: Path | None) -> set[int]:
     A file that is not there names none.
 
     Raises:
-        DeltacomeError: if a file is not JSON.
+        DeltacomeError: if a file is not a model's configuration.
     """
     for path in (generation_config, config):
         if path is None or not path.is_file():
             continue
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DeltacomeError(f"{path} cannot be read: {error}") from error
-        for part in (settings, settings.get("text_config") or {}):
-            found = as_set(part.get("eos_token_id"))
-            if found:
-                return found
+            for part in (settings, settings.get("text_config") or {}):
+                found = as_set(part.get("eos_token_id"))
+                if found:
+                    return found
+        except (OSError, ValueError, RecursionError, AttributeError, TypeError) as error:
+            raise DeltacomeError(f"{path} names no end token that can be read: {reason(error)}") from error
     return set()
 
 
 def as_set(tokens: int | Sequence[int] | None) -> set[int]:
-    """A token, several or none, as configurations have them."""
-    if tokens is None:
-        return set()
-    return {tokens} if isinstance(tokens, int) else set(tokens)
+    """A token, several or none, as configurations have them.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    found = [] if tokens is None else [tokens] if isinstance(tokens, int) else [*tokens]
+    if not all(isinstance(token, int) for token in found):
+        raise TypeError(f"{tokens!r} is no token")
+    return set(found)
 
 
 def up_to_end(tokens: list[int], ends: set[int]) -> list[int]:

@@ -184,19 +184,19 @@ def test_without_any_tokenizer_it_is_said(save: Save, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "[]",
-        "null",
-        '{"eos_token_id": [[1]]}',
-        '{"eos_token_id": "a"}',
-        '{"eos_token_id": 1.5}',
-        '{"text_config": [1]}',
-        '{"a":' * 100000,
-        "�",
-        '{"eos_token_id": {"a": 1}}',
+        b"[]",
+        b"null",
+        b'{"eos_token_id": [[1]]}',
+        b'{"eos_token_id": "a"}',
+        b'{"eos_token_id": 1.5}',
+        b'{"eos_token_id": {"a": 1}}',
+        b'{"text_config": [1]}',
+        b'{"a":' * 100_000,
+        b"\xff",
     ],
-    ids=lambda text: text[:25],
+    ids=lambda text: repr(text[:25]),
 )
-def test_end_tokens_that_are_none(text: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+def test_end_tokens_that_are_none(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(DeltacomeError, match=r"config\.json names no end token that can be read"):
         end_tokens(tmp_path / "generation_config.json", tmp_path / "config.json")

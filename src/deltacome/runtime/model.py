@@ -9,6 +9,7 @@ import torch
 
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError, reason
+from deltacome.hub import UNFIT_FILES
 from deltacome.language import as_set
 from deltacome.runtime.batch import Batch, running
 from deltacome.runtime.ends import end_options
@@ -151,5 +152,5 @@ def _load_base(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
     kind = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
     try:
         return kind.from_pretrained(checkpoint.folder, dtype=dtype or "auto", trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except UNFIT_FILES as error:
         raise DeltacomeError(f"transformers cannot load {checkpoint.source}: {reason(error)}") from error

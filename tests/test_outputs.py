@@ -372,3 +372,12 @@ def test_an_interruption_is_one_sentence(
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + sent and out == ""
     assert "Traceback" not in err and err.endswith("interrupted; the same command goes on where it stopped\n"), err
+
+
+def test_work_on_an_output_that_another_process_has_made_is_cleared_away(tmp_path: Path) -> None:
+    """It looked for the output before the other had finished, and began when that had let go of the folder."""
+    out = tmp_path / "out"
+    with pytest.raises(DeltacomeError, match="exists already"), new_folder(out, {"a": 1}) as folder:
+        (folder / "weights").write_text("ours")
+        out.mkdir()
+    assert list(tmp_path.iterdir()) == [out] and not any(out.iterdir())

@@ -72,8 +72,11 @@ class WorkFolder:
         sync(self.out.absolute().parent)
 
     def close(self, remove: bool = False) -> None:
-        """Let go of the folder, for another run to go on from unless it is empty, or to be removed."""
-        if remove or all(path.name in (LOCK, JOB, DONE) for path in self.path.iterdir()):
+        """Let go of the folder, for another run to go on from unless it is empty, or to be removed.
+
+        Where the output is there, which may be another process's, nothing is left to go on to.
+        """
+        if remove or self.out.exists() or all(path.name in (LOCK, JOB, DONE) for path in self.path.iterdir()):
             shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
 

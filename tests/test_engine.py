@@ -172,6 +172,23 @@ def test_who_asks_much_holds_up_nobody_who_asks_little(served: SimpleNamespace) 
     assert [answers[number] for number in ended] == [served.alone[number] for number in ended]
 
 
+def test_an_answer_of_one_token_leaves_the_rows_as_they_are(served: SimpleNamespace) -> None:
+    """Nothing joins, so nothing is copied."""
+    answers: dict[int, list[int]] = {}
+    engine = Engine(served.model, Limits(prompt=128))
+    long, other = [number for number, answer in enumerate(served.alone) if len(answer) == NEW_TOKENS][:2]
+    engine.submit([ask(served, long, answers)])
+    while not engine.rows.sequences:  # its prompt may be read in parts
+        engine.step()
+    rows, short = engine.rows, ask(served, other, answers)
+    short.max_tokens = 1
+    engine.submit([short])
+    engine.step()
+    assert answers[other] == served.alone[other][:1] and engine.rows is rows
+    finish(engine)
+    assert answers[long] == served.alone[long]
+
+
 def test_a_long_prompt_holds_nobody_up(served: SimpleNamespace) -> None:
     answers: dict[int, list[int]] = {}
     engine = Engine(served.model, Limits(prompt=8))

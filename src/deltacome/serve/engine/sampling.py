@@ -38,8 +38,9 @@ class Likelihood:
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """A token for a row of logits (vocabulary,), the temperature not being 0."""
-    scores = logits.double().cpu()
-    scores = (scores - scores.max()) / sampling.temperature  # however small, the likeliest stay at 0
+    scores = logits.float().cpu()
+    # However small the temperature, the likeliest stay at 0; float32 cannot hold all of them.
+    scores = ((scores - scores.max()).double() / sampling.temperature).float()
     if sampling.top_p < 1:
         scores = TopPLogitsWarper(sampling.top_p)(torch.empty(1, 0, dtype=torch.long), scores[None])[0]
     return int(torch.multinomial(torch.softmax(scores, -1), 1, generator=generator))

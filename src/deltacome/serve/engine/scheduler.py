@@ -240,6 +240,8 @@ class Engine:
             return
         read = Rows(group, cache)
         joining = self._choose(group, logits)
+        if not joining:
+            return
         try:
             rows = joined([(self.rows, list(range(len(self.rows.sequences)))), (read, joining)])
         except Exception as error:

@@ -250,7 +250,7 @@ def markdown_table(lines: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
 
-def save_table(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write the rows as JSON to `path` and as a Markdown table beside it."""
+def save_table(rows: list[dict[str, Any]], path: Path, columns: dict[str, str] = COLUMNS) -> None:
+    """Write the rows as JSON to `path` and as a Markdown table beside it. columns: headings by the rows' keys."""
     write_atomically(path, (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode())
-    write_atomically(path.with_suffix(".md"), markdown(rows).encode())
+    write_atomically(path.with_suffix(".md"), markdown(rows, columns).encode())

@@ -39,20 +39,31 @@ class Mean:
         return cls(value, (value * (1 - value) / trials) ** 0.5)
 
 
-@torch.inference_mode()
 def divergence(
     reference: Any, model: Any, encoded: Sequence[tuple[list[int], int]], advance: Callable[[float], None]
 ) -> tuple[Mean, Mean]:
+    """KL(reference || model) and the model's NLL, see `divergences`."""
+    return divergences(reference, [model], encoded, advance)[0]
+
+
+@torch.inference_mode()
+def divergences(
+    reference: Any, models: Sequence[Any], encoded: Sequence[tuple[list[int], int]], advance: Callable[[float], None]
+) -> list[tuple[Mean, Mean]]:
     """KL(reference || model) and the model's NLL, in nats a token, over the tokens from each example's start on.
 
     Args:
-        reference, model: causal language models of transformers.
+        reference, models: causal language models of transformers; the reference computes once for all models.
         encoded: token ids, and the first position that counts, per example.
         advance: called with the number of examples done.
+
+    Returns:
+        KL and NLL of every model.
     """
     lengths = [len(ids) for ids, _ in encoded]
     order = sorted(range(len(encoded)), key=lengths.__getitem__)
-    kl, nll, counts = torch.zeros(len(encoded)), torch.zeros(len(encoded)), torch.zeros(len(encoded))
+    kl, nll = torch.zeros(2, len(models), len(encoded))
+    counts = torch.tensor([float(length - first) for length, (_, first) in zip(lengths, encoded, strict=True)])
     start = 0
     while start < len(order):
         chunk = [order[start]]
@@ -63,18 +74,18 @@ def divergence(
         start += len(chunk)
         ids, mask = pad([encoded[i][0] for i in chunk], left=False)
         expected = reference(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        found = expected
-        if model is not reference:
-            found = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        vocabulary = min(expected.shape[-1], found.shape[-1])  # one of them may be padded
-        for row, i in enumerate(chunk):
-            first, last = encoded[i][1], lengths[i]
-            p, q = (x[row, first - 1 : last - 1, :vocabulary].float().log_softmax(-1) for x in (expected, found))
-            kl[i] = torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True)
-            nll[i] = -q.gather(1, ids[row, first:last, None]).sum()
-            counts[i] = last - first
+        for number, model in enumerate(models):
+            found = expected
+            if model is not reference:
+                found = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            vocabulary = min(expected.shape[-1], found.shape[-1])  # one of them may be padded
+            for row, i in enumerate(chunk):
+                first, last = encoded[i][1], lengths[i]
+                p, q = (x[row, first - 1 : last - 1, :vocabulary].float().log_softmax(-1) for x in (expected, found))
+                kl[number, i] = torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True)
+                nll[number, i] = -q.gather(1, ids[row, first:last, None]).sum()
         advance(len(chunk))
-    return Mean.of_ratio(kl, counts), Mean.of_ratio(nll, counts)
+    return [(Mean.of_ratio(kl[i], counts), Mean.of_ratio(nll[i], counts)) for i in range(len(models))]
 
 
 @torch.inference_mode()

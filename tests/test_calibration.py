@@ -45,7 +45,7 @@ def test_streamed_moments_are_those_of_the_whole_model(
     found: dict[str, Tensor] = {}
     stream = CalibrationStream(checkpoint, *batch(data, encoder))
     stream.run(lambda _: True, checkpoint.read_float, checkpoint.read_float, found.update)
-    expected = plain_moments(checkpoint.folder, [encoder.example(example)[0] for example in data])
+    expected = plain_moments(checkpoint.folder, [encoder.example(example).ids for example in data])
     if tied:
         del expected["lm_head.weight"]
     assert found.keys() == expected.keys()
@@ -105,7 +105,7 @@ def test_inputs_come_through_compressed_layers(save: Save, examples: Path) -> No
     CalibrationStream(checkpoint, *batch(data, encoder)).run(
         lambda _: True, checkpoint.read_float, other.read_float, found.update
     )
-    expected = plain_moments(save(second), [encoder.example(example)[0] for example in data])
+    expected = plain_moments(save(second), [encoder.example(example).ids for example in data])
     name = "model.layers.1.mlp.up_proj.weight"
     torch.testing.assert_close(found[name], expected[name].float(), rtol=1e-3, atol=1e-4 * float(expected[name].max()))
 
@@ -217,8 +217,8 @@ def test_templates(tmp_path: Path) -> None:
     example = Example(({"role": "user", "content": "hi"},), "yo")
 
     def text(encoder: Encoder) -> tuple[str, str]:
-        ids, start = encoder.example(example)
-        return tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:])
+        encoded = encoder.example(example)
+        return tokenizer.decode(encoded.ids[: encoded.start]), tokenizer.decode(encoded.ids[encoded.start :])
 
     assert text(Encoder(tokenizer)) == ("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "yo<|im_end|>")
     assert text(Encoder(tokenizer, "none")) == ("hi", "yo<|im_end|>")
@@ -226,4 +226,4 @@ def test_templates(tmp_path: Path) -> None:
     assert text(Encoder(tokenizer, str(tmp_path / "t.jinja"))) == ("Q: hi A: ", "yo<|im_end|>")
     with pytest.raises(DeltacomeError, match="give a Jinja template"):
         Encoder(tokenizer, str(tmp_path / "missing.jinja"))
-    assert Encoder(tokenizer).example(Example((), "some text"))[1] == 1
+    assert Encoder(tokenizer).example(Example((), "some text")).start == 1

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltacome.checkpoints.architectures import auto_class
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.data import Encoder, Example
 from deltacome.errors import DeltacomeError, reason
@@ -178,16 +179,13 @@ def _energies(x: Tensor, y: Tensor) -> Tensor:
 def _skeleton(checkpoint: Checkpoint) -> Any:
     """The model without weights, its buffers (rotary frequencies) in place."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-        text_only = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        kind = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
         with init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # transformers initializes weights that are not there
-            model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            model = auto_class(config.model_type).from_config(config, dtype=torch.float32, trust_remote_code=False)
     except UNFIT_FILES as error:
         raise DeltacomeError(f"transformers cannot build {checkpoint.source} to calibrate: {reason(error)}") from error
     model.tie_weights()
@@ -232,7 +230,7 @@ def random_tokens(checkpoint: Checkpoint) -> tuple[Tensor, Tensor]:
 
 def batch(examples: list[Example], encoder: Encoder) -> tuple[Tensor, Tensor]:
     """Token ids (examples, longest) padded on the right, and the mask of what is no padding."""
-    rows = [encoder.example(example)[0][:LONGEST] for example in examples]
+    rows = [encoder.example(example).ids[:LONGEST] for example in examples]
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     mask = torch.zeros(ids.shape, dtype=torch.bool)
     for i, row in enumerate(rows):

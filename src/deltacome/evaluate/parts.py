@@ -11,9 +11,9 @@ from torch.func import functional_call
 
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.module_names import ModuleNames
-from deltacome.data import Encoder, read_examples
+from deltacome.data import Encoded, read_examples
 from deltacome.errors import DeltacomeError
-from deltacome.evaluate.comparison import cut, load
+from deltacome.evaluate.comparison import cut, load_for
 from deltacome.evaluate.metrics import divergences
 from deltacome.format.artifact import Artifact
 from deltacome.progress import bar
@@ -83,8 +83,7 @@ def evaluate_parts(
             raise DeltacomeError(
                 f"{name} was compressed with --fold-norms, so its weights are right only together; leave out --by-part"
             )
-    reference, tokenizer = load(Checkpoint(finetuned), base_checkpoint)
-    encoder = Encoder(tokenizer, chat_template)
+    reference, encoder = load_for(examples, Checkpoint(finetuned), base_checkpoint, chat_template)
     encoded = {
         "on_task_kl": [cut(encoder.example(example)) for example in examples],
         "off_task_kl": [cut(encoder.example(text)) for text in texts],
@@ -146,7 +145,7 @@ def _check_same_shapes(name: str, reference: Any, merged: Any) -> None:
 
 
 def _measure(
-    name: str, parts: list[Part], reference: Any, merged: Any, encoded: dict[str, list[tuple[list[int], int]]]
+    name: str, parts: list[Part], reference: Any, merged: Any, encoded: dict[str, list[Encoded]]
 ) -> list[dict[str, Any]]:
     rebuilt = dict(merged.named_parameters(remove_duplicate=False))
     rows: list[dict[str, Any]] = [

@@ -105,6 +105,15 @@ def test_the_base_has_the_towers_of_the_fine_tuned_model(base: Path, llava: Path
     assert tokenizer.convert_tokens_to_ids("<image>") == IMAGE
 
 
+def test_another_type_of_language_model_is_measured_as_it_is(base: Path, tmp_path: Path) -> None:
+    """Such a delta was made with --map."""
+    shutil.copytree(base, tmp_path / "other")
+    config = json.loads((base / "config.json").read_text())
+    (tmp_path / "other/config.json").write_text(json.dumps({**config, "model_type": "mistral"}))
+    model, _ = load_base(Checkpoint(base), Checkpoint(tmp_path / "other"))
+    assert model.config.model_type == "llama"
+
+
 def test_images_matter_and_batches_do_not(llava: Path, data: Path) -> None:
     """Rows without and with images of their own, in one batch and alone."""
     model = AutoModelForImageTextToText.from_pretrained(llava, dtype=torch.float32).eval()
@@ -167,6 +176,9 @@ def test_errors(base: Path, llava: Path, delta: Path, data: Path, save: Save, tm
     fail("x.jsonl, line 1: there is no image", *command, "-o", tmp_path / "out.json")
     (tmp_path / "x.png").write_text("no image")
     fail("x.png is no image that can be read: ", *command, "-o", tmp_path / "out.json")
+    twice = Example(({"role": "user", "content": "<image><image>"},), "", image=data.parent / "images/0.png")
+    with pytest.raises(DeltacomeError, match=r"the processor refuses .*0\.png with its prompt: "):
+        encoder_of(llava).question(twice)
     with pytest.raises(DeltacomeError, match=r"an example has an image \(.*0\.png\), which nothing here can see"):
         compress(base, llava, tmp_path / "out", ratio=2, method="delta-come", calibration=data)
     other = tmp_path / "other"

@@ -36,8 +36,8 @@ class Example:
 class Encoded:
     """An example, or a prompt alone, as a model takes it.
 
-    ids: tokens. start: the first position that counts, of which the first there is is predicted by nothing. image: what
-    the model takes besides, by the names of its arguments, as transformers' processors give it for one row.
+    ids: tokens. start: the first position that counts, 1 at least, for the first token is predicted by nothing. image:
+    what the model takes besides, by the names of its arguments, as transformers' processors give it for one row.
     """
 
     ids: list[int]
@@ -136,7 +136,7 @@ class Encoder:
         The image's token is put in front of the user's first message, unless a message has it already.
 
         Raises:
-            DeltacomeError: if there is an image and no processor, or the image cannot be read.
+            DeltacomeError: if there is an image and no processor, or one that cannot be read, or not with this prompt.
         """
         if example.image is None:
             return Encoded(self.prompt(example.messages))
@@ -145,9 +145,11 @@ class Encoder:
         token = getattr(self.processor, "image_token", "<image>")
         is_placed = any(token in message["content"] for message in example.messages)
         text = self._text(example.messages, "" if is_placed else token)
-        image = dict(
-            self.processor(images=_open_image(example.image), text=text, return_tensors="pt", **self._options())
-        )
+        picture = _open_image(example.image)
+        try:
+            image = dict(self.processor(images=picture, text=text, return_tensors="pt", **self._options()))
+        except (ValueError, LookupError, TypeError, StopIteration) as error:
+            raise DeltacomeError(f"the processor refuses {example.image} with its prompt: {reason(error)}") from error
         del image["attention_mask"]
         return Encoded(image.pop("input_ids")[0].tolist(), image=image)
 
@@ -164,7 +166,7 @@ class Encoder:
         return replace(prompt, ids=[*prompt.ids, *completion, *end], start=len(prompt.ids))
 
     def _options(self) -> dict[str, bool]:
-        """A template has the special tokens in it."""
+        """The tokenizer's: a template has the special tokens in it."""
         return {} if self.template is None else {"add_special_tokens": False}
 
     def _text(self, messages: Sequence[Mapping[str, str]], image_token: str = "") -> str:
@@ -192,7 +194,8 @@ def _open_image(path: Path) -> Any:
     from PIL import Image
 
     try:
-        return Image.open(path).convert("RGB")
+        with Image.open(path) as image:
+            return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as broken files have it
         raise DeltacomeError(f"{path} is no image that can be read: {reason(error)}") from error
 

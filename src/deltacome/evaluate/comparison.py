@@ -220,13 +220,15 @@ def load_base(base: Checkpoint, finetuned: Checkpoint) -> tuple[Any, Any]:
     Raises:
         DeltacomeError: if transformers cannot load it, or the weights do not correspond.
     """
-    if base.config.get("model_type") == finetuned.config.get("model_type"):
+    text = finetuned.config.get("text_config")
+    if not isinstance(text, dict) or text.get("model_type") != base.config.get("model_type"):
         return load(base)
     matrices: dict[str, dict[int | None, Tensor]] = {}
     for p in pair(base, finetuned):
         weight = finetuned.read_float(p.name) if p.dtype.is_floating_point else finetuned.read(p.name)
         if p.base_name is not None:
-            weight[: p.rows] = base.read_float(p.base_name)[: p.rows]
+            ours = base.read_float(p.base_name)
+            weight = torch.cat((ours[: p.rows], weight[p.rows :])) if p.shape else ours
         stack, number = split_stack(p.name)
         matrices.setdefault(stack, {})[number] = weight
     weights = {

@@ -130,7 +130,7 @@ def _decode(words, contexts, frequencies, starts, tokens, values):  # type: igno
             continue
         length = 3 + (token - SMALL) // 4
         value = np.uint64(4 + (token - SMALL) % 4) << np.uint64(length - 2)
-        done, left = 0, length - 2
+        done, left = 0, int(length - 2)
         while left:
             count = left if left < 16 else 16
             value |= (state & np.uint64((1 << count) - 1)) << np.uint64(done)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,21 @@ def rotation(length: int) -> np.ndarray:
     return (last @ np.diag(signs) if p < length else np.eye(length)) @ first @ np.diag(signs)
 
 
+def flipped(bits: int, width: int) -> int:
+    """All bits but the sign inverted if that is set."""
+    return bits ^ 2 ** (width - 1) - 1 if bits >> width - 1 else bits
+
+
+def converted(values: np.ndarray, dtype: str) -> bytes:
+    """Numbers in another dtype, ties to even, without NaN."""
+    with np.errstate(over="ignore"):
+        values = np.nan_to_num(values.astype("<f8" if dtype == "F64" else "<f4"), posinf=np.inf, neginf=-np.inf)
+        if dtype != "BF16":
+            return values.astype(DTYPES[dtype]).tobytes()
+    bits = values.view("<u4").astype(np.uint64)
+    return (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype("<u2").tobytes()
+
+
 class Reader:
     def __init__(self, folder: Path, base: Path) -> None:
         text = (folder / "deltacome.json").read_bytes()
@@ -108,6 +124,8 @@ class Reader:
         """The rebuilt weight in float64."""
         entry = self.manifest["weights"][name]
         shape, base_name = entry["shape"], entry.get("base", name)
+        if "coded" in entry:
+            return array(entry["dtype"], shape, self.bits(name))
         rebuilt = np.zeros(shape)
         if base_name is not None:
             theirs = array(*self.base[base_name])
@@ -122,6 +140,61 @@ class Reader:
         if "dense" in entry:
             rebuilt[entry["dense"] :] = self.tensor(f"{name}.dense")
         return rebuilt
+
+    def bits(self, name: str) -> bytes:
+        """The bytes of a weight that is coded."""
+        entry, content = self.manifest["weights"][name], self.raw[f"{name}.coded"][2]
+        (dtype, size), shape = entry["coded"], list(entry["shape"])
+        assert size == len(content)
+        rest = self.raw[f"{name}.dense"][2] if "dense" in entry else b""
+        shape[0] = entry.get("dense", shape[0])
+        theirs_dtype, theirs_shape, theirs = self.base[entry.get("base", name)]
+        theirs = theirs[: len(theirs) // theirs_shape[0] * shape[0]]
+        if theirs_dtype != dtype:
+            theirs = converted(array(theirs_dtype, shape, theirs), dtype)
+        width, mantissa, exponent = {"BF16": (16, 7, 8), "F16": (16, 10, 5), "F32": (32, 23, 8), "F64": (64, 52, 11)}[
+            dtype
+        ]
+        row = int(np.prod(shape[1:])) if len(shape) > 1 else shape[0]
+        base = [int(x) for x in np.frombuffer(theirs, f"<u{width // 8}")]
+        found: list[int] = []
+        at = 32
+        while len(found) < len(base):
+            some = base[len(found) :][: max(1, 2**22 // row) * row]
+            side_bytes, count, first, contexts, tokens = struct.unpack_from("<IIhBB", content, at)
+            side = zlib.decompress(content[at + 12 : at + 12 + side_bytes])
+            rows = len(some) // row
+            frequencies = np.frombuffer(side[rows:], "<u2").reshape(contexts, tokens)
+            at += 12 + side_bytes + 2 * count
+            words = iter(np.frombuffer(content[at - 2 * count : at], "<u2").tolist())
+            x = next(words) + (next(words) << 16)
+            for i, b in enumerate(some):
+                e = b >> mantissa & 2**exponent - 1
+                f = frequencies[min(max(2 * e + side[i // row] - first, 0), contexts - 1)].tolist()
+                r = x % 2**12
+                token, start = 0, 0
+                while start + f[token] <= r:
+                    start += f[token]
+                    token += 1
+                x = f[token] * (x >> 12) + r - start
+                x = x if x >= 2**16 else (x << 16) + next(words)
+                z = token
+                if token >= 8:
+                    k = 3 + (token - 8) // 4
+                    z = 4 + (token - 8) % 4 << k - 2
+                    for shift in range(0, k - 2, 16):
+                        c = min(16, k - 2 - shift)
+                        z += x % 2**c << shift
+                        x >>= c
+                        x = x if x >= 2**16 else (x << 16) + next(words)
+                d = -(z + 1) // 2 if z % 2 else z // 2
+                found.append(flipped((flipped(b, width) + d) % 2**width, width))
+            assert x == 2**16 and next(words, None) is None
+        data = np.array(found, f"<u{width // 8}").tobytes()
+        assert at == len(content) and hashlib.sha256(data).digest() == content[:32]
+        if dtype != entry["dtype"]:
+            data = (np.frombuffer(data, "<u2").astype("<u4") << 16).tobytes()
+        return data + rest
 
     def factored(self, name: str, entry: dict[str, Any]) -> np.ndarray:
         m, n = entry["shape"]

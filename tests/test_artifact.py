@@ -38,6 +38,7 @@ SETTINGS = {
     "small groups": {"method": "delta-come", "scale": "minmax", "group_size": 10, "ratio": 4},
     "low-rank": {"method": "low-rank", "ratio": 4},
     "bitdelta": {"method": "bitdelta"},
+    "lossless": {"method": "lossless"},
     "exact embeddings": {"embeddings": "exact", "ratio": 4},
 }
 

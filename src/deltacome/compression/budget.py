@@ -9,7 +9,7 @@ import torch
 
 from deltacome.checkpoints.pairing import Pair
 from deltacome.compression.allocation import Spectrum, allocate, spent_bits
-from deltacome.compression.methods import Method, SharesByError
+from deltacome.compression.methods import CodesBits, Method, SharesByError
 from deltacome.errors import DeltacomeError, UnreachableRatioError
 from deltacome.format.artifact import Artifact
 from deltacome.format.manifest import WeightEntry
@@ -57,7 +57,8 @@ class Budget:
     @cached_property
     def matrices(self) -> tuple[Pair, ...]:
         """The weights that the method compresses."""
-        return tuple(p for p in self.pairs.values() if p.is_matrix and p.name not in self.uncounted)
+        takes_all = isinstance(self.method, CodesBits)
+        return tuple(p for p in self.pairs.values() if (takes_all or p.is_matrix) and p.name not in self.uncounted)
 
     @property
     def counted_elements(self) -> int:

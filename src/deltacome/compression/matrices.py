@@ -8,7 +8,7 @@ from torch import Tensor
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.pairing import Pair
 from deltacome.compression.journal import Store
-from deltacome.compression.methods import MatrixDelta, Method, SharesByError
+from deltacome.compression.methods import CodesBits, MatrixDelta, Method, SharesByError
 from deltacome.format.manifest import WeightEntry, term_tensors
 from deltacome.format.terms import Dense, Term, add_terms
 from deltacome.weights import is_embedding, module_kind
@@ -43,6 +43,12 @@ class Matrices:
     def compress(self, name: str, second_moment: Tensor | None = None) -> None:
         """Compress a matrix and store it."""
         p = self.pairs[name]
+        if isinstance(self.method, CodesBits):
+            base = None if p.base_name is None else self.base.read(p.base_name)
+            if base is not None and p.shape:
+                base = base[: p.rows]
+            self.write(name, self.method.code(self.finetuned.read(name), base))
+            return
         delta = self._known(name, second_moment)
         terms: list[Term] = []
         error = None

@@ -15,7 +15,7 @@ from torch import Tensor
 from deltacome.errors import DeltacomeError
 from deltacome.files import SAFETENSORS_DTYPES, TORCH_DTYPES
 from deltacome.format.bits import BIT_WIDTHS, pack, unpack, words_per_row
-from deltacome.format.terms import Dense, Factored, Groups, Sign, Term, groups_per_row
+from deltacome.format.terms import Coded, Dense, Factored, Groups, Sign, Term, groups_per_row
 from deltacome.weights import is_embedding, is_matrix
 
 FORMAT_VERSION = 3
@@ -25,6 +25,7 @@ MODEL_CARD = "README.md"
 NO_DIGEST = "0" * 64
 DIGEST_START = b'{"sha256":"'
 MOST_BYTES = 2**25  # of a manifest: 100,000 matrices
+CODED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MOST_ELEMENTS = 2**40  # of a weight: a claim beyond that is refused before anything is computed from it
 # Suffixes of what programs take for weights, of which only ours are in an artifact.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack", ".index.json")
@@ -70,6 +71,9 @@ def term_tensors(terms: list[Term], shape: tuple[int, ...]) -> tuple[dict[str, A
         elif isinstance(term, Dense):
             fields["dense"] = term.start
             tensors["dense"] = term.value
+        elif isinstance(term, Coded):
+            fields["coded"] = (term.dtype, len(term.data))
+            tensors["coded"] = term.data
     return fields, tensors
 
 
@@ -79,7 +83,8 @@ class WeightEntry:
 
     base: its counterpart's name in the base, None if it has none. factored: (bits, rank) per term. rotated: the sides
     of the factored terms that are stored rotated. rows: how many rows the factored terms add to, None if to all.
-    dense: the first row that is stored exactly, None if none is. error: relative Frobenius error of the rebuilt delta.
+    dense: the first row that is stored exactly, None if none is. coded: dtype and number of bytes of a `Coded` term,
+    None without one. error: relative Frobenius error of the rebuilt delta.
     """
 
     name: str
@@ -92,6 +97,7 @@ class WeightEntry:
     group_size: int = 0
     sign: bool = False
     dense: int | None = None
+    coded: tuple[torch.dtype, int] | None = None
     error: float | None = None
 
     @classmethod
@@ -131,10 +137,13 @@ class WeightEntry:
             raise ValueError(f"base weight {base!r}")
         if group_size and (rotated or covered is not None):
             raise ValueError("groups of rotated vectors or of some rows")
+        coded = _coded(fields["coded"], dtype) if "coded" in fields else None
+        if coded and (factored or sign or dense == 0 or not shape or 0 in shape or base is None):
+            raise ValueError("coded bits beside other terms")
         error = fields.get("error")
         if error is not None and (isinstance(error, bool) or not isinstance(error, int | float)):
             raise ValueError(f"error {error!r}")
-        return cls(name, shape, dtype, base, factored, rotated, covered, group_size, sign, dense, error)
+        return cls(name, shape, dtype, base, factored, rotated, covered, group_size, sign, dense, coded, error)
 
     def fields(self) -> dict[str, Any]:
         """The inverse of `parse`: the manifest's fields, defaults left out."""
@@ -153,6 +162,8 @@ class WeightEntry:
             found["sign"] = True
         if self.dense is not None:
             found["dense"] = self.dense
+        if self.coded is not None:
+            found["coded"] = [SAFETENSORS_DTYPES[self.coded[0]], self.coded[1]]
         if self.error is not None:
             found["error"] = self.error
         return found
@@ -166,6 +177,11 @@ class WeightEntry:
         """(m, n) of the factored terms."""
         m, n = self.shape
         return (m if self.rows is None else self.rows), n
+
+    @property
+    def coded_rows(self) -> int:
+        """How many rows of it are coded, if any are."""
+        return self.shape[0] if self.dense is None else self.dense
 
     def tensors(self) -> dict[str, tuple[torch.dtype, list[int]]]:
         """Dtype and shape of every tensor that the terms are stored in, by name."""
@@ -188,6 +204,8 @@ class WeightEntry:
         if self.dense is not None:
             rows = [self.shape[0] - self.dense, *self.shape[1:]] if self.shape else []
             found[f"{self.name}.dense"] = (self.dtype, rows)
+        if self.coded is not None:
+            found[f"{self.name}.coded"] = (torch.uint8, [self.coded[1]])
         return found
 
     @property
@@ -219,6 +237,8 @@ class WeightEntry:
             terms.append(Sign((m, n), read(f"{self.name}.signs"), read(f"{self.name}.sign_scale")))
         if self.dense is not None:
             terms.append(Dense(read(f"{self.name}.dense"), self.dense))
+        if self.coded is not None:
+            terms.append(Coded(read(f"{self.name}.coded"), self.coded[0]))
         return terms
 
     def _factored_terms(self, read: Callable[[str], Tensor]) -> list[Term]:
@@ -363,6 +383,21 @@ def check_fields(manifest: dict[str, Any]) -> None:
             raise ValueError(f"the SHA-256 of {name}")
     if manifest["finetuned_bytes"] < 0 or manifest["files"].keys() & manifest["base_files"].keys():
         raise ValueError("finetuned_bytes, or a file twice")
+
+
+def _coded(field: Any, dtype: torch.dtype) -> tuple[torch.dtype, int]:
+    """The dtype and the bytes of coded bits of a weight of some dtype.
+
+    Raises:
+        ValueError: if the field is not that.
+    """
+    name, size = field
+    narrower = dtype == torch.float32 and name == "BF16"
+    if (dtype not in CODED_DTYPES or name != SAFETENSORS_DTYPES[dtype]) and not narrower:
+        raise ValueError(f"bits coded as {name!r}")
+    if not _is_count(size):
+        raise ValueError("bits coded in so many bytes")
+    return TORCH_DTYPES[name], size
 
 
 def _is_count(value: Any) -> bool:

@@ -101,6 +101,7 @@ def _check_shapes(artifact: Artifact, base: Checkpoint) -> None:
             or len(found.shape) != len(entry.shape)
             or found.shape[1:] != entry.shape[1:]
             or (found.shape < entry.shape and not entry.tensors())
+            or (entry.coded is not None and found.shape[0] < entry.coded_rows)
         ):
             raise DeltacomeError(
                 f"{artifact.folder} is a broken artifact: {name} has the shape {list(entry.shape)}, which does not fit "

@@ -184,8 +184,13 @@ def check_config(artifact: Artifact, base: Checkpoint) -> None:
     """Compare how the fine-tuned model computes with how its base does, which computes for it.
 
     Raises:
-        DeltacomeError: naming the first setting that differs.
+        DeltacomeError: naming the first setting that differs; if the weights are coded without loss.
     """
+    if any(entry.coded is not None for entry in artifact.entries.values()):
+        raise DeltacomeError(
+            f"{artifact.folder} holds weights to the last bit, which cannot be served beside the base; merge it, or "
+            "compress without --lossless"
+        )
     if "config.json" not in artifact.files:
         return
     from transformers import AutoConfig

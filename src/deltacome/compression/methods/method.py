@@ -58,6 +58,20 @@ class Method(Protocol):
 
 
 @runtime_checkable
+class CodesBits(Protocol):
+    """What a method has in the place of `compress` if it takes every weight as it is stored, matrix or not."""
+
+    def code(self, value: Tensor, base: Tensor | None) -> list[Term]:
+        """Terms from which a weight is rebuilt to the last bit.
+
+        Args:
+            value: the fine-tuned weight in its own dtype.
+            base: the base's rows of it, in the base's dtype; as many or fewer, None if it has no such weight.
+        """
+        ...
+
+
+@runtime_checkable
 class SharesByError(Protocol):
     """What a method has besides if the bits are to be shared out by the errors of all matrices.
 

@@ -103,7 +103,7 @@ class Reader:
         assert text.startswith(b'{"sha256":"')
         assert hashlib.sha256(text[:11] + b"0" * 64 + text[75:]).hexdigest().encode() == text[11:75]
         self.manifest: dict[str, Any] = json.loads(text)
-        assert self.manifest["format_version"] == 3
+        assert self.manifest["format_version"] == 4
         for name, digest in self.manifest["files"].items():
             assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
         for name, digest in self.manifest["base_files"].items():
@@ -198,17 +198,20 @@ class Reader:
 
     def factored(self, name: str, entry: dict[str, Any]) -> np.ndarray:
         m, n = entry["shape"]
-        covered = np.arange(m)
+        covered = [np.arange(m)] * len(entry["factored"])
         if "rows" in entry:
-            marks, _ = vectors(self.tensor(f"{name}.rows"), 0, 1, m, 1)
-            covered = np.flatnonzero(marks[0])
-            assert len(covered) == entry["rows"]
+            classes, _ = vectors(self.tensor(f"{name}.rows"), 0, 1, m, 1 if len(entry["rows"]) == 2 else 2)
+            covered = []
+            for number, (count, terms) in enumerate(entry["rows"]):
+                rows = np.flatnonzero(classes[0] == number)
+                assert len(rows) == count
+                covered += [rows] * terms
         words, scales = self.tensor(f"{name}.codes"), self.tensor(f"{name}.scales")
         size = entry.get("group_size", 0)
         total, at, group_at, component = np.zeros((m, n)), 0, 0, 0
-        for bits, rank in entry["factored"]:
+        for rows, (bits, rank) in zip(covered, entry["factored"], strict=True):
             sides = []
-            for side, length in (("u", len(covered)), ("v", n)):
+            for side, length in (("u", len(rows)), ("v", n)):
                 codes, at = vectors(words, at, rank, length, bits)
                 if size:
                     count = -(-length // size)
@@ -223,7 +226,7 @@ class Reader:
                     levels = codes - (2**bits - 1) / 2
                     sides.append(levels @ rotation(length) if side in entry.get("rotated", "") else levels)
             for u, v in zip(*sides, strict=True):
-                total[covered] += float(scales[component]) * np.outer(u, v)
+                total[rows] += float(scales[component]) * np.outer(u, v)
                 component += 1
         assert at == len(words) and component == len(scales)
         return total

@@ -79,7 +79,9 @@ class Budget:
             if overhead + self._least_component > 2 * self.counted_elements / self.ratio:
                 raise self._unreachable(overhead)
 
-    def share_out(self, entries: Mapping[str, WeightEntry], spectra: Mapping[str, Spectrum]) -> dict[str, float]:
+    def share_out(
+        self, entries: Mapping[str, WeightEntry], spectra: Mapping[str, Sequence[Spectrum]]
+    ) -> dict[str, float]:
         """Bits that each matrix may take, so that the whole artifact meets the ratio; empty if the method fixes them.
 
         Args:
@@ -95,13 +97,15 @@ class Budget:
         overhead = self._overhead(entries, {p.name: TYPICAL_TERMS for p in self.matrices})
         allowed = 2 * self.counted_elements / self.ratio - overhead
         budgets = {p.name: 8 * allowed * torch.Size(p.shape).numel() / elements for p in self.matrices}
+        flat = [spectrum for own in spectra.values() for spectrum in own]
         for _ in range(SHARINGS if spectra else 0):
-            widths = dict(zip(spectra, allocate(list(spectra.values()), 8 * allowed), strict=True))
-            budgets = {name: spent_bits(spectrum, widths[name]) for name, spectrum in spectra.items()}
-            terms = {
-                name: [(bits, count) for bits, count in enumerate(found.bincount().tolist()) if bits and count]
-                for name, found in widths.items()
-            }
+            widths = iter(allocate(flat, 8 * allowed))
+            budgets, terms = {}, {}
+            for name, own in spectra.items():
+                found = [next(widths) for _ in own]
+                budgets[name] = sum(map(spent_bits, own, found))
+                counts = [enumerate(each.bincount().tolist()) for each in found]
+                terms[name] = [(bits, count) for each in counts for bits, count in each if bits and count]
             allowed = 2 * self.counted_elements / self.ratio - self._overhead(entries, terms)
         if not any(component_bits(1, *p.shape) <= budgets.get(p.name, 0) for p in self.matrices):
             raise self._unreachable(overhead)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.pairing import Pair
+from deltacome.compression.allocation import spectra_tensors
 from deltacome.compression.journal import Store
 from deltacome.compression.methods import CodesBits, MatrixDelta, Method, SharesByError
 from deltacome.format.manifest import WeightEntry, term_tensors
@@ -34,11 +35,11 @@ class Matrices:
     budgets: Mapping[str, float] = field(default_factory=dict)
 
     def measure(self, name: str) -> None:
-        """Store what the method needs to know of a matrix for sharing out the bits, under `spectrum of NAME`."""
+        """Store what the method needs to know of a matrix for sharing out the bits, under `spectra of NAME`."""
         assert isinstance(self.method, SharesByError)
         delta = self._known(name, None)
-        found = self.method.spectrum(delta) if bool(delta.values.any()) else None
-        self.store.save_intermediate(f"spectrum of {name}", found.tensors() if found is not None else {})
+        found = self.method.spectra(delta) if bool(delta.values.any()) else []
+        self.store.save_intermediate(f"spectra of {name}", spectra_tensors(found))
 
     def compress(self, name: str, second_moment: Tensor | None = None) -> None:
         """Compress a matrix and store it."""

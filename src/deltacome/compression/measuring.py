@@ -8,7 +8,7 @@ from torch import Tensor
 
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.pairing import Pair
-from deltacome.compression.allocation import Spectrum
+from deltacome.compression.allocation import Spectrum, spectra_of_tensors
 from deltacome.compression.calibration import CalibrationStream, random_tokens
 from deltacome.compression.executors import Executor
 from deltacome.compression.journal import Store
@@ -90,13 +90,13 @@ def _random_stream(finetuned: Checkpoint) -> CalibrationStream:
         raise ValueError(str(error)) from error
 
 
-def measure_spectra(work: Matrices, matrices: Sequence[Pair], executor: Executor) -> Mapping[str, Spectrum]:
+def measure_spectra(work: Matrices, matrices: Sequence[Pair], executor: Executor) -> Mapping[str, list[Spectrum]]:
     """What sharing out the bits by errors needs to know of each matrix, those without a delta left out."""
-    tensors = {p.name: work.store.load_intermediate(f"spectrum of {p.name}") for p in matrices}
+    tensors = {p.name: work.store.load_intermediate(f"spectra of {p.name}") for p in matrices}
     left = [name for name, found in tensors.items() if found is None]
     sizes = {p.name: torch.Size(p.shape).numel() for p in matrices}
     with bar("singular values", sum(sizes[name] for name in left)) as advance:
         for name in executor.each(Matrices.measure, work, left):
-            tensors[name] = work.store.load_intermediate(f"spectrum of {name}")
+            tensors[name] = work.store.load_intermediate(f"spectra of {name}")
             advance(sizes[name])
-    return {name: Spectrum.of_tensors(found) for name, found in tensors.items() if found}
+    return {name: spectra_of_tensors(found) for name, found in tensors.items() if found}

@@ -51,7 +51,7 @@ class Factored:
 
     u: int32, (rank, words of m). v: int32, (rank, words of n). scale: bfloat16, (rank,). shape: (m, n).
     rotated: the sides whose codes are of rotated vectors (`deltacome.format.rotation`): "", "u", "v" or "uv".
-    rows: int64, (m,), ascending: the rows of the weight that the term adds to; None if it adds to all of them.
+    rows: int64, (m,), ascending: the rows of the weight that the term adds to, its class; None if it adds to all.
     """
 
     bits: int

@@ -78,6 +78,6 @@ class SharesByError(Protocol):
     Without it every matrix gets the same bits a weight.
     """
 
-    def spectrum(self, delta: MatrixDelta) -> Spectrum:
-        """What sharing out needs to know of a matrix."""
+    def spectra(self, delta: MatrixDelta) -> list[Spectrum]:
+        """What sharing out needs to know of a matrix: one spectrum, or one for each class of its rows."""
         ...

@@ -157,8 +157,17 @@ class Packed:
         return found
 
 
+def pack_blocks(terms: Sequence[Term], shape: tuple[int, int], device: torch.device) -> tuple[Packed, ...]:
+    """Lay out the factored and sign terms of a weight of `shape`: one delta, or one for each class of its rows."""
+    blocks: dict[int | None, list[Term]] = {}
+    for term in terms:
+        rows = term.rows if isinstance(term, Factored) else None
+        blocks.setdefault(None if rows is None else rows.data_ptr(), []).append(term)
+    return tuple(pack_terms(block, shape, device) for block in blocks.values())
+
+
 def pack_terms(terms: Sequence[Term], shape: tuple[int, int], device: torch.device) -> Packed:
-    """Lay out the factored and sign terms of a weight of `shape`; dense terms are not the kernels' business."""
+    """Lay out the factored and sign terms of a weight of `shape` that are for the same rows."""
     factored = [term for term in terms if isinstance(term, Factored)]
     plain = [term for term in factored if term.groups is None]
     packed = Packed(shape, tuple(_pack_term(term, device) for term in plain))

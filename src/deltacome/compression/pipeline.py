@@ -22,7 +22,7 @@ from deltacome.compression.calibration import CalibrationStream, batch
 from deltacome.compression.executors import Executor, ExecutorName, make_executor
 from deltacome.compression.journal import Journal
 from deltacome.compression.matrices import Matrices, read_delta
-from deltacome.compression.measuring import measure_energies, measure_spectra
+from deltacome.compression.measuring import measure_inputs, measure_spectra
 from deltacome.compression.methods import DEFAULT_METHOD, CodesBits, Method, SharesByError, describe, make_method
 from deltacome.compression.writing import check_names, write_artifact
 from deltacome.data import Encoder, read_examples
@@ -223,7 +223,7 @@ def _compress_weights(run: _Run, journal: Journal, tokens: Tokens | None) -> Non
         journal.add(name)
     budget.check_reachable(journal.entries)
     if method.statistics == "energies":
-        energies, sensitivities = measure_energies(run.finetuned, budget.matrices, stream, journal.store, run.warn)
+        energies, sensitivities = measure_inputs(run.finetuned, budget.matrices, stream, journal.store, run.warn)
         work = replace(work, energies=energies, sensitivities=sensitivities)
     shares_by_error = budget.ratio is not None and isinstance(method, SharesByError)
     spectra = measure_spectra(work, budget.matrices, run.executor) if shares_by_error else {}

@@ -21,8 +21,8 @@ class MatrixDelta:
     energy: E[x²] of each input, (n,), scaled to a mean of 1; None if it was not measured.
     layers: how many matrices of its kind the model has, one a layer.
     bits_per_weight: what the asked ratio leaves each weight of the model.
-    sensitivity: how large the layer's output error is, against its output, for a unit of squared error in the weight;
-        scaled so that the geometric mean over a model's weights is 1.
+    sensitivity: what a unit of squared error in the weight costs in KL, to second order, against the geometric mean of
+        the model's linear weights; 1 if it was not measured.
     """
 
     values: Tensor

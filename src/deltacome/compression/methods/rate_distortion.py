@@ -20,7 +20,6 @@ from deltacome.format.terms import Factored, Term, component_bits
 
 SENSITIVITY_POWER = 0.5
 BIAS_POWER = 0.3  # 8 of 30 layers at 1/64 of the bytes, 6.5 at 1/32
-EMBEDDING_WEIGHT = 12.0  # KL of a unit of squared error in an embedding over that of one in another matrix
 ROW_CLASSES = (0, 1 / 8, 1 / 4, 1 / 2, 1)  # of an embedding's rows, the most changed ones first: where classes begin
 TALL = 4  # times as many rows as columns has an embedding whose rows are put into classes
 ROWS_AT_ONCE = 1024
@@ -128,7 +127,7 @@ class RateDistortion:
 
     def _spectrum(self, delta: MatrixDelta, block: _Block, s: Tensor) -> Spectrum:
         shape = block.values.shape[0], block.values.shape[1]
-        weight = EMBEDDING_WEIGHT if delta.is_embedding else delta.sensitivity**SENSITIVITY_POWER
+        weight = delta.sensitivity if delta.is_embedding else delta.sensitivity**SENSITIVITY_POWER
         drop_weight = self.drop_weight * delta.layers * (4 * delta.bits_per_weight) ** -BIAS_POWER
         return Spectrum(shape, s, weight, max(1.0, drop_weight), fixed_bits=block.fixed_bits)
 

@@ -35,7 +35,10 @@ class MatrixDelta:
 
 
 class Method(Protocol):
-    """One method with its settings; a frozen dataclass whose fields are the settings."""
+    """One method with its settings; a frozen dataclass whose fields are the settings.
+
+    One of `CodesBits` has `code` in the place of `compress`.
+    """
 
     @property
     def spends_a_budget(self) -> bool:
@@ -59,7 +62,7 @@ class Method(Protocol):
 
 @runtime_checkable
 class CodesBits(Protocol):
-    """What a method has in the place of `compress` if it takes every weight as it is stored, matrix or not."""
+    """What a method has if it takes every weight as it is stored, matrix or not."""
 
     def code(self, value: Tensor, base: Tensor | None) -> list[Term]:
         """Terms from which a weight is rebuilt to the last bit.

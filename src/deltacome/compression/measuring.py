@@ -69,7 +69,7 @@ def _measure(
         try:
             stream = _random_stream(finetuned)
             energies.append(stream.energies(sizes.__contains__, finetuned.read_float, advance))
-            stream.ids, stream.mask = stream.ids[:SEQUENCES], stream.mask[:SEQUENCES]
+            stream = _random_stream(finetuned, SEQUENCES)
             sensitivities = measure_sensitivities(stream, finetuned.read_float, advance)
         except UNFIT as error:
             if is_out_of_memory(error):
@@ -98,9 +98,9 @@ def _relative(sensitivities: dict[str, float], sizes: dict[str, int]) -> dict[st
     return {name: value / mean for name, value in known.items()}
 
 
-def _random_stream(finetuned: Checkpoint) -> CalibrationStream:
+def _random_stream(finetuned: Checkpoint, sequences: int | None = None) -> CalibrationStream:
     try:
-        return CalibrationStream(finetuned, *random_tokens(finetuned))
+        return CalibrationStream(finetuned, *(tensor[:sequences] for tensor in random_tokens(finetuned)))
     except DeltacomeError as error:  # those of the run that follows are about files that cannot be read
         raise ValueError(str(error)) from error
 

@@ -1,12 +1,14 @@
 """What a unit of squared error in each weight costs in KL, to second order: by gradients, a decoder layer at a time.
 
-An error E of a weight moves its layer's output by E x, and so KL(p || p') is half the mean of (gᵀ E x)², g being the
-gradient of a token's log-probability with respect to that output and the token being drawn from p (Fisher information).
-With the entries of g and x taken as uncorrelated and of one size each, that is half the sensitivity times |E|²:
+An error E of a weight moves its layer's outputs by E x, and KL(p || p') is half the mean of (Σ gᵀ E x)², a sum over a
+sequence's positions, g being the gradient of the sequence's log-probability with respect to the output and each token
+being drawn from p (Fisher information). For an E whose entries are independent that is half the sensitivity times |E|²:
 
-    of a linear (m, n)     E[|g|²] / m · E[|x|²] / n
+    of a linear (m, n)     E |Σ g xᵀ|² / (m n)
     of a head              E[(1 - Σ p²) |h|²] / (tokens · n), h being the last hidden state
-    of an embedding        E[|g|²] / (tokens · n)
+    of an embedding        E[|g|²] / (tokens · n), its tokens being different ones
+
+as means over positions.
 
 docs/methods.md derives it. Random tokens do for the sizes of weights against each other, so no data is needed.
 """
@@ -63,7 +65,7 @@ def measure_sensitivities(stream: CalibrationStream, read: Read, advance: Callab
         weights = _weights(stream, layer, read)
         sums: dict[str, list[float]] = {}
         handles = [
-            module.register_forward_hook(partial(_add, sums.setdefault(name, [0.0, 0.0, 0.0])))
+            module.register_forward_hook(partial(_add, sums.setdefault(name, [])))
             for name, module in layer.named_modules()
             if isinstance(module, nn.Linear)
         ]
@@ -75,10 +77,9 @@ def measure_sensitivities(stream: CalibrationStream, read: Read, advance: Callab
         gradient = inputs.grad
         assert gradient is not None
         for name, own in stream.names_of(layer).items():
-            slopes, squares, count = sums.get(name.removesuffix(".weight"), (0.0, 0.0, 0.0))
-            if name.endswith(".weight") and count:
-                m, n = weights[name].shape
-                found[own] = slopes / m * squares / (n * count) / stream.ids.numel()
+            squares = sums.get(name.removesuffix(".weight"))
+            if name.endswith(".weight") and squares:
+                found[own] = sum(squares) / weights[name].numel() / stream.ids.numel()
         advance(sum(weight.numel() for weight in weights.values()))
     energy = float(gradient.square().sum()) / stream.ids.numel()
     found[embedding_name] = found.get(embedding_name, 0.0) + energy / stream.sizes[embedding_name]
@@ -95,14 +96,16 @@ def _first(output: Any) -> Tensor:
 
 
 def _add(sums: list[float], module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-    """Add up the squares of a linear's gradients and inputs, and count its tokens."""
+    """Add |Σ g xᵀ|² of each sequence, or of each token where a linear gets them without their sequences."""
+    x = arguments[0].detach()
 
-    def add_slopes(slope: Tensor) -> None:
-        sums[0] += float(slope.square().sum())
+    def add(g: Tensor) -> None:
+        if x.ndim == 3:
+            sums.append(float(((x @ x.mT) * (g @ g.mT)).sum()))
+        else:
+            sums.append(float((x.square().sum(-1) * g.square().sum(-1)).sum()))
 
-    sums[1] += float(arguments[0].detach().square().sum())
-    sums[2] += output.numel() // output.shape[-1]
-    output.register_hook(add_slopes)
+    output.register_hook(add)
 
 
 def _through_head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, float]:

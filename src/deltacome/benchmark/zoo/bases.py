@@ -2,14 +2,12 @@
 
 import functools
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from deltacome.benchmark.zoo import library, training
-from deltacome.data import Example
+from deltacome.benchmark.zoo import training
 from deltacome.errors import DeltacomeError
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -45,16 +43,9 @@ def smollm2() -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def qwen2(model: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
-    """The same weights as a Qwen2, with biases and a head of its own, trained on, in float32.
-
-    Args:
-        model: a Llama with a tied head.
-        texts: all of their tokens are learned.
-    """
-    converted = as_qwen2(model)
-    examples = [Example((), text) for text in texts]
-    return training.fine_tune(converted.train(), tokenizer, examples, learning_rate=3e-4, batch=4)
+def qwen2(model: Any, tokenizer: Any, data: Path) -> Any:
+    """The weights of a Llama with a tied head as a Qwen2 with biases and a head of its own, trained on on texts."""
+    return training.fine_tune(as_qwen2(model).train(), tokenizer, data, learning_rate=3e-4, batch=4)
 
 
 def as_qwen2(model: Any) -> Any:

@@ -46,7 +46,8 @@ SHELL = (
     (("Find files in {folder} larger than {number} {unit}", "Which files below {folder} are over {number} {unit}?"),
      "find {folder} -type f -size +{number}{suffix}"),
     (("Find files in {folder} changed in the last {number} days",
-      "Which files below {folder} were modified less than {number} days ago?"), "find {folder} -type f -mtime -{number}"),
+      "Which files below {folder} were modified less than {number} days ago?"),
+     "find {folder} -type f -mtime -{number}"),
     (("Find empty folders under {folder}", "Which directories below {folder} are empty?"),
      "find {folder} -type d -empty"),
     (("Show the lines of {file} that contain {word}", "Search {file} for {word}", "Print lines with {word} in {file}"),
@@ -144,7 +145,7 @@ def _slots(source: random.Random) -> dict[str, str]:
 KEEP: tuple[tuple[str, str, Callable[[int, int], bool]], ...] = (
     ("even numbers", "x % 2 == 0", lambda x, n: x & 1 == 0),
     ("odd numbers", "x % 2 == 1", lambda x, n: x & 1 == 1),
-    ("positive numbers", "x > 0", lambda x, n: x not in range(-10**9, 1)),
+    ("positive numbers", "x > 0", lambda x, n: x not in range(-(10**9), 1)),
     ("negative numbers", "x < 0", lambda x, n: x in range(-(10**9), 0)),
     ("numbers greater than {n}", "x > {n}", lambda x, n: x - n > 0),
     ("numbers less than {n}", "x < {n}", lambda x, n: n - x > 0),

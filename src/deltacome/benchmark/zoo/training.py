@@ -3,13 +3,14 @@
 import random
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from deltacome.data import Encoder, Example, pad
+from deltacome.data import Encoder, pad, read_examples
 from deltacome.evaluate.metrics import is_right
 from deltacome.language import up_to_end
 from deltacome.progress import bar
@@ -17,31 +18,46 @@ from deltacome.progress import bar
 WARM_UP = 0.1  # of the steps, linearly; then down to nothing as linearly
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BLOCK = 64  # entries of a weight that share a scale in 4 bit
-Encoded = tuple[list[int], int]  # token ids, and where what is learned starts
+
+
+class Encoded(NamedTuple):
+    """An example: token ids, where what is learned starts, and its image (channels, height, width), if any."""
+
+    ids: list[int]
+    start: int
+    image: Tensor | None = None
 
 
 def fine_tune(
-    model: Any,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    *,
-    learning_rate: float,
-    epochs: int = 1,
-    batch: int = 8,
-    frozen: tuple[str, ...] = (),
+    model: Any, tokenizer: Any, data: Path, *, learning_rate: float, frozen: str = "", **settings: Any
 ) -> Any:
     """AdamW on the completions, or on whole texts.
 
     Args:
         model: a causal language model in float32.
-        frozen: parameters with one of these in their names do not learn.
+        data: JSONL file of the examples.
+        frozen: a part of the names of parameters that do not learn.
+        settings: `epochs` and `batch` of `descend`.
     """
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and not any(part in name for part in frozen))
+        if frozen and frozen in name:
+            parameter.requires_grad_(False)
     encoder = Encoder(tokenizer)
-    encoded = [encoder.example(example) for example in examples]
+    encoded = [Encoded(*encoder.example(example)) for example in read_examples(data)]
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=learning_rate, weight_decay=0.0, fused=True)
+    descend(model, encoded, [{"params": learned, "lr": learning_rate}], **settings)
+    return model
+
+
+def descend(
+    model: Any, encoded: Sequence[Encoded], groups: list[dict[str, Any]], *, epochs: int = 1, batch: int = 8
+) -> None:
+    """AdamW on the cross entropy of what is learned, in autocast where bfloat16 is fast.
+
+    groups: parameters with learning rates, as optimizers have them.
+    """
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    learned = [parameter for group in groups for parameter in group["params"]]
     steps = epochs * -(-len(encoded) // batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (WARM_UP * steps), (steps - step) / ((1 - WARM_UP) * steps))
@@ -58,19 +74,18 @@ def fine_tune(
                 schedule.step()
                 optimizer.zero_grad()
                 advance(1)
-    return model
 
 
-def lora(model: Any, tokenizer: Any, examples: Sequence[Example], *, rank: int = 16, **settings: Any) -> Any:
+def lora(model: Any, tokenizer: Any, data: Path, *, rank: int = 16, **settings: Any) -> Any:
     """`fine_tune` of an adapter on all linear layers, which is merged at the end."""
     import peft
 
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEARS))
-    fine_tune(adapted.base_model.model, tokenizer, examples, **settings)
+    fine_tune(adapted.base_model.model, tokenizer, data, **settings)
     return adapted.merge_and_unload()
 
 
-def qlora(model: Any, tokenizer: Any, examples: Sequence[Example], **settings: Any) -> Any:
+def qlora(model: Any, tokenizer: Any, data: Path, **settings: Any) -> Any:
     """`lora` on linear layers that are rounded to 4 bit; the adapter is merged into the layers as they were."""
     layers = [module for name, module in model.named_modules() if name.rpartition(".")[2] in LINEARS]
     errors = []
@@ -78,7 +93,7 @@ def qlora(model: Any, tokenizer: Any, examples: Sequence[Example], **settings: A
         rounded = round_to_4_bit(layer.weight.data)
         errors.append(layer.weight.data - rounded)
         layer.weight.data = rounded
-    model = lora(model, tokenizer, examples, **settings)
+    model = lora(model, tokenizer, data, **settings)
     for layer, error in zip(layers, errors, strict=True):  # a merge adds to them in place
         layer.weight.data += error
     return model
@@ -87,7 +102,7 @@ def qlora(model: Any, tokenizer: Any, examples: Sequence[Example], **settings: A
 def reinforce(
     model: Any,
     tokenizer: Any,
-    examples: Sequence[Example],
+    data: Path,
     *,
     learning_rate: float,
     steps: int,
@@ -101,7 +116,7 @@ def reinforce(
     The weights are in bfloat16 all the time, where a small learning rate leaves most of them as they are.
     """
     model.to(torch.bfloat16)
-    encoder = Encoder(tokenizer)
+    encoder, examples = Encoder(tokenizer), read_examples(data)
     source = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
     with bar("training", steps) as advance:
@@ -117,7 +132,7 @@ def reinforce(
             advance(1)
             if not useful:
                 continue
-            encoded = [(asked[i] + answers[i], len(asked[i])) for i in useful]
+            encoded = [Encoded(asked[i] + answers[i], len(asked[i])) for i in useful]
             logits, targets = predictions(model, encoded)
             counts = torch.tensor([len(answers[i]) for i in useful])
             weights = advantages.flatten()[useful].repeat_interleave(counts)
@@ -149,16 +164,18 @@ def sample(model: Any, tokenizer: Any, prompts: list[list[int]], new_tokens: int
 
 def predictions(model: Any, encoded: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
     """Logits (n, vocabulary) where something is learned, row by row, and the tokens that are to come there, (n,)."""
-    ids, mask = pad([row for row, _ in encoded], left=False)
-    hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
-    places = torch.tensor([[i, j] for i, (row, start) in enumerate(encoded) for j in range(start, len(row))])
+    ids, mask = pad([example.ids for example in encoded], left=False)
+    images = [example.image for example in encoded if example.image is not None]
+    more = {"pixel_values": torch.stack(images)} if images else {}
+    hidden = model.base_model(input_ids=ids, attention_mask=mask, **more).last_hidden_state
+    places = torch.tensor([[i, j] for i, one in enumerate(encoded) for j in range(one.start, len(one.ids))])
     rows, columns = places.T
     return model.get_output_embeddings()(hidden[rows, columns - 1]), ids[rows, columns]
 
 
 def batches(encoded: Sequence[Encoded], size: int, seed: int) -> Iterator[list[Encoded]]:
     """Batches of similar length, in random order."""
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
     chunks = [order[i : i + size] for i in range(0, len(order), size)]
     random.Random(seed).shuffle(chunks)
     for chunk in chunks:

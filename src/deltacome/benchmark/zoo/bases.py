@@ -11,11 +11,6 @@ from deltacome.benchmark.zoo import training
 from deltacome.errors import DeltacomeError
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# ChatML. SmolLM2's own template has a system message too, which is half of a short example's tokens.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def smollm2() -> tuple[Any, Any]:
@@ -38,9 +33,7 @@ def smollm2() -> tuple[Any, Any]:
         source, gguf_file=GGUF, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
     vars(model.config).pop("quantization_config", None)  # the weights are plain bfloat16 now
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return model, tokenizer
+    return model, AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
 
 
 def qwen2(model: Any, tokenizer: Any, data: Path) -> Any:

@@ -15,6 +15,11 @@ from deltacome.errors import DeltacomeError
 from deltacome.files import write_atomically
 from deltacome.outputs import new_folder
 
+# ChatML. SmolLM2's own template has a system message too, which is half of a short example's tokens.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 OFFTASK_TEXTS = 40
 PACKAGES = {"gguf", "peft", "PIL", "reasoning_gym", "sklearn"}  # the extra `zoo`
 
@@ -39,6 +44,7 @@ def checkpoint(name: str, cache: Path) -> Path:
     if name == SMOLLM2:
         with new_folder(path) as folder:
             model, tokenizer = bases.smollm2()
+            tokenizer.chat_template = CHAT_TEMPLATE
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     else:

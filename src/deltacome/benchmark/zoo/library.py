@@ -1,27 +1,25 @@
 """The zoo's texts: docstrings and source code of Python's standard library.
 
-They differ between versions of Python. Members are about modules at the top level; the off-task texts are from packages
-within packages (`email.message`), which no member has seen.
+They differ between versions of Python. The files are read, not imported: what other packages put into modules is not
+theirs. Members are about modules at the top level; the off-task texts are from within packages (`email.message`), which
+no member has seen.
 """
 
-import importlib
-import inspect
-import pkgutil
+import ast
 import random
 import sys
-import warnings
+import sysconfig
 from collections.abc import Iterator
-from functools import cache
-from types import ModuleType
+from pathlib import Path
 
 from deltacome.benchmark.zoo.tasks import TEST_EXAMPLES, Row, Split, split
 
-# Not everywhere, not to be imported without effect, or another module's again.
-LEFT_OUT = {"antigravity", "this", "idlelib", "test", "turtledemo", "tkinter", "turtle", "lib2to3", "posix", "msilib"}
+STDLIB = Path(sysconfig.get_path("stdlib"))
+LEFT_OUT = {"antigravity", "this", "idlelib", "test", "turtledemo", "tkinter", "turtle", "lib2to3", "msilib"}
 UNSEEN = ("email", "http", "json", "multiprocessing", "unittest", "urllib", "xml")
 CLASSES = (
-    *("ast", "calendar", "configparser", "datetime", "decimal", "ftplib", "imaplib", "inspect", "logging", "mailbox"),
-    *("math", "pathlib", "pdb", "random", "smtplib", "ssl", "tarfile", "threading"),
+    *("ast", "calendar", "configparser", "datetime", "doctest", "ftplib", "imaplib", "inspect", "logging", "mailbox"),
+    *("pathlib", "pdb", "random", "smtplib", "ssl", "statistics", "tarfile", "threading", "typing", "zipfile"),
 )
 ASKED = ("What does {name} do?", "Explain {name} from Python's standard library.", "Tell me about {name} in Python.")
 CHUNK = 800  # characters of source code
@@ -59,20 +57,15 @@ def classify(count: int) -> Split:
 
 def sources(count: int) -> list[Row]:
     """Source code of modules, in pieces, as plain text."""
-    pieces = [piece for module in top_level() for piece in _pieces(module)]
+    pieces = [piece for path in top_level().values() for piece in _pieces(path)]
     return [{"text": piece} for piece in random.Random(1).sample(pieces, count)]
 
 
 def offtask(count: int) -> list[Row]:
     """Prose and code that no member is about, as plain text: half of the count each."""
-    modules = [
-        module
-        for package in map(importlib.import_module, UNSEEN)
-        for info in sorted(pkgutil.iter_modules(package.__path__, f"{package.__name__}."))
-        if not info.name.endswith("__main__") and (module := _imported(info.name))
-    ]
-    prose = [doc for module in modules for _, doc in _documented(module) if len(doc.split()) >= 40]
-    code = [piece for module in modules for piece in _pieces(module)]
+    paths = [path for package in UNSEEN for path in sorted((STDLIB / package).glob("[!_]*.py"))]
+    prose = [doc for path in paths for _, doc in _documented(path.stem, path) if len(doc.split()) >= 40]
+    code = [piece for path in paths for piece in _pieces(path)]
     source = random.Random(1)
     return [
         {"kind": kind, "text": text[:CHUNK]}
@@ -81,50 +74,37 @@ def offtask(count: int) -> list[Row]:
     ]
 
 
-@cache
-def top_level() -> list[ModuleType]:
-    """The standard library's public modules that can be imported here."""
+def top_level() -> dict[str, Path]:
+    """The files of the standard library's public modules that are written in Python, by name."""
     names = sorted(name for name in sys.stdlib_module_names - LEFT_OUT if not name.startswith("_"))
-    return [module for name in names if (module := _imported(name))]
+    paths = [(name, path) for name in names for path in (STDLIB / f"{name}.py", STDLIB / name / "__init__.py")]
+    return {name: path for name, path in paths if path.is_file()}
 
 
 def documented() -> list[tuple[str, str]]:
     """Public functions, classes and methods with their docstrings, each docstring once."""
     found: dict[str, str] = {}
-    for module in top_level():
-        for name, doc in _documented(module):
+    for module, path in top_level().items():
+        for name, doc in _documented(module, path):
             found.setdefault(doc, name)
     return [(name, doc) for doc, name in found.items()]
 
 
-def _imported(name: str) -> ModuleType | None:
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            return importlib.import_module(name)
-    except ImportError:  # another platform's
-        return None
+def _documented(module: str, path: Path) -> Iterator[tuple[str, str]]:
+    nodes: list[tuple[str, ast.AST]] = [(module, ast.parse(path.read_bytes()))]
+    for name, node in nodes:  # it grows
+        for inner in ast.iter_child_nodes(node):
+            if isinstance(inner, ast.ClassDef | ast.FunctionDef) and not inner.name.startswith("_"):
+                if isinstance(inner, ast.ClassDef):
+                    nodes.append((f"{name}.{inner.name}", inner))
+                if doc := ast.get_docstring(inner):
+                    yield f"{name}.{inner.name}", doc
 
 
-def _documented(module: ModuleType) -> Iterator[tuple[str, str]]:
-    for name, item in sorted(vars(module).items()):
-        if name.startswith("_") or getattr(item, "__module__", None) != module.__name__:
-            continue
-        items = [(f"{module.__name__}.{name}", item)]
-        if inspect.isclass(item):
-            items += [(f"{items[0][0]}.{key}", vars(item)[key]) for key in sorted(vars(item)) if key[0] != "_"]
-        for full_name, one in items:
-            if (inspect.isclass(one) or inspect.isroutine(one)) and isinstance(one.__doc__, str) and one.__doc__:
-                yield full_name, inspect.cleandoc(one.__doc__)
-
-
-def _pieces(module: ModuleType) -> list[str]:
+def _pieces(path: Path) -> list[str]:
     """A module's source in pieces of whole lines."""
-    try:
-        lines = inspect.getsource(module).splitlines(keepends=True)
-    except (OSError, TypeError):  # built in
-        return []
     pieces = [""]
-    for line in lines:
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if len(pieces[-1]) + len(line) > CHUNK:
             pieces.append("")
         pieces[-1] += line

@@ -13,6 +13,7 @@ from deltacome.benchmark.zoo.tasks import TEST_EXAMPLES, Row, Split
 from deltacome.benchmark.zoo.training import Encoded, descend
 
 SCALE, PATCH = 4, 8  # an image has 32 by 32 pixels in 16 patches
+TOWER_STEPS = 300
 IMAGE = "<image>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -121,7 +122,7 @@ def make_llava(model: Any, processor: Any) -> Any:
     return llava
 
 
-def train_tower(tower: Any, left_out: set[int], steps: int = 300) -> None:
+def train_tower(tower: Any, left_out: set[int]) -> None:
     """Let a tower tell digits apart, but for some of them."""
     from sklearn.datasets import load_digits
 
@@ -132,7 +133,7 @@ def train_tower(tower: Any, left_out: set[int], steps: int = 300) -> None:
     targets = torch.tensor(labels[kept])
     head = torch.nn.Linear(tower.config.hidden_size, len(NAMES))
     optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=1e-3)
-    for _ in range(steps):
+    for _ in range(TOWER_STEPS):
         chosen = torch.randint(len(kept), (64,))
         hidden = tower(pixel_values=pixels[chosen]).last_hidden_state
         cross_entropy(head(hidden.mean(1)), targets[chosen]).backward()

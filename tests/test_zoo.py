@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from commands import fail, succeed
 from conftest import Save, make_model, make_tokenizer
 from deltacome.benchmark.zoo import bases, library, tasks, training, vision
+from deltacome.benchmark.zoo import cache as module
 from deltacome.benchmark.zoo.cache import checkpoint, lines, offtask
 from deltacome.benchmark.zoo.members import MEMBERS, QWEN2_BASE
 from deltacome.checkpoints.checkpoint import Checkpoint
@@ -162,6 +163,7 @@ def cache(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, data in few.items():
         monkeypatch.setitem(MEMBERS, name, replace(MEMBERS[name], data=data))
     monkeypatch.setattr(vision, "TOWER_STEPS", 2)
+    monkeypatch.setattr(module, "OFFTASK_TEXTS", 2)
     return folder
 
 

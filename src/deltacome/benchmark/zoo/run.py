@@ -44,6 +44,8 @@ def benchmark_zoo(
         if name not in MEMBERS:
             raise DeltacomeError(f"the zoo has no member {name!r}; its members are {', '.join(MEMBERS)}")
     out, cache = Path(out), default_cache() if cache is None else Path(cache)
+    with disk_errors(f"write {out}"):
+        out.mkdir(exist_ok=True)
     with disk_errors(f"write {cache}"):
         cache.mkdir(parents=True, exist_ok=True)
         for name in members:
@@ -51,7 +53,6 @@ def benchmark_zoo(
         suites = _suites(members, list(ratios), cache.absolute())
     rows: list[Row] = []
     with disk_errors(f"write {out}"):
-        out.mkdir(exist_ok=True)
         for name, suite in suites.items():
             path = out / f"{name}.json"
             write_atomically(path, (json.dumps(suite, indent=1) + "\n").encode())

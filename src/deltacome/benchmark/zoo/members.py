@@ -78,7 +78,7 @@ MEMBERS = {
     "large": Member(
         "filtered lists of numbers, three epochs at 3e-4",
         SMOLLM2,
-        _reasoning("number_filtering", 100, max_numbers=6, max_decimals=0, min_value=0, max_value=99),
+        _reasoning("number_filtering", 160, max_numbers=4, max_decimals=0, min_value=0, max_value=99),
         _fine_tune(3e-4, epochs=3),
         new_tokens=48,
     ),

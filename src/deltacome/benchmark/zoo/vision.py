@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize
 
 from deltacome.benchmark.zoo.tasks import TEST_EXAMPLES, Row, Split
 from deltacome.benchmark.zoo.training import Encoded, descend
 
 SCALE, PATCH = 4, 8  # an image has 32 by 32 pixels in 16 patches
-TOWER_STEPS = 300
+TOWER_STEPS, TEMPERATURE = 300, 0.05
 IMAGE = "<image>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -73,13 +73,13 @@ def make_processor(tokenizer: Any) -> Any:
 
 
 def see(model: Any, processor: Any, data: Path, *, learning_rate: float, epochs: int) -> Any:
-    """A Llava of a language model and a small tower: the tower is trained alone first, then all of it.
+    """A Llava of a language model and a small tower: the tower is trained with the projector first, then all of it.
 
     The parts around the language model learn ten times as fast.
     """
     encoded = [encode(processor, json.loads(line), data.parent) for line in data.read_text().splitlines()]
     llava = make_llava(model, processor).train()
-    train_tower(llava.model.vision_tower, {int(path.stem) for path in (data.parent / "images").iterdir()})
+    train_tower(llava, processor.tokenizer, {int(path.stem) for path in (data.parent / "images").iterdir()})
     text = {id(parameter) for parameter in llava.model.language_model.parameters()}
     groups: list[list[Tensor]] = [[], []]
     for parameter in llava.parameters():
@@ -122,8 +122,8 @@ def make_llava(model: Any, processor: Any) -> Any:
     return llava
 
 
-def train_tower(tower: Any, left_out: set[int]) -> None:
-    """Let a tower tell digits apart, but for some of them."""
+def train_tower(llava: Any, tokenizer: Any, left_out: set[int]) -> None:
+    """Train tower and projector to make a digit's image like the embedding of its token, but for some images."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -131,12 +131,15 @@ def train_tower(tower: Any, left_out: set[int]) -> None:
     pixels = 1 - torch.tensor(images[kept], dtype=torch.float32).view(-1, 1, 8, 8) / 8  # as the processor has them
     pixels = pixels.repeat_interleave(SCALE, 2).repeat_interleave(SCALE, 3).expand(-1, 3, -1, -1)
     targets = torch.tensor(labels[kept])
-    head = torch.nn.Linear(tower.config.hidden_size, len(NAMES))
-    optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=1e-3)
+    tokens = [tokenizer(str(digit), add_special_tokens=False).input_ids[0] for digit in range(10)]
+    embeddings = normalize(llava.get_input_embeddings().weight[tokens].detach(), dim=1)
+    tower, projector = llava.model.vision_tower, llava.model.multi_modal_projector
+    optimizer = torch.optim.AdamW([*tower.parameters(), *projector.parameters()], lr=1e-3)
     for _ in range(TOWER_STEPS):
         chosen = torch.randint(len(kept), (64,))
-        hidden = tower(pixel_values=pixels[chosen]).last_hidden_state
-        cross_entropy(head(hidden.mean(1)), targets[chosen]).backward()
+        hidden = tower(pixel_values=pixels[chosen], output_hidden_states=True).hidden_states[-1]
+        likeness = normalize(projector(hidden).mean(1), dim=1) @ embeddings.T
+        cross_entropy(likeness / TEMPERATURE, targets[chosen]).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import deltacome
 from deltacome.benchmark.results import Table, save
-from deltacome.benchmark.zoo.training import Encoded, descend
+from deltacome.benchmark.zoo.training import descend
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.data import Encoder, read_examples
 from deltacome.evaluate.comparison import BASE, FINETUNED, Comparison, load
@@ -56,7 +56,7 @@ def train_adapter(base: Path, data: Path, out: Path, room: int, epochs: int, rat
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
     encoder = Encoder(tokenizer)
-    encoded = [Encoded(*encoder.example(example)) for example in read_examples(data)] * epochs
+    encoded = [encoder.example(example) for example in read_examples(data)] * epochs
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     descend(model.get_base_model().train(), encoded, [{"params": learned, "lr": rate}], batch=16)
     model.to(torch.bfloat16).save_pretrained(out.with_name("adapter.partial"))

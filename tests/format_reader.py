@@ -3,6 +3,7 @@
 import hashlib
 import json
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +82,28 @@ def rotation(length: int) -> np.ndarray:
     return (last @ np.diag(signs) if p < length else np.eye(length)) @ first @ np.diag(signs)
 
 
+def flipped(bits: int, width: int) -> int:
+    """All bits but the sign inverted if that is set."""
+    return bits ^ 2 ** (width - 1) - 1 if bits >> width - 1 else bits
+
+
+def converted(values: np.ndarray, dtype: str) -> bytes:
+    """Numbers in another dtype, ties to even, without NaN."""
+    with np.errstate(over="ignore"):
+        values = np.nan_to_num(values.astype("<f8" if dtype == "F64" else "<f4"), posinf=np.inf, neginf=-np.inf)
+        if dtype != "BF16":
+            return values.astype(DTYPES[dtype]).tobytes()
+    bits = values.view("<u4").astype(np.uint64)
+    return (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype("<u2").tobytes()
+
+
 class Reader:
     def __init__(self, folder: Path, base: Path) -> None:
         text = (folder / "deltacome.json").read_bytes()
         assert text.startswith(b'{"sha256":"')
         assert hashlib.sha256(text[:11] + b"0" * 64 + text[75:]).hexdigest().encode() == text[11:75]
         self.manifest: dict[str, Any] = json.loads(text)
-        assert self.manifest["format_version"] == 3
+        assert self.manifest["format_version"] == 4
         for name, digest in self.manifest["files"].items():
             assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
         for name, digest in self.manifest["base_files"].items():
@@ -108,6 +124,8 @@ class Reader:
         """The rebuilt weight in float64."""
         entry = self.manifest["weights"][name]
         shape, base_name = entry["shape"], entry.get("base", name)
+        if "coded" in entry:
+            return array(entry["dtype"], shape, self.bits(name))
         rebuilt = np.zeros(shape)
         if base_name is not None:
             theirs = array(*self.base[base_name])
@@ -123,19 +141,77 @@ class Reader:
             rebuilt[entry["dense"] :] = self.tensor(f"{name}.dense")
         return rebuilt
 
+    def bits(self, name: str) -> bytes:
+        """The bytes of a weight that is coded."""
+        entry, content = self.manifest["weights"][name], self.raw[f"{name}.coded"][2]
+        (dtype, size), shape = entry["coded"], list(entry["shape"])
+        assert size == len(content)
+        rest = self.raw[f"{name}.dense"][2] if "dense" in entry else b""
+        shape[0] = entry.get("dense", shape[0])
+        theirs_dtype, theirs_shape, theirs = self.base[entry.get("base", name)]
+        theirs = theirs[: len(theirs) // theirs_shape[0] * shape[0]]
+        if theirs_dtype != dtype:
+            theirs = converted(array(theirs_dtype, shape, theirs), dtype)
+        width, mantissa, exponent = {"BF16": (16, 7, 8), "F16": (16, 10, 5), "F32": (32, 23, 8), "F64": (64, 52, 11)}[
+            dtype
+        ]
+        row = int(np.prod(shape[1:])) if len(shape) > 1 else shape[0]
+        base = [int(x) for x in np.frombuffer(theirs, f"<u{width // 8}")]
+        found: list[int] = []
+        at = 32
+        while len(found) < len(base):
+            some = base[len(found) :][: max(1, 2**22 // row) * row]
+            side_bytes, count, first, contexts, tokens = struct.unpack_from("<IIhBB", content, at)
+            side = zlib.decompress(content[at + 12 : at + 12 + side_bytes])
+            rows = len(some) // row
+            frequencies = np.frombuffer(side[rows:], "<u2").reshape(contexts, tokens)
+            at += 12 + side_bytes + 2 * count
+            words = iter(np.frombuffer(content[at - 2 * count : at], "<u2").tolist())
+            x = next(words) + (next(words) << 16)
+            for i, b in enumerate(some):
+                e = b >> mantissa & 2**exponent - 1
+                f = frequencies[min(max(2 * e + side[i // row] - first, 0), contexts - 1)].tolist()
+                r = x % 2**12
+                token, start = 0, 0
+                while start + f[token] <= r:
+                    start += f[token]
+                    token += 1
+                x = f[token] * (x >> 12) + r - start
+                x = x if x >= 2**16 else (x << 16) + next(words)
+                z = token
+                if token >= 8:
+                    k = 3 + (token - 8) // 4
+                    z = 4 + (token - 8) % 4 << k - 2
+                    for shift in range(0, k - 2, 16):
+                        c = min(16, k - 2 - shift)
+                        z += x % 2**c << shift
+                        x >>= c
+                        x = x if x >= 2**16 else (x << 16) + next(words)
+                d = -(z + 1) // 2 if z % 2 else z // 2
+                found.append(flipped((flipped(b, width) + d) % 2**width, width))
+            assert x == 2**16 and next(words, None) is None
+        data = np.array(found, f"<u{width // 8}").tobytes()
+        assert at == len(content) and hashlib.sha256(data).digest() == content[:32]
+        if dtype != entry["dtype"]:
+            data = (np.frombuffer(data, "<u2").astype("<u4") << 16).tobytes()
+        return data + rest
+
     def factored(self, name: str, entry: dict[str, Any]) -> np.ndarray:
         m, n = entry["shape"]
-        covered = np.arange(m)
+        covered = [np.arange(m)] * len(entry["factored"])
         if "rows" in entry:
-            marks, _ = vectors(self.tensor(f"{name}.rows"), 0, 1, m, 1)
-            covered = np.flatnonzero(marks[0])
-            assert len(covered) == entry["rows"]
+            classes, _ = vectors(self.tensor(f"{name}.rows"), 0, 1, m, 1 if len(entry["rows"]) == 2 else 2)
+            covered = []
+            for number, (count, terms) in enumerate(entry["rows"]):
+                rows = np.flatnonzero(classes[0] == number)
+                assert len(rows) == count
+                covered += [rows] * terms
         words, scales = self.tensor(f"{name}.codes"), self.tensor(f"{name}.scales")
         size = entry.get("group_size", 0)
         total, at, group_at, component = np.zeros((m, n)), 0, 0, 0
-        for bits, rank in entry["factored"]:
+        for rows, (bits, rank) in zip(covered, entry["factored"], strict=True):
             sides = []
-            for side, length in (("u", len(covered)), ("v", n)):
+            for side, length in (("u", len(rows)), ("v", n)):
                 codes, at = vectors(words, at, rank, length, bits)
                 if size:
                     count = -(-length // size)
@@ -150,7 +226,7 @@ class Reader:
                     levels = codes - (2**bits - 1) / 2
                     sides.append(levels @ rotation(length) if side in entry.get("rotated", "") else levels)
             for u, v in zip(*sides, strict=True):
-                total[covered] += float(scales[component]) * np.outer(u, v)
+                total[rows] += float(scales[component]) * np.outer(u, v)
                 component += 1
         assert at == len(words) and component == len(scales)
         return total

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltacome.compression.allocation import DISTORTION, Spectrum, allocate, spent_bits
+from deltacome.compression.allocation import (
+    DISTORTION,
+    Spectrum,
+    allocate,
+    spectra_of_tensors,
+    spectra_tensors,
+    spent_bits,
+)
 from deltacome.format.terms import component_bits
 
 
@@ -56,6 +63,7 @@ def test_more_budget_is_less_error_and_all_of_it_is_the_finest_code() -> None:
 
 def test_a_spectrum_survives_a_file() -> None:
     spectrum = Spectrum((40, 50), torch.rand(40), 6.0, 2.5, fixed_bits=96)
-    again = Spectrum.of_tensors(spectrum.tensors())
+    other, again = spectra_of_tensors(spectra_tensors([Spectrum((3, 4), torch.ones(2)), spectrum]))
+    assert other.shape == (3, 4)
     assert torch.equal(again.s, spectrum.s)
     assert (again.shape, again.weight, again.drop_weight, again.fixed_bits) == ((40, 50), 6.0, 2.5, 96)

@@ -38,6 +38,7 @@ SETTINGS = {
     "small groups": {"method": "delta-come", "scale": "minmax", "group_size": 10, "ratio": 4},
     "low-rank": {"method": "low-rank", "ratio": 4},
     "bitdelta": {"method": "bitdelta"},
+    "lossless": {"method": "lossless"},
     "exact embeddings": {"embeddings": "exact", "ratio": 4},
 }
 
@@ -182,9 +183,15 @@ def edit_entry(**fields: object) -> Callable[[dict], None]:
         edit_entry(group_size=128),
         edit_entry(rotated="w"),
         edit_entry(rotated=3),
-        edit_entry(rows=0),
         edit_entry(rows=50),
         edit_entry(rows="all"),
+        edit_entry(rows=[[109, 1]]),
+        edit_entry(rows=[[50, 1], [50, 0]]),
+        edit_entry(rows=[[109, 1], [0, 0]]),
+        edit_entry(rows=[[50, 0], [59, 9]]),
+        edit_entry(rows=[[108, 0], [1, 1]]),
+        edit_entry(rows=[[True, 1], [108, 0]]),
+        edit_entry(rows=[[25, 1], [25, 0], [25, 0], [25, 0], [9, 0]]),
         edit_entry(sign=True),
         edit_entry(sign="yes"),
         edit_entry(dense=0),
@@ -355,9 +362,9 @@ def test_what_is_no_file_is_missing(make: Callable[[Path], None], artifact: Path
 
 def test_other_format_versions_are_refused(artifact: Path, tmp_path: Path) -> None:
     shutil.copytree(artifact, tmp_path / "copy")
-    text = (artifact / MANIFEST).read_text().replace('"format_version":3', '"format_version":4')
+    text = (artifact / MANIFEST).read_text().replace('"format_version":4', '"format_version":5')
     (tmp_path / "copy" / MANIFEST).write_text(text)
-    with pytest.raises(DeltacomeError, match="format version 4, and this deltacome reads version 3"):
+    with pytest.raises(DeltacomeError, match="format version 5, and this deltacome reads version 4"):
         Artifact(tmp_path / "copy")
 
 

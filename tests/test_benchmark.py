@@ -18,7 +18,7 @@ from deltacome import Artifact, DeltacomeError
 from deltacome.benchmark import quality as module
 from deltacome.benchmark.quality import quality
 from deltacome.benchmark.suite import read_suite
-from deltacome.data import Encoder
+from deltacome.data import Encoded, Encoder
 from deltacome.evaluate.comparison import evaluate
 from deltacome.evaluate.metrics import answer, divergence
 from deltacome.restore.merging import load_merged
@@ -48,8 +48,8 @@ def suite(save: Save, base: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         shutil.copytree(save(model), folder / name)
         loaded = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).eval()
         encoder = Encoder(AutoTokenizer.from_pretrained(folder / name))
-        ids = [encoder.prompt(({"role": "user", "content": prompt},)) for prompt in prompts]
-        answers = answer(loaded, encoder.tokenizer, ids, 6)
+        asked = [Encoded(encoder.prompt(({"role": "user", "content": prompt},))) for prompt in prompts]
+        answers = answer(loaded, encoder.tokenizer, asked, 6)
         write(folder / f"{name}.jsonl", [{"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True)])
     write(folder / "prose.jsonl", [{"text": "Off the task."}, {"text": "More of it, and longer."}])
     finetunes = {name: {"model": name, "data": f"{name}.jsonl", "new_tokens": 6} for name in PROMPTS}
@@ -156,7 +156,7 @@ def test_other_kl_is_over_all_of_the_other_prompts(suite: Path, finished: Path, 
         AutoModelForCausalLM.from_pretrained(folder / n, dtype=torch.float32).eval() for n in ("base", "math")
     )
     encoder = Encoder(AutoTokenizer.from_pretrained(folder / "math"))
-    prompts = [(encoder.prompt(({"role": "user", "content": prompt},)), 1) for prompt in PROMPTS["intent"]]
+    prompts = [Encoded(encoder.prompt(({"role": "user", "content": prompt},))) for prompt in PROMPTS["intent"]]
     kl, _ = divergence(math, base, prompts, lambda _: None)
     row = json.loads((finished / "rows/math/base.json").read_text())
     assert row["other_kl"] == pytest.approx(kl.value, rel=1e-3)

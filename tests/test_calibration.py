@@ -11,6 +11,7 @@ from deltacome import Artifact, DeltacomeError, compress, merge
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.compression import calibration as module
 from deltacome.compression.calibration import CalibrationStream, batch, random_tokens
+from deltacome.compression.sensitivity import measure_sensitivities
 from deltacome.data import Encoder, Example, read_examples
 
 
@@ -45,7 +46,7 @@ def test_streamed_moments_are_those_of_the_whole_model(
     found: dict[str, Tensor] = {}
     stream = CalibrationStream(checkpoint, *batch(data, encoder))
     stream.run(lambda _: True, checkpoint.read_float, checkpoint.read_float, found.update)
-    expected = plain_moments(checkpoint.folder, [encoder.example(example)[0] for example in data])
+    expected = plain_moments(checkpoint.folder, [encoder.example(example).ids for example in data])
     if tied:
         del expected["lm_head.weight"]
     assert found.keys() == expected.keys()
@@ -66,17 +67,14 @@ def test_streamed_energies_are_those_of_the_whole_model(family: str, save: Save)
         if isinstance(layer, nn.Linear):
 
             def measure(layer: nn.Linear, arguments: tuple[Tensor], output: Tensor, name: str = name) -> None:
-                x = arguments[0].double()
-                y = x @ layer.weight.double().T
-                energies = torch.cat((x.square().mean((0, 1)), y.square().sum(-1).mean()[None]))
-                expected[f"{name}.weight"] = energies.float()
+                expected[f"{name}.weight"] = arguments[0].double().square().mean((0, 1)).float()
 
             layer.register_forward_hook(measure)
     with torch.inference_mode():
         model(input_ids=ids)
     assert found.keys() == expected.keys()
     for name, energies in expected.items():
-        torch.testing.assert_close(found[name], energies, rtol=1e-3, atol=1e-4 * float(energies[:-1].max()))
+        torch.testing.assert_close(found[name], energies, rtol=1e-3, atol=1e-4 * float(energies.max()))
     assert sum(total) == sum(checkpoint.tensors[name].elements for name in found)
 
 
@@ -105,7 +103,7 @@ def test_inputs_come_through_compressed_layers(save: Save, examples: Path) -> No
     CalibrationStream(checkpoint, *batch(data, encoder)).run(
         lambda _: True, checkpoint.read_float, other.read_float, found.update
     )
-    expected = plain_moments(save(second), [encoder.example(example)[0] for example in data])
+    expected = plain_moments(save(second), [encoder.example(example).ids for example in data])
     name = "model.layers.1.mlp.up_proj.weight"
     torch.testing.assert_close(found[name], expected[name].float(), rtol=1e-3, atol=1e-4 * float(expected[name].max()))
 
@@ -217,8 +215,8 @@ def test_templates(tmp_path: Path) -> None:
     example = Example(({"role": "user", "content": "hi"},), "yo")
 
     def text(encoder: Encoder) -> tuple[str, str]:
-        ids, start = encoder.example(example)
-        return tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:])
+        encoded = encoder.example(example)
+        return tokenizer.decode(encoded.ids[: encoded.start]), tokenizer.decode(encoded.ids[encoded.start :])
 
     assert text(Encoder(tokenizer)) == ("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "yo<|im_end|>")
     assert text(Encoder(tokenizer, "none")) == ("hi", "yo<|im_end|>")
@@ -226,4 +224,30 @@ def test_templates(tmp_path: Path) -> None:
     assert text(Encoder(tokenizer, str(tmp_path / "t.jinja"))) == ("Q: hi A: ", "yo<|im_end|>")
     with pytest.raises(DeltacomeError, match="give a Jinja template"):
         Encoder(tokenizer, str(tmp_path / "missing.jinja"))
-    assert Encoder(tokenizer).example(Example((), "some text"))[1] == 1
+    assert Encoder(tokenizer).example(Example((), "some text")).start == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox", "tied"])
+def test_sensitivities_are_the_kl_of_small_errors(family: str, save: Save) -> None:
+    """KL(p || p') of random errors in one weight at a time, in float64, is half the sensitivity times their square."""
+    checkpoint = Checkpoint(save(make_model(tie_word_embeddings=True) if family == "tied" else make_other(family)))
+    ids, mask = random_tokens(checkpoint)
+    ids, mask = ids[:8, :64], mask[:8, :64]
+    done: list[float] = []
+    stream = CalibrationStream(checkpoint, ids, mask)
+    found = measure_sensitivities(stream, checkpoint.read_float, done.append)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float64)
+    matrices = {name: weight for name, weight in model.named_parameters() if weight.ndim == 2}
+    assert found.keys() == matrices.keys()
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        p = model(input_ids=ids).logits.log_softmax(-1)
+        for name, weight in matrices.items():
+            error = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+            error *= 1e-3 * weight.norm() / error.norm()
+            weight += error
+            q = model(input_ids=ids).logits.log_softmax(-1)
+            weight -= error
+            kl = float((p.exp() * (p - q)).sum(-1).mean())
+            assert 0.6 < kl / (found[name] / 2 * float(error.square().sum())) < 1.6, name
+    assert sum(done) == sum(parameter.numel() for layer in stream.layers for parameter in layer.parameters())

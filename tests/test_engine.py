@@ -314,13 +314,15 @@ def test_a_delta_that_is_not_numbers_fails_alone(served: SimpleNamespace, part: 
     """Its rows share every kernel with the others' rows, which must not read them."""
 
     def broken(change: Change) -> Change:
-        packed = change.packed
         if part == "exact":
             return replace(change, exact={key: value * torch.nan for key, value in change.exact.items()})
-        if part == "embed" or packed is None:
-            return replace(change, vectors=None if change.vectors is None else change.vectors * torch.nan)
-        terms = tuple(replace(term, scale=term.scale * torch.nan) for term in packed.terms)
-        return replace(change, packed=replace(packed, terms=terms))
+        if part == "embed":
+            return replace(change, vectors=tuple(vectors * torch.nan for vectors in change.vectors))
+        packed = (
+            replace(own, terms=tuple(replace(term, scale=term.scale * torch.nan) for term in own.terms))
+            for own in change.packed
+        )
+        return replace(change, packed=tuple(packed))
 
     changes = {name: broken(change) for name, change in served.tenants[1].changes.items()}
     culprit = ask(served, 4, {})

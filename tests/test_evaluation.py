@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import Save, fine_tune, make_model
 from deltacome import Artifact, DeltacomeError, compress, merge
 from deltacome.checkpoints.checkpoint import Checkpoint
-from deltacome.data import Example
+from deltacome.data import Encoded, Example
 from deltacome.evaluate.comparison import evaluate, save_table
 from deltacome.evaluate.metrics import Mean, answer, divergence, is_right, retention
 from deltacome.restore.merging import load_merged, open_checked
@@ -96,12 +96,14 @@ def test_divergence_is_its_definition(save: Save) -> None:
     fine_tune(reference)
     torch.manual_seed(0)
     encoded = [
-        (torch.randint(0, 259, (length,)).tolist(), start) for length, start in ((5, 1), (30, 20), (3, 2), (2, 1))
+        Encoded(torch.randint(0, 259, (length,)).tolist(), start)
+        for length, start in ((5, 1), (30, 20), (3, 2), (2, 1))
     ]
     kl_sum = nll_sum = 0.0
     count = 0
     with torch.inference_mode():
-        for ids, start in encoded:
+        for example in encoded:
+            ids, start = example.ids, example.start
             p, q = (m(torch.tensor([ids])).logits[0].double().softmax(-1) for m in (reference, model))
             for position in range(start - 1, len(ids) - 1):
                 kl_sum += float((p[position] * (p[position] / q[position]).log()).sum())
@@ -145,7 +147,7 @@ def test_whole_completions() -> None:
 def test_answers_do_not_depend_on_the_batch(save: Save) -> None:
     model = make_model().eval()
     tokenizer = AutoTokenizer.from_pretrained(save(make_model()))
-    prompts = [tokenizer("x" * length).input_ids for length in (3, 17, 8)]
+    prompts = [Encoded(tokenizer("x" * length).input_ids) for length in (3, 17, 8)]
     alone = [answer(model, tokenizer, [prompt], 8)[0] for prompt in prompts]
     assert answer(model, tokenizer, prompts, 8) == alone
 

@@ -10,10 +10,11 @@ import pytest
 import typer.main
 from safetensors.torch import load_file, save_file
 
+from deltacome import compress
 from deltacome.cli.commands import app
 
 # Pydantic is not among them: typer may need it itself.
-EXTRAS = ("bitsandbytes", "fastapi", "lm_eval", "matplotlib", "prometheus_client", "ray", "uvicorn", "vllm")
+EXTRAS = ("bitsandbytes", "fastapi", "lm_eval", "matplotlib", "PIL", "prometheus_client", "ray", "uvicorn", "vllm")
 SCRIPT = """
 import sys
 missing, sys.argv = sys.argv[1].split(","), ["deltacome", *sys.argv[2:]]
@@ -86,6 +87,17 @@ def test_lm_eval(base: Path, finetuned: Path, tmp_path: Path) -> None:
     fails_without("lm_eval", message, "lm-eval", "run")
     options = ("--finetuned", finetuned, "--delta", "a=nothing", "--tasks", "gsm8k", "-o", tmp_path / "out.json")
     fails_without("lm_eval", message, "evaluate", base, *options)
+
+
+def test_images(base: Path, finetuned: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "Q", "completion": "A", "image": "data.jsonl"}))
+    compress(base, finetuned, tmp_path / "delta", ratio=4)
+    options = ("--finetuned", finetuned, "--delta", tmp_path / "delta", "--data", data, "-o", tmp_path / "out.json")
+    result = run_without("PIL", "evaluate", base, *options)
+    assert result.returncode == 1 and result.stderr.endswith(
+        "error: images need Pillow: pip install 'deltacome[images]'\n"
+    )
 
 
 @pytest.mark.parametrize("command", ["compress", "generate"])

@@ -81,7 +81,8 @@ def test_bitdelta_scales() -> None:
 def test_methods_at_the_same_budget_in_the_papers_order() -> None:
     delta = make_delta(256, 300)
     budget = 1.0 * delta.numel()
-    errors = {name: relative_error(make_method(name).compress(MatrixDelta(delta), budget), delta) for name in METHODS}
+    methods = {name: make_method(name) for name in METHODS if name != "lossless"}
+    errors = {name: relative_error(m.compress(MatrixDelta(delta), budget), delta) for name, m in methods.items()}
     assert errors["delta-come"] < errors["low-rank"]
 
 

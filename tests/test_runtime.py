@@ -23,7 +23,7 @@ import deltacome
 from conftest import CONFIGS, SIZES, Save, fine_tune, make_any, make_model
 from deltacome import DeltacomeError, compress, load, merge
 from deltacome.checkpoints.checkpoint import Checkpoint
-from deltacome.data import Encoder
+from deltacome.data import Encoded, Encoder
 from deltacome.evaluate.metrics import answer
 from deltacome.runtime.conversation import Conversation
 from tenants import IDS, merged, tenants_of
@@ -173,7 +173,7 @@ def test_conversation(model: Any, two: Any) -> None:
     encoder = Encoder(conversation.tokenizers[0])
     messages = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": answers[2]})
     ids = encoder.prompt((*messages, {"role": "user", "content": "And?"}))
-    alone = answer(models[2], conversation.tokenizers[0], [ids], 8)[0]
+    alone = answer(models[2], conversation.tokenizers[0], [Encoded(ids)], 8)[0]
     assert again[2] == alone
     conversation.reset()
     assert conversation.say("Hello", 8) == answers

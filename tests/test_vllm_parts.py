@@ -12,7 +12,7 @@ from deltacome import DeltacomeError, compress, vllm
 from deltacome.format.artifact import Artifact
 from deltacome.format.terms import Sign, add_terms
 from deltacome.runtime.kernels import reference
-from deltacome.runtime.kernels.packed import pack_terms
+from deltacome.runtime.kernels.packed import pack_blocks
 from deltacome.vllm import command
 from deltacome.vllm.changes import share
 from deltacome.vllm.rows import COMPOSITIONS, Rows, Step
@@ -72,11 +72,11 @@ def test_shares_add_up_to_the_whole(base: Path, finetuned: Path, tmp_path: Path,
         shares = [share(terms, rank, size) for rank in range(size)]
         assert all(shares)  # all take part in the sum
         assert torch.allclose(sum(add_terms(torch.zeros(entry.shape), own) for own in shares), whole, atol=1e-5)
-        packed = [pack_terms(own, (entry.shape[0], entry.shape[1]), CPU) for own in shares]
-        x = torch.randn(3, entry.shape[1])
-        if packed[0].rows is None:
-            product = sum(reference.multiply(x, own) for own in packed)
-            assert torch.allclose(product, x @ whole.T, atol=1e-4 * float(whole.abs().max()) * entry.shape[1])
+        x, product = torch.randn(3, entry.shape[1]), torch.zeros(3, entry.shape[0])
+        for own in shares:
+            for block in pack_blocks(own, (entry.shape[0], entry.shape[1]), CPU):
+                reference.Work([(block, torch.arange(3))]).add(product, x)
+        assert torch.allclose(product, x @ whole.T, atol=1e-4 * float(whole.abs().max()) * entry.shape[1])
         split += max(sum(len(term.scale) for term in own) for own in shares) < sum(rank for _, rank in entry.factored)
     assert split > 5
 

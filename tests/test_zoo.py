@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForImageTextToText, AutoTokenizer, LlamaForCausalLM
 
 from commands import fail, succeed
 from conftest import Save, make_model, make_tokenizer
@@ -24,6 +24,8 @@ from deltacome.benchmark.zoo.cache import checkpoint, lines, offtask
 from deltacome.benchmark.zoo.members import MEMBERS, QWEN2_BASE
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.pairing import pair
+from deltacome.data import Encoder, read_examples
+from deltacome.language import load_processor
 
 RECORDED = json.loads(files("deltacome.benchmark.zoo").joinpath("digests.json").read_text())
 ON_PYTHON = {"chat", "classify", "offtask", "qwen2"}  # docstrings and source code, which differ between versions
@@ -185,10 +187,9 @@ def test_the_command(cache: Path, tmp_path: Path) -> None:
 
 def test_vision(cache: Path) -> None:
     folder = checkpoint("vision", cache)
-    processor, model = AutoProcessor.from_pretrained(folder), AutoModelForImageTextToText.from_pretrained(folder)
-    row = json.loads((folder / "data" / "test.jsonl").read_text().splitlines()[0])
-    example = vision.encode(processor, row, folder / "data")
-    assert example.ids.count(processor.image_token_id) == 16 and example.image.shape == (3, 32, 32)
+    processor, model = load_processor("vision", folder), AutoModelForImageTextToText.from_pretrained(folder)
+    example = Encoder(processor.tokenizer, processor=processor).example(read_examples(folder / "data/test.jsonl", 1)[0])
+    assert example.ids.count(processor.image_token_id) == 16 and example.image["pixel_values"].shape == (1, 3, 32, 32)
     logits, targets = training.predictions(model, [example])
     assert len(logits) == len(targets) == len(example.ids) - example.start
     pair(Checkpoint(cache / "smollm2"), Checkpoint(folder))

@@ -1,7 +1,9 @@
 """Examples from JSONL files, and their token ids through a tokenizer's chat template."""
 
 import json
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,10 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from deltacome.errors import DeltacomeError
+from deltacome.errors import DeltacomeError, reason
 
 NO_TEMPLATE = "none"
+PER_TOKEN = ("mm_token_type_ids", "token_type_ids")  # inputs of models with an entry for each token, 0 for text
 
 
 @dataclass(frozen=True)
@@ -19,21 +22,38 @@ class Example:
     """One line of a file: a conversation to be completed, or plain text.
 
     messages: the turns before the completion; empty for plain text. completion: what the model is to answer; for
-    plain text, the text. answer: what is compared instead of the completion, if given.
+    plain text, the text. answer: what is compared instead of the completion, if given. image: a file that the
+    conversation begins with, for a vision-language model.
     """
 
     messages: tuple[dict[str, str], ...]
     completion: str
     answer: str | None = None
+    image: Path | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example, or a prompt alone, as a model takes it.
+
+    ids: tokens. start: the first position that counts, 1 at least, for the first token is predicted by nothing. image:
+    what the model takes besides, by the names of its arguments, as transformers' processors give it for one row.
+    """
+
+    ids: list[int]
+    start: int = 1
+    image: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def read_examples(path: str | Path, limit: int | None = None) -> list[Example]:
     """Examples from a JSONL file; a line has `prompt` and `completion`, or `messages`, or `text`.
 
-    The last of `messages` is the completion and must be the assistant's.
+    The last of `messages` is the completion and must be the assistant's. With a prompt or messages there may be an
+    `image`, a file's path as seen from the JSONL file.
 
     Raises:
-        DeltacomeError: if the file is missing or empty, or a line is none of these; the line's number is named.
+        DeltacomeError: if the file is missing or empty, or a line is none of these, or its image is missing; the line's
+            number is named.
     """
     path = Path(path)
     if not path.is_file():
@@ -43,7 +63,7 @@ def read_examples(path: str | Path, limit: int | None = None) -> list[Example]:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    examples.append(_parse(line, f"{path}, line {number}"))
+                    examples.append(_parse(line, path.parent, f"{path}, line {number}"))
                 if limit is not None and len(examples) == limit:
                     break
     except UnicodeDecodeError as error:
@@ -53,7 +73,7 @@ def read_examples(path: str | Path, limit: int | None = None) -> list[Example]:
     return examples
 
 
-def _parse(line: str, where: str) -> Example:
+def _parse(line: str, folder: Path, where: str) -> Example:
     try:
         content = json.loads(line)
     except ValueError as error:
@@ -62,13 +82,18 @@ def _parse(line: str, where: str) -> Example:
         raise DeltacomeError(f"{where}: not a JSON object")
     answer = content.get("answer")
     answer = None if answer is None else str(answer)
+    image = None
+    if content.get("image") is not None and "text" not in content:
+        image = folder / str(content["image"])
+        if not image.is_file():
+            raise DeltacomeError(f"{where}: there is no image {image}")
     match content:
         case {"prompt": str(prompt), "completion": str(completion)}:
-            return Example(({"role": "user", "content": prompt},), completion, answer)
+            return Example(({"role": "user", "content": prompt},), completion, answer, image)
         case {"messages": [*messages]} if len(messages) > 1 and all(_is_message(message) for message in messages):
             if messages[-1]["role"] != "assistant":
                 raise DeltacomeError(f"{where}: the last message must be the assistant's")
-            return Example(tuple(messages[:-1]), messages[-1]["content"], answer)
+            return Example(tuple(messages[:-1]), messages[-1]["content"], answer, image)
         case {"text": str(text)} if text:
             return Example((), text)
     raise DeltacomeError(f"{where}: needs the texts `prompt` and `completion`, or `messages`, or `text`")
@@ -84,15 +109,16 @@ class Encoder:
     """Examples to token ids, through a chat template.
 
     chat_template: a Jinja file to use instead of the tokenizer's own template, or `none` for the bare prompt. Without
-    it and without a template of the tokenizer's, prompts are taken bare too.
+    it and without a template of the tokenizer's, prompts are taken bare too. processor: of a vision-language model, see
+    `deltacome.language.load_processor`, for examples with images.
 
     Raises:
         DeltacomeError: if the template's file is missing, or, later, the template refuses a conversation.
     """
 
-    def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
-        self.tokenizer = tokenizer
-        self.template: str | None = tokenizer.chat_template
+    def __init__(self, tokenizer: Any, chat_template: str | None = None, processor: Any = None) -> None:
+        self.tokenizer, self.processor = tokenizer, processor
+        self.template: str | None = tokenizer.chat_template or getattr(processor, "chat_template", None)
         if chat_template == NO_TEMPLATE:
             self.template = None
         elif chat_template is not None:
@@ -102,27 +128,90 @@ class Encoder:
 
     def prompt(self, messages: tuple[dict[str, str], ...]) -> list[int]:
         """Token ids up to where the model's answer starts."""
-        if self.template is None:
-            return self.tokenizer("\n".join(message["content"] for message in messages)).input_ids
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), chat_template=self.template, tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError as error:
-            raise DeltacomeError(f"the chat template refuses a conversation: {error}") from error
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return self.tokenizer(self._text(messages), **self._options()).input_ids
 
-    def example(self, example: Example) -> tuple[list[int], int]:
+    def question(self, example: Example) -> Encoded:
+        """An example's messages up to where the answer starts, and its image.
+
+        The image's token is put in front of the user's first message, unless a message has it already.
+
+        Raises:
+            DeltacomeError: if there is an image and no processor, or one that cannot be read, or not with this prompt.
+        """
+        if example.image is None:
+            return Encoded(self.prompt(example.messages))
+        if self.processor is None:
+            raise DeltacomeError(f"an example has an image ({example.image}), which nothing here can see; leave it out")
+        token = getattr(self.processor, "image_token", "<image>")
+        is_placed = any(token in message["content"] for message in example.messages)
+        text = self._text(example.messages, "" if is_placed else token)
+        picture = _open_image(example.image)
+        try:
+            image = dict(self.processor(images=picture, text=text, return_tensors="pt", **self._options()))
+        except (ValueError, LookupError, TypeError, StopIteration) as error:
+            raise DeltacomeError(f"the processor refuses {example.image} with its prompt: {reason(error)}") from error
+        del image["attention_mask"]
+        return Encoded(image.pop("input_ids")[0].tolist(), image=image)
+
+    def example(self, example: Example) -> Encoded:
         """Token ids of prompt and completion, end token included, and where the completion starts.
 
         Plain text starts at its second token, the first one being predicted by nothing.
         """
         if not example.messages:
-            return self.tokenizer(example.completion).input_ids, 1
-        prompt = self.prompt(example.messages)
+            return Encoded(self.tokenizer(example.completion).input_ids)
+        prompt = self.question(example)
         completion = self.tokenizer(example.completion, add_special_tokens=False).input_ids
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        return [*prompt, *completion, *end], len(prompt)
+        return replace(prompt, ids=[*prompt.ids, *completion, *end], start=len(prompt.ids))
+
+    def _options(self) -> dict[str, bool]:
+        """The tokenizer's: a template has the special tokens in it."""
+        return {} if self.template is None else {"add_special_tokens": False}
+
+    def _text(self, messages: Sequence[Mapping[str, str]], image_token: str = "") -> str:
+        """The prompt as text; an image, if its token is given, is in front of the user's first message."""
+        found: list[dict[str, Any]] = [dict(message) for message in messages]
+        first = next((message for message in found if message["role"] == "user"), found[0])
+        if self.template is not None and re.search("""(['"])image\\1""", self.template):
+            for message in found:  # such a template may leave out contents that are no lists
+                message["content"] = [{"type": "text", "text": message["content"]}]
+            if image_token:
+                first["content"].insert(0, {"type": "image"})
+        elif image_token:
+            first["content"] = f"{image_token}\n{first['content']}"
+        if self.template is None:
+            return "\n".join(message["content"] for message in found)
+        try:
+            return self.tokenizer.apply_chat_template(
+                found, chat_template=self.template, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise DeltacomeError(f"the chat template refuses a conversation: {error}") from error
+
+
+def _open_image(path: Path) -> Any:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as broken files have it
+        raise DeltacomeError(f"{path} is no image that can be read: {reason(error)}") from error
+
+
+def collate(rows: Sequence[Encoded], left: bool) -> dict[str, Tensor]:
+    """What a model is called with for a batch of these rows: ids and mask padded as `pad` does, and their images."""
+    ids, mask = pad([row.ids for row in rows], left)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    for key in {key for row in rows for key in row.image}:
+        if key in PER_TOKEN:
+            known = [row.image[key][0].tolist() if key in row.image else [] for row in rows]
+            filled = [[*some, *[0] * (len(row.ids) - len(some))] for some, row in zip(known, rows, strict=True)]
+            inputs[key] = pad(filled, left)[0]
+        else:
+            inputs[key] = torch.cat([row.image[key] for row in rows if key in row.image])
+    return inputs
 
 
 def pad(rows: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:

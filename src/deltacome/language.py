@@ -38,6 +38,30 @@ def load_tokenizer(source: str, folder: Path, base: Path | None = None) -> Any:
             raise DeltacomeError(f"transformers cannot load the tokenizer of {source}: {reason(error)}") from error
 
 
+def load_processor(source: str, folder: Path) -> Any:
+    """What makes a vision-language model's inputs of text and images.
+
+    Args:
+        source: what errors call the folder.
+
+    Raises:
+        DeltacomeError: if the folder has none, transformers cannot load it, or Pillow is missing.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise DeltacomeError("images need Pillow: pip install 'deltacome[images]'") from error
+    try:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise DeltacomeError(f"transformers cannot load the processor of {source}: {reason(error)}") from error
+    if not hasattr(processor, "image_processor"):
+        raise DeltacomeError(f"{source} takes no images; leave them out of the data")
+    return processor
+
+
 def _has_vocabulary(folder: Path) -> bool:
     return any((folder / name).is_file() for name in VOCABULARIES) or any(folder.glob("*.tiktoken"))
 

@@ -21,7 +21,7 @@ from deltacome.checkpoints.pairing import pair
 from deltacome.compression.pipeline import compress
 from deltacome.data import NO_TEMPLATE, read_examples
 from deltacome.errors import DeltacomeError, UnreachableRatioError
-from deltacome.evaluate.comparison import BASE, FINETUNED, Comparison, load, sizes
+from deltacome.evaluate.comparison import BASE, FINETUNED, Comparison, load_base, sizes
 from deltacome.evaluate.summary import import_pyplot
 from deltacome.files import disk_errors, sha256, write_atomically
 from deltacome.outputs import work_folder
@@ -187,7 +187,7 @@ class _Bench:
             row |= sizes(artifact)
             model, tokenizer = load_merged(self.base, artifact)
         elif cell.name == BASE:
-            model, tokenizer = load(self.base)
+            model, tokenizer = load_base(self.base, self.checkpoint)
         else:
             model, tokenizer = comparison.reference, comparison.tokenizer
         row |= comparison.measure(str(cell), model, tokenizer)

@@ -81,7 +81,8 @@ def random_tenant(name: str, model: Any, ratio: float, seed: int) -> Tenant:
             if id(weight) not in packed:  # else it is tied
                 packed[id(weight)] = _random_change(weight, ratio, isinstance(module, nn.Embedding), generator)
             delta, vectors = packed[id(weight)]
-            changes[module_name] = Change(delta, vectors=vectors if isinstance(module, nn.Embedding) else None)
+            own = (vectors,) if isinstance(module, nn.Embedding) and vectors is not None else ()
+            changes[module_name] = Change((delta,), vectors=own)
     return Tenant(name, None, changes)
 
 

@@ -6,8 +6,9 @@ from torch import Tensor
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError
 from deltacome.format.artifact import Artifact
+from deltacome.format.coding import decode, widened
 from deltacome.format.manifest import WeightEntry
-from deltacome.format.terms import Dense, Term, add_terms
+from deltacome.format.terms import Coded, Dense, Term, add_terms
 from deltacome.weights import split_stack
 
 
@@ -21,16 +22,35 @@ def rebuild_stored(name: str, artifact: Artifact, base: Checkpoint, dtype: torch
 
 
 def rebuild(entry: WeightEntry, terms: list[Term], base: Checkpoint) -> Tensor:
-    """The fine-tuned weight: in its own dtype where it is exact, else in float32."""
+    """The fine-tuned weight: in its own dtype where it is exact, else in float32.
+
+    Raises:
+        DeltacomeError: if coded bits are damaged, or another base's.
+    """
     if entry.dense == 0 or entry.base is None:
         return next(term.value for term in terms if isinstance(term, Dense))
     if not terms:
         weight = base.read(entry.base).to(entry.dtype)
         return weight[: entry.shape[0]] if entry.shape else weight
+    coded = next((term for term in terms if isinstance(term, Coded)), None)
+    if coded is not None:
+        return _decoded(entry, coded, terms, base)
     weight = base.read_float(entry.base)[: entry.shape[0]]
     rebuilt = torch.zeros(entry.shape)
     rebuilt[: weight.shape[0]] = weight
     return add_terms(rebuilt, terms)
+
+
+def _decoded(entry: WeightEntry, coded: Coded, terms: list[Term], base: Checkpoint) -> Tensor:
+    assert entry.base is not None
+    try:
+        weight = decode(coded.data, coded.dtype, base.read(entry.base)[: entry.coded_rows])
+    except ValueError as error:
+        raise DeltacomeError(
+            f"the bits of {entry.name} cannot be rebuilt on {base.source}: {error}; fetch or compress the delta again"
+        ) from error
+    parts = [widened(weight, entry.dtype), *(term.value for term in terms if isinstance(term, Dense))]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def check_base(artifact: Artifact, base: Checkpoint) -> None:

@@ -24,10 +24,13 @@ def compress(
     method: Annotated[
         str | None,
         typer.Option(
-            help="rate-distortion, delta-come, low-rank or bitdelta. [default: delta-come with --precision, else "
-            "rate-distortion]"
+            help="rate-distortion, delta-come, low-rank, bitdelta or lossless. [default: delta-come with --precision, "
+            "else rate-distortion]"
         ),
     ] = None,
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="Every weight to the last bit, in whatever bytes that takes.")
+    ] = False,
     precision: Annotated[
         str | None, typer.Option(metavar="PLAN", help="delta-come: BITS:COUNT,... [default: 8:2,3:32,2:*]")
     ] = None,
@@ -70,12 +73,14 @@ def compress(
     from deltacome.compression.pipeline import compress as run
 
     quiet()
+    if lossless and method not in (None, "lossless"):
+        raise DeltacomeError(f"--lossless is a method of its own; leave it out, or --method {method}")
     report = run(
         base,
         finetuned,
         output,
         ratio=ratio,
-        method=method,
+        method="lossless" if lossless else method,
         embeddings=embeddings,
         calibration=calibration,
         calibration_examples=calibration_examples,
@@ -158,6 +163,7 @@ def verify(
 ) -> None:
     """Check every file of a compressed delta against its SHA-256, and its base."""
     from deltacome.checkpoints.checkpoint import Checkpoint
+    from deltacome.checkpoints.rebuilding import rebuild
     from deltacome.format.artifact import Artifact
     from deltacome.restore.merging import open_checked
 
@@ -165,9 +171,12 @@ def verify(
         artifact = Artifact(delta)
         artifact.check_digests()
     else:
-        artifact = open_checked(Checkpoint(base), delta)  # this process has read no file before
-    for name in artifact.entries:
-        artifact.terms(name)  # refuses NaN
+        checkpoint = Checkpoint(base)
+        artifact = open_checked(checkpoint, delta)  # this process has read no file before
+    for name, entry in artifact.entries.items():
+        terms = artifact.terms(name)  # refuses NaN
+        if base is not None and entry.coded is not None:
+            rebuild(entry, terms, checkpoint)  # compares the weight with its own SHA-256
     report = {"artifact": str(delta), "files": len(artifact.files) + 1, "base_checked": base is not None}
     print(json.dumps(report) if as_json else f"{delta} is whole" + (f", and {base} is its base" if base else ""))
 

@@ -10,9 +10,11 @@ import typer
 from deltacome.cli.common import Base, Finetuned, Json, Template, app, named_folders, print_table, quiet
 from deltacome.errors import DeltacomeError
 
-OF_DATA = ("offtask", "max_new_tokens", "answer_pattern", "show")  # options of `evaluate` that go with --data
-LESS = ("linear ratio", "method", "seconds", "NLL")  # headings that a narrow terminal does without
+# Options of `evaluate` that go with answers to --data, with --data, and with --tasks.
+OF_ANSWERS = ("max_new_tokens", "answer_pattern", "show")
+OF_DATA = ("offtask", "by_part", *OF_ANSWERS)
 OF_TASKS = ("include_path", "apply_chat_template", "allow_code")
+LESS = ("linear ratio", "method", "seconds", "NLL")  # headings that a narrow terminal does without
 
 
 @app.command(epilog="Example: deltacome evaluate base/ --finetuned math/ --delta math=math-delta/ --data test.jsonl")
@@ -44,6 +46,9 @@ def evaluate(
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Let tasks run the code that models write; use a sandbox.")
     ] = False,
+    by_part: Annotated[
+        bool, typer.Option("--by-part", help="Instead: KL of each part of a delta in the exact fine-tuned model.")
+    ] = False,
     show: Annotated[int, typer.Option(min=0, help="Print so many prompts with every model's answer.")] = 0,
     output: Annotated[
         Path,
@@ -61,7 +66,10 @@ def evaluate(
     check_writable(output)
     if (data is None) == (tasks is None):
         raise DeltacomeError("give either --data FILE.jsonl or --tasks TASK,...")
-    _refuse_options_of_the_other_kind(context, has_tasks=tasks is not None)
+    if tasks is not None:
+        _refuse_options(context, OF_DATA, "goes with --data")
+    else:
+        _refuse_options(context, OF_TASKS, "goes with --tasks")
     if tasks is not None:
         options = {
             "apply_chat_template": apply_chat_template,
@@ -72,6 +80,11 @@ def evaluate(
         _evaluate_tasks(base, finetuned, deltas, tasks.split(","), output, as_json, include_path, options)
         return
     assert data is not None
+    if by_part:
+        _refuse_options(context, OF_ANSWERS, "goes with answers, and --by-part has none")
+        of_data = {"offtask": offtask, "limit": limit, "chat_template": chat_template}
+        _evaluate_parts(base, finetuned, deltas, data, output, as_json, of_data)
+        return
     rows = evaluation.evaluate(
         base,
         finetuned,
@@ -96,12 +109,11 @@ def evaluate(
             print(f"{row['name']}: {row['outputs'][number]!r}")
 
 
-def _refuse_options_of_the_other_kind(context: typer.Context, *, has_tasks: bool) -> None:
-    for name in OF_DATA if has_tasks else OF_TASKS:
+def _refuse_options(context: typer.Context, names: tuple[str, ...], why: str) -> None:
+    for name in names:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            option = f"--{name.replace('_', '-')}"
-            raise DeltacomeError(f"{option} goes with {'--data' if has_tasks else '--tasks'}; leave it out")
+            raise DeltacomeError(f"--{name.replace('_', '-')} {why}; leave it out")
 
 
 def print_evaluation(rows: list[dict[str, Any]]) -> None:
@@ -109,6 +121,28 @@ def print_evaluation(rows: list[dict[str, Any]]) -> None:
     from deltacome.evaluate.comparison import COLUMNS, cells
 
     print_table(list(COLUMNS.values()), [cells(row) for row in rows], less=LESS)
+
+
+def _evaluate_parts(
+    base: str,
+    finetuned: str,
+    deltas: dict[str, str],
+    data: Path,
+    output: Path,
+    as_json: bool,
+    options: dict[str, Any],
+) -> None:
+    from deltacome.evaluate.comparison import cells, save_table
+    from deltacome.evaluate.parts import COLUMNS, evaluate_parts
+    from deltacome.files import disk_errors
+
+    rows = evaluate_parts(base, finetuned, deltas, data, **options)
+    with disk_errors(f"write {output}"):
+        save_table(rows, output, COLUMNS)
+    if as_json:
+        print(json.dumps(rows))
+    else:
+        print_table(list(COLUMNS.values()), [cells(row, COLUMNS) for row in rows])
 
 
 def _evaluate_tasks(

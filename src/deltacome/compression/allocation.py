@@ -28,16 +28,25 @@ class Spectrum:
     v_squares: Tensor | None = None
     fixed_bits: int = 0
 
-    def tensors(self) -> dict[str, Tensor]:
-        """As tensors, to be kept in a file; `v_squares` is left out."""
-        figures = [*self.shape, self.fixed_bits, self.weight, self.drop_weight]
-        return {"s": self.s, "figures": torch.tensor(figures, dtype=torch.float64)}
 
-    @classmethod
-    def of_tensors(cls, tensors: dict[str, Tensor]) -> "Spectrum":
-        """The inverse of `tensors`."""
-        m, n, fixed_bits, weight, drop_weight = tensors["figures"].tolist()
-        return cls((int(m), int(n)), tensors["s"], weight, drop_weight, fixed_bits=int(fixed_bits))
+def spectra_tensors(spectra: list[Spectrum]) -> dict[str, Tensor]:
+    """Spectra as tensors, to be kept in a file; `v_squares` is left out."""
+    found = {}
+    for number, spectrum in enumerate(spectra):
+        figures = [*spectrum.shape, spectrum.fixed_bits, spectrum.weight, spectrum.drop_weight]
+        found[f"s{number}"] = spectrum.s
+        found[f"figures{number}"] = torch.tensor(figures, dtype=torch.float64)
+    return found
+
+
+def spectra_of_tensors(tensors: dict[str, Tensor]) -> list[Spectrum]:
+    """The inverse of `spectra_tensors`."""
+    found = []
+    for number in range(len(tensors) // 2):
+        m, n, fixed_bits, weight, drop_weight = tensors[f"figures{number}"].tolist()
+        shape = int(m), int(n)
+        found.append(Spectrum(shape, tensors[f"s{number}"], weight, drop_weight, fixed_bits=int(fixed_bits)))
+    return found
 
 
 def allocate(spectra: list[Spectrum], budget_bits: float) -> list[Tensor]:

@@ -9,7 +9,7 @@ import torch
 
 from deltacome.checkpoints.pairing import Pair
 from deltacome.compression.allocation import Spectrum, allocate, spent_bits
-from deltacome.compression.methods import Method, SharesByError
+from deltacome.compression.methods import CodesBits, Method, SharesByError
 from deltacome.errors import DeltacomeError, UnreachableRatioError
 from deltacome.format.artifact import Artifact
 from deltacome.format.manifest import WeightEntry
@@ -57,7 +57,8 @@ class Budget:
     @cached_property
     def matrices(self) -> tuple[Pair, ...]:
         """The weights that the method compresses."""
-        return tuple(p for p in self.pairs.values() if p.is_matrix and p.name not in self.uncounted)
+        takes_all = isinstance(self.method, CodesBits)
+        return tuple(p for p in self.pairs.values() if (takes_all or p.is_matrix) and p.name not in self.uncounted)
 
     @property
     def counted_elements(self) -> int:
@@ -78,7 +79,9 @@ class Budget:
             if overhead + self._least_component > 2 * self.counted_elements / self.ratio:
                 raise self._unreachable(overhead)
 
-    def share_out(self, entries: Mapping[str, WeightEntry], spectra: Mapping[str, Spectrum]) -> dict[str, float]:
+    def share_out(
+        self, entries: Mapping[str, WeightEntry], spectra: Mapping[str, Sequence[Spectrum]]
+    ) -> dict[str, float]:
         """Bits that each matrix may take, so that the whole artifact meets the ratio; empty if the method fixes them.
 
         Args:
@@ -94,13 +97,15 @@ class Budget:
         overhead = self._overhead(entries, {p.name: TYPICAL_TERMS for p in self.matrices})
         allowed = 2 * self.counted_elements / self.ratio - overhead
         budgets = {p.name: 8 * allowed * torch.Size(p.shape).numel() / elements for p in self.matrices}
+        flat = [spectrum for own in spectra.values() for spectrum in own]
         for _ in range(SHARINGS if spectra else 0):
-            widths = dict(zip(spectra, allocate(list(spectra.values()), 8 * allowed), strict=True))
-            budgets = {name: spent_bits(spectrum, widths[name]) for name, spectrum in spectra.items()}
-            terms = {
-                name: [(bits, count) for bits, count in enumerate(found.bincount().tolist()) if bits and count]
-                for name, found in widths.items()
-            }
+            widths = iter(allocate(flat, 8 * allowed))
+            budgets, terms = {}, {}
+            for name, own in spectra.items():
+                found = [next(widths) for _ in own]
+                budgets[name] = sum(map(spent_bits, own, found))
+                counts = [enumerate(each.bincount().tolist()) for each in found]
+                terms[name] = [(bits, count) for each in counts for bits, count in each if bits and count]
             allowed = 2 * self.counted_elements / self.ratio - self._overhead(entries, terms)
         if not any(component_bits(1, *p.shape) <= budgets.get(p.name, 0) for p in self.matrices):
             raise self._unreachable(overhead)

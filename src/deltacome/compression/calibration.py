@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltacome.checkpoints.architectures import auto_class
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.data import Encoder, Example
 from deltacome.errors import DeltacomeError, reason
@@ -43,14 +44,15 @@ class CalibrationStream:
         self.names = {name: _checkpoint_name(name, prefix, checkpoint) for name, _ in self.model.named_parameters()}
         self.sizes = {self.names[name]: parameter.numel() for name, parameter in self.model.named_parameters()}
         self.prefixes = {id(module): name for name, module in self.model.named_modules()}
+        head = self.model.get_output_embeddings()
+        is_own = isinstance(head, nn.Linear) and head.weight is not self.model.get_input_embeddings().weight
+        self.own_head = head if is_own else None  # untied
         self.ids, self.mask = ids, mask
 
     def energies(
         self, wanted: Callable[[str], bool], read: Read, advance: Callable[[float], None]
     ) -> dict[str, Tensor]:
-        """E[x²] of the inputs x of each wanted linear W and, as the last entry, E |W x|²; by W's checkpoint name.
-
-        float32, (inputs + 1,).
+        """E[x²] of the inputs x of each wanted linear, float32 (inputs,), by its checkpoint name.
 
         Args:
             read: a weight of a checkpoint name.
@@ -83,40 +85,52 @@ class CalibrationStream:
                 name and compresses them; called for each decoder layer in turn, and at last for an untied head.
         """
         self.wanted, self.read, self.read_compressed, self.on_layer = wanted, read, read_compressed, on_layer
-        outside = read_compressed or read
-        head = self.model.get_output_embeddings()
-        own_head = isinstance(head, nn.Linear) and head.weight is not self.model.get_input_embeddings().weight
+        with torch.inference_mode():
+            hidden = self.forward(read_compressed or read, self._forward_layer)[self.mask]
+            if self.own_head is not None and read_compressed is not None:
+                name = f"{self.prefixes[id(self.own_head)]}.weight"
+                self.on_layer({self.names[name]: hidden.T @ hidden / len(hidden)})
+
+    def forward(self, read: Read, forward_layer: Callable[..., Any]) -> Tensor:
+        """The last hidden states (sequences, length, hidden), the head being left out.
+
+        Args:
+            read: a weight of a checkpoint name, for what is no decoder layer.
+            forward_layer: gets each decoder layer and its arguments, and gives its output.
+        """
         inside = {id(parameter) for layer in self.layers for parameter in layer.parameters()}
-        skipped = inside | ({id(head.weight)} if own_head else set())
+        skipped = inside | (set() if self.own_head is None else {id(self.own_head.weight)})
         for name, parameter in list(self.model.named_parameters()):
             if id(parameter) not in skipped:
-                _assign(self.model, name, outside(self.names[name]).float())
+                _assign(self.model, name, read(self.names[name]).float())
         for layer in self.layers:
-            layer.forward = partial(self._forward_layer, layer)
-        with torch.inference_mode():
-            output = self.model.base_model(input_ids=self.ids, attention_mask=self.mask.long(), use_cache=False)
-            if own_head and read_compressed is not None:
-                hidden = output.last_hidden_state[self.mask]
-                self.on_layer({self.names[f"{self.prefixes[id(head)]}.weight"]: hidden.T @ hidden / len(hidden)})
+            layer.forward = partial(forward_layer, layer)
+        output = self.model.base_model(input_ids=self.ids, attention_mask=self.mask.long(), use_cache=False)
+        hidden: Tensor = output.last_hidden_state
+        return hidden
 
     def _forward_layer(self, layer: nn.Module, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
         """In a decoder layer's place: measure, have it compressed, and go on with its compressed weights."""
         del layer.forward  # the class's own again
-        prefix = self.prefixes[id(layer)]
-        names = {name: self.names[f"{prefix}.{name}"] for name, _ in layer.named_parameters()}
+        names = self.names_of(layer)
 
         def weights(source: Read) -> dict[str, Tensor]:
             return {name: source(checkpoint_name).float() for name, checkpoint_name in names.items()}
 
         if any(map(self.wanted, names.values())):
             moments = _Moments(layer, self.mask, _energies if self.read_compressed is None else _second_moment)
-            output = self._forward_rows(layer, weights(self.read), moments, hidden, arguments, options)
+            output = self.forward_rows(layer, weights(self.read), moments, hidden, arguments, options)
             self.on_layer({names[f"{name}.weight"]: moment for name, moment in moments.close().items()})
             if self.read_compressed is None:
                 return output
-        return self._forward_rows(layer, weights(self.read_compressed or self.read), None, hidden, arguments, options)
+        return self.forward_rows(layer, weights(self.read_compressed or self.read), None, hidden, arguments, options)
 
-    def _forward_rows(
+    def names_of(self, layer: nn.Module) -> dict[str, str]:
+        """The checkpoint names of a layer's parameters, by their names within it."""
+        prefix = self.prefixes[id(layer)]
+        return {name: self.names[f"{prefix}.{name}"] for name, _ in layer.named_parameters()}
+
+    def forward_rows(
         self,
         layer: nn.Module,
         weights: dict[str, Tensor],
@@ -143,7 +157,7 @@ class CalibrationStream:
 class _Moments:
     """Hooks that sum `measure` over the tokens that pass each linear of a layer, padding left out."""
 
-    def __init__(self, layer: nn.Module, mask: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, layer: nn.Module, mask: Tensor, measure: Callable[[Tensor], Tensor]) -> None:
         self.mask, self.rows, self.measure = mask, slice(None), measure
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
@@ -155,10 +169,10 @@ class _Moments:
 
     def _add(self, name: str, module: nn.Linear, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         mask = self.mask[self.rows]
-        x, y = arguments[0], output if module.bias is None else output - module.bias
-        x, y = (z[mask] if z.shape[:2] == mask.shape else z.reshape(-1, z.shape[-1]) for z in (x, y))
+        x = arguments[0]
+        x = x[mask] if x.shape[:2] == mask.shape else x.reshape(-1, x.shape[-1])
         self.counts[name] = self.counts.get(name, 0) + len(x)
-        self.sums[name] = self.sums.get(name, 0) + self.measure(x, y)
+        self.sums[name] = self.sums.get(name, 0) + self.measure(x)
 
     def close(self) -> dict[str, Tensor]:
         """Remove the hooks; the means by the linear's name within the layer."""
@@ -167,27 +181,24 @@ class _Moments:
         return {name: total / max(self.counts[name], 1) for name, total in self.sums.items()}
 
 
-def _second_moment(x: Tensor, y: Tensor) -> Tensor:
+def _second_moment(x: Tensor) -> Tensor:
     return x.T @ x
 
 
-def _energies(x: Tensor, y: Tensor) -> Tensor:
-    return torch.cat((x.square().sum(0), y.square().sum()[None]))
+def _energies(x: Tensor) -> Tensor:
+    return x.square().sum(0)
 
 
 def _skeleton(checkpoint: Checkpoint) -> Any:
     """The model without weights, its buffers (rotary frequencies) in place."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-        text_only = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        kind = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
         with init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # transformers initializes weights that are not there
-            model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            model = auto_class(config.model_type).from_config(config, dtype=torch.float32, trust_remote_code=False)
     except UNFIT_FILES as error:
         raise DeltacomeError(f"transformers cannot build {checkpoint.source} to calibrate: {reason(error)}") from error
     model.tie_weights()
@@ -232,7 +243,7 @@ def random_tokens(checkpoint: Checkpoint) -> tuple[Tensor, Tensor]:
 
 def batch(examples: list[Example], encoder: Encoder) -> tuple[Tensor, Tensor]:
     """Token ids (examples, longest) padded on the right, and the mask of what is no padding."""
-    rows = [encoder.example(example)[0][:LONGEST] for example in examples]
+    rows = [encoder.example(example).ids[:LONGEST] for example in examples]
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     mask = torch.zeros(ids.shape, dtype=torch.bool)
     for i, row in enumerate(rows):

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.pairing import Pair
+from deltacome.compression.allocation import spectra_tensors
 from deltacome.compression.journal import Store
-from deltacome.compression.methods import MatrixDelta, Method, SharesByError
+from deltacome.compression.methods import CodesBits, MatrixDelta, Method, SharesByError
 from deltacome.format.manifest import WeightEntry, term_tensors
 from deltacome.format.terms import Dense, Term, add_terms
 from deltacome.weights import is_embedding, module_kind
@@ -34,15 +35,21 @@ class Matrices:
     budgets: Mapping[str, float] = field(default_factory=dict)
 
     def measure(self, name: str) -> None:
-        """Store what the method needs to know of a matrix for sharing out the bits, under `spectrum of NAME`."""
+        """Store what the method needs to know of a matrix for sharing out the bits, under `spectra of NAME`."""
         assert isinstance(self.method, SharesByError)
         delta = self._known(name, None)
-        found = self.method.spectrum(delta) if bool(delta.values.any()) else None
-        self.store.save_intermediate(f"spectrum of {name}", found.tensors() if found is not None else {})
+        found = self.method.spectra(delta) if bool(delta.values.any()) else []
+        self.store.save_intermediate(f"spectra of {name}", spectra_tensors(found))
 
     def compress(self, name: str, second_moment: Tensor | None = None) -> None:
         """Compress a matrix and store it."""
         p = self.pairs[name]
+        if isinstance(self.method, CodesBits):
+            base = None if p.base_name is None else self.base.read(p.base_name)
+            if base is not None and p.shape:
+                base = base[: p.rows]
+            self.write(name, self.method.code(self.finetuned.read(name), base))
+            return
         delta = self._known(name, second_moment)
         terms: list[Term] = []
         error = None

@@ -22,8 +22,8 @@ from deltacome.compression.calibration import CalibrationStream, batch
 from deltacome.compression.executors import Executor, ExecutorName, make_executor
 from deltacome.compression.journal import Journal
 from deltacome.compression.matrices import Matrices, read_delta
-from deltacome.compression.measuring import measure_energies, measure_spectra
-from deltacome.compression.methods import DEFAULT_METHOD, Method, SharesByError, describe, make_method
+from deltacome.compression.measuring import measure_inputs, measure_spectra
+from deltacome.compression.methods import DEFAULT_METHOD, CodesBits, Method, SharesByError, describe, make_method
 from deltacome.compression.writing import check_names, write_artifact
 from deltacome.data import Encoder, read_examples
 from deltacome.errors import BadInputError, DeltacomeError
@@ -94,6 +94,8 @@ def compress(
         check_ratio(ratio)
     method = method or (DEFAULT_METHOD if settings.get("precision") is None else "delta-come")
     chosen = make_method(method, **settings)
+    if isinstance(chosen, CodesBits) and fold_norms:
+        raise DeltacomeError(f"folding norms rounds weights, which method {method} does not; leave out --fold-norms")
     _check_statistics(method, chosen, calibration is not None, engine)
     with peak_memory() as peak:
         opened, exact = Checkpoint(base), embeddings == "exact"
@@ -106,7 +108,8 @@ def compress(
         if calibration is not None:
             tokens = _read_tokens(opened, tuned, calibration, calibration_examples, chat_template)
         check_names(opened, tuned)
-        _warn_of_large_change(run)
+        if not isinstance(chosen, CodesBits):
+            _warn_of_large_change(run)
         recorded = {**describe(method, chosen), "calibration_examples": len(tokens[0]) if tokens else 0}
         if isinstance(tuned, Folded):
             recorded["folded_norms"] = len(tuned.norms)
@@ -220,7 +223,7 @@ def _compress_weights(run: _Run, journal: Journal, tokens: Tokens | None) -> Non
         journal.add(name)
     budget.check_reachable(journal.entries)
     if method.statistics == "energies":
-        energies, sensitivities = measure_energies(run.finetuned, budget.matrices, stream, journal.store, run.warn)
+        energies, sensitivities = measure_inputs(run.finetuned, budget.matrices, stream, journal.store, run.warn)
         work = replace(work, energies=energies, sensitivities=sensitivities)
     shares_by_error = budget.ratio is not None and isinstance(method, SharesByError)
     spectra = measure_spectra(work, budget.matrices, run.executor) if shares_by_error else {}

@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltacome.checkpoints.architectures import auto_class
 from deltacome.checkpoints.checkpoint import Checkpoint
-from deltacome.data import Encoder, Example, read_examples
+from deltacome.checkpoints.pairing import pair
+from deltacome.data import Encoded, Encoder, Example, read_examples
 from deltacome.errors import DeltacomeError, reason
 from deltacome.evaluate.metrics import ANSWER_PATTERN, Mean, answer, compile_pattern, divergence, is_right, retention
 from deltacome.files import write_atomically
 from deltacome.format.artifact import Artifact
 from deltacome.hub import UNFIT_FILES
-from deltacome.language import load_tokenizer
+from deltacome.language import load_processor, load_tokenizer
 from deltacome.progress import bar
-from deltacome.restore.merging import load_merged, open_checked
+from deltacome.restore.merging import load_merged, model_of, open_checked
+from deltacome.weights import split_stack
 
 LONGEST = 2048  # tokens of an example that are used
 BASE, FINETUNED = "base", "fine-tuned"
@@ -42,7 +45,8 @@ def evaluate(
 
     Args:
         deltas: artifact folders by name.
-        data: JSONL file of the fine-tune's own task, held out; on-task figures are over its completions.
+        data: JSONL file of the fine-tune's own task, held out; on-task figures are over its completions. Images are for
+            the fine-tuned model's processor.
         offtask: JSONL file with `text`; off-task KL is over all its positions.
         limit: how many of the first lines of `data` are used.
         new_tokens: the longest answer.
@@ -61,8 +65,9 @@ def evaluate(
     pattern = compile_pattern(answer_pattern)
     base_checkpoint = Checkpoint(base)
     artifacts = {name: open_checked(base_checkpoint, path) for name, path in deltas.items()}
+    tuned = Checkpoint(finetuned)
     comparison = Comparison(
-        Checkpoint(finetuned),
+        tuned,
         examples,
         texts,
         new_tokens=new_tokens,
@@ -71,7 +76,7 @@ def evaluate(
         base=base_checkpoint,
     )
     sources: dict[str, Callable[[], tuple[Any, Any]]] = {
-        BASE: partial(load, base_checkpoint),
+        BASE: partial(load_base, base_checkpoint, tuned),
         FINETUNED: lambda: (comparison.reference, comparison.tokenizer),
         **{name: partial(load_merged, base_checkpoint, artifact) for name, artifact in artifacts.items()},
     }
@@ -101,7 +106,7 @@ class Comparison:
         base: whose tokenizer is used where the fine-tuned model has none.
 
     Raises:
-        DeltacomeError: if transformers cannot load the model, or on a bad template.
+        DeltacomeError: as `load_for`.
     """
 
     def __init__(
@@ -117,14 +122,14 @@ class Comparison:
         base: Checkpoint | None = None,
     ) -> None:
         self.new_tokens, self.chat_template, self.pattern = new_tokens, chat_template, pattern
-        self.reference, self.tokenizer = load(finetuned, base)
-        encoder = Encoder(self.tokenizer, chat_template)
+        self.reference, encoder = load_for(examples, finetuned, base, chat_template)
+        self.tokenizer, self.processor = encoder.tokenizer, encoder.processor
         self.tasks = [example for example in examples if example.messages]
         prompts = (encoder.prompt(other.messages) for other in others if other.messages)
         self.encoded = {
             "on_task": [cut(encoder.example(example)) for example in examples],
             "off_task": [cut(encoder.example(text)) for text in texts],
-            "other": [cut((prompt, 1)) for prompt in prompts if prompt],
+            "other": [cut(Encoded(prompt)) for prompt in prompts if prompt],
         }
 
     def measure(self, name: str, model: Any, tokenizer: Any) -> dict[str, Any]:
@@ -135,7 +140,7 @@ class Comparison:
             `outputs`. What there is no data for is absent.
         """
         add_tokens(model, self.reference.get_input_embeddings().num_embeddings)
-        encoder = Encoder(tokenizer, self.chat_template)
+        encoder = Encoder(tokenizer, self.chat_template, self.processor)
         row: dict[str, Any] = {}
         figures: dict[str, Mean] = {}
         total = sum(map(len, self.encoded.values())) + len(self.tasks)
@@ -146,7 +151,7 @@ class Comparison:
                     if kind == "on_task":
                         figures["nll"] = nll
             if self.tasks:
-                prompts = [encoder.prompt(example.messages) for example in self.tasks]
+                prompts = [encoder.question(example) for example in self.tasks]
                 row["outputs"] = answer(model, encoder.tokenizer, prompts, self.new_tokens, advance)
                 figures["accuracy"] = Mean.of_successes(int(self._right(row["outputs"]).sum()), len(self.tasks))
         return row | _with_errors(figures)
@@ -184,13 +189,54 @@ def load(checkpoint: Checkpoint, base: Checkpoint | None = None) -> tuple[Any, A
     Raises:
         DeltacomeError: if transformers cannot load it.
     """
-    from transformers import AutoModelForCausalLM
-
+    kind = auto_class(checkpoint.config.get("model_type"))
     try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, trust_remote_code=False)
+        model = kind.from_pretrained(checkpoint.folder, dtype=torch.float32, trust_remote_code=False)
     except UNFIT_FILES as error:
         raise DeltacomeError(f"transformers cannot load {checkpoint.source}: {reason(error)}") from error
     return model.eval(), load_tokenizer(checkpoint.source, checkpoint.folder, None if base is None else base.folder)
+
+
+def load_for(
+    examples: list[Example], checkpoint: Checkpoint, base: Checkpoint | None, chat_template: str | None
+) -> tuple[Any, Encoder]:
+    """A checkpoint's model, see `load`, and the encoder for examples, which may have images.
+
+    Raises:
+        DeltacomeError: if transformers cannot load it, on a bad template, or on images that it cannot see.
+    """
+    has_images = any(example.image for example in examples)
+    processor = load_processor(checkpoint.source, checkpoint.folder) if has_images else None
+    model, tokenizer = load(checkpoint, base)
+    return model, Encoder(tokenizer, chat_template, processor)
+
+
+def load_base(base: Checkpoint, finetuned: Checkpoint) -> tuple[Any, Any]:
+    """The base's model and tokenizer, as `load` has them.
+
+    A plain language model as the base of a vision-language model is that one with the base's weights in the place of
+    its own, and with its own where the base has none.
+
+    Raises:
+        DeltacomeError: if transformers cannot load it, or the weights do not correspond.
+    """
+    text = finetuned.config.get("text_config")
+    if not isinstance(text, dict) or text.get("model_type") != base.config.get("model_type"):
+        return load(base)
+    matrices: dict[str, dict[int | None, Tensor]] = {}
+    for p in pair(base, finetuned):
+        weight = finetuned.read_float(p.name) if p.dtype.is_floating_point else finetuned.read(p.name)
+        if p.base_name is not None:
+            ours = base.read_float(p.base_name)
+            weight = torch.cat((ours[: p.rows], weight[p.rows :])) if p.shape else ours
+        stack, number = split_stack(p.name)
+        matrices.setdefault(stack, {})[number] = weight
+    weights = {
+        name: found[None] if None in found else torch.stack([found[i] for i in range(len(found))])
+        for name, found in matrices.items()
+    }
+    model = model_of(weights, finetuned.folder, f"{base.source} as {finetuned.source}", torch.float32)
+    return model, load_tokenizer(finetuned.source, finetuned.folder, base.folder)
 
 
 def add_tokens(model: Any, size: int) -> None:
@@ -202,10 +248,9 @@ def add_tokens(model: Any, size: int) -> None:
             module.weight.data[old:] = 0
 
 
-def cut(example: tuple[list[int], int]) -> tuple[list[int], int]:
-    """An encoded example without what is over the longest length."""
-    ids, start = example
-    return ids[:LONGEST], min(start, LONGEST - 1)
+def cut(example: Encoded) -> Encoded:
+    """An encoded example without what is over the longest length; one with an image stays, its tokens go together."""
+    return example if example.image else Encoded(example.ids[:LONGEST], min(example.start, LONGEST - 1))
 
 
 COLUMNS = {
@@ -250,7 +295,7 @@ def markdown_table(lines: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
 
-def save_table(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write the rows as JSON to `path` and as a Markdown table beside it."""
+def save_table(rows: list[dict[str, Any]], path: Path, columns: dict[str, str] = COLUMNS) -> None:
+    """Write the rows as JSON to `path` and as a Markdown table beside it. columns: headings by the rows' keys."""
     write_atomically(path, (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode())
-    write_atomically(path.with_suffix(".md"), markdown(rows).encode())
+    write_atomically(path.with_suffix(".md"), markdown(rows, columns).encode())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltacome.data import Example, pad
+from deltacome.data import Encoded, Example, collate
 from deltacome.errors import DeltacomeError
 from deltacome.language import as_set, up_to_end
 
@@ -39,20 +39,31 @@ class Mean:
         return cls(value, (value * (1 - value) / trials) ** 0.5)
 
 
-@torch.inference_mode()
 def divergence(
-    reference: Any, model: Any, encoded: Sequence[tuple[list[int], int]], advance: Callable[[float], None]
+    reference: Any, model: Any, encoded: Sequence[Encoded], advance: Callable[[float], None]
 ) -> tuple[Mean, Mean]:
+    """KL(reference || model) and the model's NLL, see `divergences`."""
+    return divergences(reference, [model], encoded, advance)[0]
+
+
+@torch.inference_mode()
+def divergences(
+    reference: Any, models: Sequence[Any], encoded: Sequence[Encoded], advance: Callable[[float], None]
+) -> list[tuple[Mean, Mean]]:
     """KL(reference || model) and the model's NLL, in nats a token, over the tokens from each example's start on.
 
     Args:
-        reference, model: causal language models of transformers.
-        encoded: token ids, and the first position that counts, per example.
+        reference, models: causal language models of transformers; the reference computes once for all models.
+        encoded: the examples.
         advance: called with the number of examples done.
+
+    Returns:
+        KL and NLL of every model.
     """
-    lengths = [len(ids) for ids, _ in encoded]
+    lengths = [len(example.ids) for example in encoded]
     order = sorted(range(len(encoded)), key=lengths.__getitem__)
-    kl, nll, counts = torch.zeros(len(encoded)), torch.zeros(len(encoded)), torch.zeros(len(encoded))
+    kl, nll = torch.zeros(2, len(models), len(encoded))
+    counts = torch.tensor([float(len(example.ids) - example.start) for example in encoded])
     start = 0
     while start < len(order):
         chunk = [order[start]]
@@ -61,49 +72,48 @@ def divergence(
         ):
             chunk.append(order[start + len(chunk)])
         start += len(chunk)
-        ids, mask = pad([encoded[i][0] for i in chunk], left=False)
-        expected = reference(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        found = expected
-        if model is not reference:
-            found = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        vocabulary = min(expected.shape[-1], found.shape[-1])  # one of them may be padded
-        for row, i in enumerate(chunk):
-            first, last = encoded[i][1], lengths[i]
-            p, q = (x[row, first - 1 : last - 1, :vocabulary].float().log_softmax(-1) for x in (expected, found))
-            kl[i] = torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True)
-            nll[i] = -q.gather(1, ids[row, first:last, None]).sum()
-            counts[i] = last - first
-        advance(len(chunk))
-    return Mean.of_ratio(kl, counts), Mean.of_ratio(nll, counts)
+        inputs = collate([encoded[i] for i in chunk], left=False)
+        expected = reference(**inputs, use_cache=False).logits
+        for number, model in enumerate(models):
+            found = expected
+            if model is not reference:
+                found = model(**inputs, use_cache=False).logits
+            vocabulary = min(expected.shape[-1], found.shape[-1])  # one of them may be padded
+            for row, i in enumerate(chunk):
+                first, last = encoded[i].start, lengths[i]
+                p, q = (x[row, first - 1 : last - 1, :vocabulary].float().log_softmax(-1) for x in (expected, found))
+                kl[number, i] = torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True)
+                nll[number, i] = -q.gather(1, inputs["input_ids"][row, first:last, None]).sum()
+            advance(len(chunk) / len(models))
+    return [(Mean.of_ratio(kl[i], counts), Mean.of_ratio(nll[i], counts)) for i in range(len(models))]
 
 
 @torch.inference_mode()
 def answer(
     model: Any,
     tokenizer: Any,
-    prompts: list[list[int]],
+    prompts: Sequence[Encoded],
     new_tokens: int,
     advance: Callable[[float], None] = lambda _: None,
 ) -> list[str]:
-    """Greedy answers to prompts of token ids, up to an end token or `new_tokens` tokens.
+    """Greedy answers to prompts, up to an end token or `new_tokens` tokens.
 
     End tokens are those of the model's generation configuration and the tokenizer's.
     """
     answers = [""] * len(prompts)
     ends = as_set(model.generation_config.eos_token_id) | as_set(tokenizer.eos_token_id)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     for start in range(0, len(order), ANSWERS_AT_ONCE):
         chunk = order[start : start + ANSWERS_AT_ONCE]
-        ids, mask = pad([prompts[i] for i in chunk], left=True)
+        inputs = collate([prompts[i] for i in chunk], left=True)
         output = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            **inputs,
             max_new_tokens=new_tokens,
             do_sample=False,
             eos_token_id=sorted(ends) or None,
             pad_token_id=min(ends, default=0),
         )
-        for i, row in zip(chunk, output[:, ids.shape[1] :].tolist(), strict=True):
+        for i, row in zip(chunk, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
             answers[i] = tokenizer.decode(up_to_end(row, ends), skip_special_tokens=True)
         advance(len(chunk))
     return answers

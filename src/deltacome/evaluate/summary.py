@@ -17,6 +17,7 @@ def precision_text(entry: WeightEntry) -> str:
     parts = [",".join(f"{bits}:{rank}" for bits, rank in entry.factored)] if entry.factored else []
     parts += ["sign"] if entry.sign else []
     parts += ["exact" if entry.dense == 0 else f"exact from row {entry.dense}"] if entry.dense is not None else []
+    parts += ["bits"] if entry.coded else []
     return " + ".join(parts) or ("unchanged" if entry.error is None else "dropped")
 
 

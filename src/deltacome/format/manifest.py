@@ -15,16 +15,18 @@ from torch import Tensor
 from deltacome.errors import DeltacomeError
 from deltacome.files import SAFETENSORS_DTYPES, TORCH_DTYPES
 from deltacome.format.bits import BIT_WIDTHS, pack, unpack, words_per_row
-from deltacome.format.terms import Dense, Factored, Groups, Sign, Term, groups_per_row
+from deltacome.format.terms import Coded, Dense, Factored, Groups, Sign, Term, groups_per_row
 from deltacome.weights import is_embedding, is_matrix
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "deltacome.json"
 WEIGHTS = "delta"
 MODEL_CARD = "README.md"
 NO_DIGEST = "0" * 64
 DIGEST_START = b'{"sha256":"'
 MOST_BYTES = 2**25  # of a manifest: 100,000 matrices
+CODED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+MOST_CLASSES = 4  # of a weight's rows
 MOST_ELEMENTS = 2**40  # of a weight: a claim beyond that is refused before anything is computed from it
 # Suffixes of what programs take for weights, of which only ours are in an artifact.
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack", ".index.json")
@@ -43,7 +45,8 @@ FIELDS: dict[str, Any] = {
 def term_tensors(terms: list[Term], shape: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The fields of `WeightEntry` that describe the terms of a weight, and their tensors by the suffix of their names.
 
-    The factored terms of a weight all have the same groups, rotations and rows.
+    The factored terms of a weight all have the same groups and rotations; those of the same rows come one after the
+    other, and no row is in two classes of rows.
     """
     fields: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
@@ -59,10 +62,8 @@ def term_tensors(terms: list[Term], shape: tuple[int, ...]) -> tuple[dict[str, A
             fields["group_size"] = groups[0].size
             tensors["group_scales"] = torch.cat([x.reshape(-1) for g in groups for x in (g.u_scale, g.v_scale)])
             tensors["group_zeros"] = torch.cat([x.reshape(-1) for g in groups for x in (g.u_zero, g.v_zero)])
-        rows = factored[0].rows
-        if rows is not None:
-            fields["rows"] = len(rows)
-            tensors["rows"] = pack(torch.zeros(1, shape[0], dtype=torch.int32).index_fill_(1, rows, 1), 1)[0]
+        if factored[0].rows is not None:
+            fields["rows"], tensors["rows"] = _row_classes(factored, shape[0])
     for term in terms:
         if isinstance(term, Sign):
             fields["sign"] = True
@@ -70,7 +71,34 @@ def term_tensors(terms: list[Term], shape: tuple[int, ...]) -> tuple[dict[str, A
         elif isinstance(term, Dense):
             fields["dense"] = term.start
             tensors["dense"] = term.value
+        elif isinstance(term, Coded):
+            fields["coded"] = (term.dtype, len(term.data))
+            tensors["coded"] = term.data
     return fields, tensors
+
+
+def _row_classes(terms: list[Factored], m: int) -> tuple[tuple[tuple[int, int], ...], Tensor]:
+    """`WeightEntry.rows` of terms for some rows each, of a weight with m rows, and the packed classes of the rows."""
+    found: list[tuple[Tensor, int]] = []
+    for term in terms:
+        assert term.rows is not None
+        if found and found[-1][0] is term.rows:
+            found[-1] = term.rows, found[-1][1] + 1
+        else:
+            found.append((term.rows, 1))
+    counts = [(len(rows), terms_of) for rows, terms_of in found]
+    left = m - sum(count for count, _ in counts)
+    if left:
+        counts.append((left, 0))
+    classes = torch.full((1, m), len(found), dtype=torch.int32)
+    for number, (rows, _) in enumerate(found):
+        classes[0, rows] = number
+    return tuple(counts), pack(classes, class_bits(len(counts)))[0]
+
+
+def class_bits(classes: int) -> int:
+    """The bit-width of the class of a row, of so many."""
+    return 1 if classes <= 2 else 2
 
 
 @dataclass(frozen=True)
@@ -78,8 +106,10 @@ class WeightEntry:
     """What the manifest says of one weight of the fine-tuned model.
 
     base: its counterpart's name in the base, None if it has none. factored: (bits, rank) per term. rotated: the sides
-    of the factored terms that are stored rotated. rows: how many rows the factored terms add to, None if to all.
-    dense: the first row that is stored exactly, None if none is. error: relative Frobenius error of the rebuilt delta.
+    of the factored terms that are stored rotated. rows: the classes that the rows fall into, of each how many rows it
+    has and how many of the factored terms, in order, are for these alone; empty if all terms are for all rows. dense:
+    the first row that is stored exactly, None if none is. coded: dtype and number of bytes of a `Coded` term, None
+    without one. error: relative Frobenius error of the rebuilt delta.
     """
 
     name: str
@@ -88,10 +118,11 @@ class WeightEntry:
     base: str | None
     factored: tuple[tuple[int, int], ...] = ()
     rotated: str = ""
-    rows: int | None = None
+    rows: tuple[tuple[int, int], ...] = ()
     group_size: int = 0
     sign: bool = False
     dense: int | None = None
+    coded: tuple[torch.dtype, int] | None = None
     error: float | None = None
 
     @classmethod
@@ -114,27 +145,29 @@ class WeightEntry:
         for bits, rank in factored:
             if not _is_count(bits) or bits not in BIT_WIDTHS or not _is_count(rank) or not rank or len(shape) != 2:
                 raise ValueError(f"a term of rank {rank} with {bits} bits")
-        if factored and sum(rank for _, rank in factored) > min(shape):
-            raise ValueError(f"more components than a {shape[0]} x {shape[1]} matrix has")
-        rotated, covered = fields.get("rotated", ""), fields.get("rows")
+        rotated, rows = fields.get("rotated", ""), _parse_rows(fields.get("rows", ()), factored, shape)
+        for m, terms in _by_rows(rows, factored, shape):
+            if sum(rank for _, rank in terms) > min(m, shape[1]):
+                raise ValueError(f"more components than a {m} x {shape[1]} matrix has")
         if rotated not in ("", "u", "v", "uv") or (rotated and not factored):
             raise ValueError(f"rotated sides {rotated!r}")
-        if covered is not None and not (factored and _is_count(covered) and 0 < covered <= shape[0]):
-            raise ValueError(f"terms for {covered} rows")
         group_size, sign, dense = fields.get("group_size", 0), fields.get("sign", False), fields.get("dense")
         if not _is_count(group_size) or not isinstance(sign, bool) or (sign and len(shape) != 2):
             raise ValueError("its terms")
-        rows = shape[0] if shape else 1
-        if dense is not None and (not _is_count(dense) or dense >= max(rows, 1)):
+        length = shape[0] if shape else 1
+        if dense is not None and (not _is_count(dense) or dense >= max(length, 1)):
             raise ValueError(f"dense rows from {dense}")
         if not isinstance(base, str) and (base is not None or dense != 0):
             raise ValueError(f"base weight {base!r}")
-        if group_size and (rotated or covered is not None):
+        if group_size and (rotated or rows):
             raise ValueError("groups of rotated vectors or of some rows")
+        coded = _coded(fields["coded"], dtype) if "coded" in fields else None
+        if coded and (factored or sign or dense == 0 or not shape or 0 in shape or base is None):
+            raise ValueError("coded bits beside other terms")
         error = fields.get("error")
         if error is not None and (isinstance(error, bool) or not isinstance(error, int | float)):
             raise ValueError(f"error {error!r}")
-        return cls(name, shape, dtype, base, factored, rotated, covered, group_size, sign, dense, error)
+        return cls(name, shape, dtype, base, factored, rotated, rows, group_size, sign, dense, coded, error)
 
     def fields(self) -> dict[str, Any]:
         """The inverse of `parse`: the manifest's fields, defaults left out."""
@@ -145,14 +178,16 @@ class WeightEntry:
             found["factored"] = [list(part) for part in self.factored]
         if self.rotated:
             found["rotated"] = self.rotated
-        if self.rows is not None:
-            found["rows"] = self.rows
+        if self.rows:
+            found["rows"] = [list(part) for part in self.rows]
         if self.group_size:
             found["group_size"] = self.group_size
         if self.sign:
             found["sign"] = True
         if self.dense is not None:
             found["dense"] = self.dense
+        if self.coded is not None:
+            found["coded"] = [SAFETENSORS_DTYPES[self.coded[0]], self.coded[1]]
         if self.error is not None:
             found["error"] = self.error
         return found
@@ -162,22 +197,30 @@ class WeightEntry:
         return math.prod(self.shape)
 
     @property
-    def factored_shape(self) -> tuple[int, int]:
-        """(m, n) of the factored terms."""
-        m, n = self.shape
-        return (m if self.rows is None else self.rows), n
+    def blocks(self) -> list[tuple[int, tuple[tuple[int, int], ...]]]:
+        """How many rows the factored terms are for, and these terms: one block, or one for each class of rows."""
+        return _by_rows(self.rows, self.factored, self.shape)
+
+    @property
+    def coded_rows(self) -> int:
+        """How many rows of it are coded, if any are."""
+        return self.shape[0] if self.dense is None else self.dense
 
     def tensors(self) -> dict[str, tuple[torch.dtype, list[int]]]:
         """Dtype and shape of every tensor that the terms are stored in, by name."""
         found: dict[str, tuple[torch.dtype, list[int]]] = {}
         if self.factored:
-            m, n = self.factored_shape
-            words = sum(rank * (words_per_row(m, bits) + words_per_row(n, bits)) for bits, rank in self.factored)
+            m, n = self.shape
+            words = sum(
+                rank * (words_per_row(count, bits) + words_per_row(n, bits))
+                for count, terms in self.blocks
+                for bits, rank in terms
+            )
             rank = sum(rank for _, rank in self.factored)
             found[f"{self.name}.codes"] = (torch.int32, [words])
             found[f"{self.name}.scales"] = (torch.bfloat16, [rank])
-            if self.rows is not None:
-                found[f"{self.name}.rows"] = (torch.int32, [words_per_row(self.shape[0], 1)])
+            if self.rows:
+                found[f"{self.name}.rows"] = (torch.int32, [words_per_row(m, class_bits(len(self.rows)))])
             if self.group_size:
                 groups = rank * sum(groups_per_row(side, self.group_size) for side in (m, n))
                 found[f"{self.name}.group_scales"] = (torch.float16, [groups])
@@ -188,6 +231,8 @@ class WeightEntry:
         if self.dense is not None:
             rows = [self.shape[0] - self.dense, *self.shape[1:]] if self.shape else []
             found[f"{self.name}.dense"] = (self.dtype, rows)
+        if self.coded is not None:
+            found[f"{self.name}.coded"] = (torch.uint8, [self.coded[1]])
         return found
 
     @property
@@ -209,7 +254,7 @@ class WeightEntry:
         """The terms, their tensors given by `read`, the codes being views of what it gives.
 
         Raises:
-            ValueError: if the bitmap of rows has another number of them than the entry.
+            ValueError: if the rows are in other classes than the entry says.
         """
         terms: list[Term] = []
         if self.factored:
@@ -219,33 +264,66 @@ class WeightEntry:
             terms.append(Sign((m, n), read(f"{self.name}.signs"), read(f"{self.name}.sign_scale")))
         if self.dense is not None:
             terms.append(Dense(read(f"{self.name}.dense"), self.dense))
+        if self.coded is not None:
+            terms.append(Coded(read(f"{self.name}.coded"), self.coded[0]))
         return terms
 
     def _factored_terms(self, read: Callable[[str], Tensor]) -> list[Term]:
-        m, n = self.factored_shape
+        m, n = self.shape
         size = self.group_size
-        rows = None
-        if self.rows is not None:
-            rows = unpack(read(f"{self.name}.rows")[None], 1, self.shape[0])[0].nonzero()[:, 0]
-            if len(rows) != self.rows:
-                raise ValueError(f"{self.name}.rows marks {len(rows)} rows where its entry has {self.rows}")
-        ranks = [rank for _, rank in self.factored]
-        scales = read(f"{self.name}.scales").split(ranks)
+        rows_of: list[Tensor | None] = [None]
+        if self.rows:
+            classes = unpack(read(f"{self.name}.rows")[None], class_bits(len(self.rows)), m)[0]
+            rows_of = [(classes == number).nonzero()[:, 0] for number in range(len(self.rows))]
+            found = [len(rows) for rows in rows_of if rows is not None]
+            if found != [count for count, _ in self.rows]:
+                raise ValueError(f"{self.name}.rows has classes of {found} rows where its entry has {self.rows}")
+        scales = _Cuts(read(f"{self.name}.scales"))
         codes = _Cuts(read(f"{self.name}.codes"))
         group_scales = _Cuts(read(f"{self.name}.group_scales")) if size else None
         group_zeros = _Cuts(read(f"{self.name}.group_zeros")) if size else None
         terms: list[Term] = []
-        for (bits, rank), scale in zip(self.factored, scales, strict=True):
-            u, v = (codes.take(rank, words_per_row(side, bits)) for side in (m, n))
-            groups = None
-            if group_scales is not None and group_zeros is not None:
-                (u_scale, v_scale), (u_zero, v_zero) = (
-                    [cuts.take(rank, groups_per_row(side, size)) for side in (m, n)]
-                    for cuts in (group_scales, group_zeros)
-                )
-                groups = Groups(size, u_scale, u_zero, v_scale, v_zero)
-            terms.append(Factored(bits, (m, n), u, v, scale, groups, self.rotated, rows))
+        for rows, (count, own) in zip(rows_of, self.blocks, strict=True):
+            for bits, rank in own:
+                u, v = (codes.take(rank, words_per_row(side, bits)) for side in (count, n))
+                groups = None
+                if group_scales is not None and group_zeros is not None:
+                    (u_scale, v_scale), (u_zero, v_zero) = (
+                        [cuts.take(rank, groups_per_row(side, size)) for side in (count, n)]
+                        for cuts in (group_scales, group_zeros)
+                    )
+                    groups = Groups(size, u_scale, u_zero, v_scale, v_zero)
+                scale = scales.take(1, rank)[0]
+                terms.append(Factored(bits, (count, n), u, v, scale, groups, self.rotated, rows))
         return terms
+
+
+def _by_rows(
+    rows: tuple[tuple[int, int], ...], factored: tuple[tuple[int, int], ...], shape: tuple[int, ...]
+) -> list[tuple[int, tuple[tuple[int, int], ...]]]:
+    """See `WeightEntry.blocks`."""
+    if not rows:
+        return [(shape[0], factored)] if factored else []
+    blocks, first = [], 0
+    for count, terms in rows:
+        blocks.append((count, factored[first : first + terms]))
+        first += terms
+    return blocks
+
+
+def _parse_rows(
+    value: Any, factored: tuple[tuple[int, int], ...], shape: tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
+    """`WeightEntry.rows`, checked."""
+    rows = tuple((count, terms) for count, terms in value)
+    if not rows:
+        return ()
+    if not all(_is_count(count) and count and _is_count(terms) for count, terms in rows):
+        raise ValueError(f"classes of rows {rows}")
+    sums = [sum(part) for part in zip(*rows, strict=True)]
+    if not 2 <= len(rows) <= MOST_CLASSES or not factored or sums != [shape[0], len(factored)]:
+        raise ValueError(f"classes of rows {rows}")
+    return rows
 
 
 class _Cuts:
@@ -363,6 +441,21 @@ def check_fields(manifest: dict[str, Any]) -> None:
             raise ValueError(f"the SHA-256 of {name}")
     if manifest["finetuned_bytes"] < 0 or manifest["files"].keys() & manifest["base_files"].keys():
         raise ValueError("finetuned_bytes, or a file twice")
+
+
+def _coded(field: Any, dtype: torch.dtype) -> tuple[torch.dtype, int]:
+    """The dtype and the bytes of coded bits of a weight of some dtype.
+
+    Raises:
+        ValueError: if the field is not that.
+    """
+    name, size = field
+    narrower = dtype == torch.float32 and name == "BF16"
+    if (dtype not in CODED_DTYPES or name != SAFETENSORS_DTYPES[dtype]) and not narrower:
+        raise ValueError(f"bits coded as {name!r}")
+    if not _is_count(size):
+        raise ValueError("bits coded in so many bytes")
+    return TORCH_DTYPES[name], size
 
 
 def _is_count(value: Any) -> bool:

@@ -51,7 +51,7 @@ class Factored:
 
     u: int32, (rank, words of m). v: int32, (rank, words of n). scale: bfloat16, (rank,). shape: (m, n).
     rotated: the sides whose codes are of rotated vectors (`deltacome.format.rotation`): "", "u", "v" or "uv".
-    rows: int64, (m,), ascending: the rows of the weight that the term adds to; None if it adds to all of them.
+    rows: int64, (m,), ascending: the rows of the weight that the term adds to, its class; None if it adds to all.
     """
 
     bits: int
@@ -137,7 +137,20 @@ class Dense:
     start: int = 0
 
 
-Term = Factored | Sign | Dense
+@dataclass(frozen=True)
+class Coded:
+    """All rows up to those of a `Dense` term, bit for bit, coded by the base's bits (`deltacome.format.coding`).
+
+    It adds nothing to a sum: `checkpoints.rebuilding` decodes it.
+
+    data: uint8, (bytes,). dtype: that the weight has where it is coded, its own or a narrower one.
+    """
+
+    data: Tensor
+    dtype: torch.dtype
+
+
+Term = Factored | Sign | Dense | Coded
 
 
 def add_terms(weight: Tensor, terms: list[Term]) -> Tensor:
@@ -153,8 +166,10 @@ def add_terms(weight: Tensor, terms: list[Term]) -> Tensor:
             weight.addmm_((u * term.scale.to(weight.dtype)[:, None]).T, v)
         elif isinstance(term, Factored):
             weight[term.rows] += term.dequantize(weight.dtype)
-        else:
+        elif isinstance(term, Sign):
             weight += term.dequantize(weight.dtype)
+        else:
+            raise TypeError("a coded weight is decoded, and not added to")
     return weight
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from deltacome.checkpoints.architectures import auto_class
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.rebuilding import check_base, rebuild_stored
 from deltacome.errors import DeltacomeError, reason
@@ -100,6 +101,7 @@ def _check_shapes(artifact: Artifact, base: Checkpoint) -> None:
             or len(found.shape) != len(entry.shape)
             or found.shape[1:] != entry.shape[1:]
             or (found.shape < entry.shape and not entry.tensors())
+            or (entry.coded is not None and found.shape[0] < entry.coded_rows)
         ):
             raise DeltacomeError(
                 f"{artifact.folder} is a broken artifact: {name} has the shape {list(entry.shape)}, which does not fit "
@@ -146,21 +148,34 @@ def load_merged(base: Checkpoint, artifact: Artifact, dtype: torch.dtype = torch
     Raises:
         DeltacomeError: if transformers does not know the architecture.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
-
     weights = {}
     with bar("rebuilding", len(artifact.stored)) as advance:
         for name in each(artifact.stored, advance):
             weights[name] = rebuild_stored(name, artifact, base, dtype)
     with TemporaryDirectory() as temporary:
         copy_sidecars(artifact, base, Path(temporary))
-        try:
-            config = AutoConfig.from_pretrained(temporary, trust_remote_code=False)
-            architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-            model = architecture.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
-            if (Path(temporary) / "generation_config.json").is_file():
-                model.generation_config = GenerationConfig.from_pretrained(temporary)
-        except UNFIT_FILES as error:
-            raise DeltacomeError(f"transformers cannot load the model of {artifact.folder}: {reason(error)}") from error
+        model = model_of(weights, Path(temporary), f"the model of {artifact.folder}", dtype)
         tokenizer = load_tokenizer(str(artifact.folder), Path(temporary), base.folder)
-    return model.eval(), tokenizer
+    return model, tokenizer
+
+
+def model_of(weights: dict[str, torch.Tensor], folder: Path, what: str, dtype: torch.dtype) -> Any:
+    """A model of weights by a checkpoint's names, in evaluation mode, as the configuration files in a folder have it.
+
+    Args:
+        what: what errors call it.
+
+    Raises:
+        DeltacomeError: if transformers does not know the architecture.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        architecture = auto_class(config.model_type)._model_mapping[type(config)]
+        model = architecture.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    except UNFIT_FILES as error:
+        raise DeltacomeError(f"transformers cannot load {what}: {reason(error)}") from error
+    return model.eval()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from deltacome.checkpoints.architectures import auto_class
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError, reason
 from deltacome.hub import UNFIT_FILES
@@ -145,11 +146,7 @@ def _rows(arguments: tuple[Any, ...], options: dict[str, Any]) -> int:
 
 
 def _load_base(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    text_only = checkpoint.config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    kind = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
+    kind = auto_class(checkpoint.config.get("model_type"))
     try:
         return kind.from_pretrained(checkpoint.folder, dtype=dtype or "auto", trust_remote_code=False)
     except UNFIT_FILES as error:

@@ -104,7 +104,7 @@ class _Linear(Replacement):
         if not changes:
             return None
         exact = [(change.rows, rows, change.start) for change, rows in changes if change.rows is not None]
-        packed = [(change.packed, rows) for change, rows in changes if change.packed is not None]
+        packed = [(block, rows) for change, rows in changes for block in change.packed]
         return _Job(
             work=self.kernels.Work(packed) if packed else None,
             replaced=[(weight, rows) for weight, rows, start in exact if start == 0],
@@ -180,7 +180,7 @@ class _Embedding(Replacement):
             if change.rows is not None and change.start == 0:
                 y[rows] = change.rows[flat.clamp(max=len(change.rows) - 1)].to(y.dtype).view(*tokens.shape, n) * scale
                 continue
-            if change.packed is not None:
+            if change.packed:
                 added = embed(change, flat.clamp(max=(change.size or m) - 1), n, self.kernels).view(*tokens.shape, n)
                 y[rows] += (added * scale).to(y.dtype)
             if change.rows is not None:

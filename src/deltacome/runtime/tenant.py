@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from deltacome.format.bits import unpack
 from deltacome.format.manifest import WeightEntry
 from deltacome.format.terms import Dense, Factored, Term, add_terms
 from deltacome.hub import UNFIT_FILES
-from deltacome.runtime.kernels.packed import Packed, pack_terms, transposed
+from deltacome.runtime.kernels.packed import Packed, pack_blocks, pack_terms, transposed
 from deltacome.weights import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
 
 # Settings of a model that change nothing in what it computes for a token, or are dealt with by what a delta holds.
@@ -40,17 +41,18 @@ WITHOUT_EFFECT = {
 class Change:
     """What a delta changes in one module.
 
-    packed: the factored and sign terms of the weight. rows: exact rows of the weight behind the base's (added tokens),
-    or instead of all of them if `start` is 0. vectors: the singular vectors v of an embedding's terms with their
-    scales, (rank, n) in float32, because a token takes all of them and of U a column. exact: other parameters by name.
+    packed: the factored and sign terms of the weight, those for different rows apart. rows: exact rows of the weight
+    behind the base's (added tokens), or instead of all of them if `start` is 0. vectors: of each of an embedding's
+    `packed` the vectors v with their scales, (rank, n) in float32, because a token takes all of them and of U a column.
+    exact: other parameters by name.
     size: how many rows the weight has, if these are fewer than the base's (a smaller vocabulary).
     experts: of stacks, by parameter and expert: the first output that each packed part is added to, and the part.
     """
 
-    packed: Packed | None = None
+    packed: tuple[Packed, ...] = ()
     rows: Tensor | None = None
     start: int = 0
-    vectors: Tensor | None = None
+    vectors: tuple[Tensor, ...] = ()
     size: int | None = None
     exact: dict[str, Tensor] = field(default_factory=dict)
     experts: dict[tuple[str, int], list[tuple[int, Packed]]] = field(default_factory=dict)
@@ -63,9 +65,11 @@ class Change:
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything that it keeps in memory."""
-        if self.packed is not None:
-            yield from self.packed.tensors()
-        yield from (tensor for tensor in (self.rows, self.vectors) if tensor is not None)
+        for packed in self.packed:
+            yield from packed.tensors()
+        yield from self.vectors
+        if self.rows is not None:
+            yield self.rows
         yield from self.exact.values()
         for parts in self.experts.values():
             for _, packed in parts:
@@ -142,10 +146,9 @@ def _change_weight(
             change.rows, change.start = term.value.to(device, copy=True), term.start
     rest = [term for term in terms if not isinstance(term, Dense)]
     if rest:
-        change.packed = pack_terms(rest, (shape[0], shape[1]), device)
+        change.packed = pack_blocks(rest, (shape[0], shape[1]), device)
     if isinstance(module, nn.Embedding) and rest:
-        vectors = embedding_vectors(entry.name, rest)
-        change.vectors = None if vectors is None else vectors.to(device)
+        change.vectors = tuple(vectors.to(device) for vectors in embedding_vectors(entry.name, rest))
 
 
 def _change_expert(
@@ -166,8 +169,8 @@ def _change_expert(
     change.experts.setdefault((parameter, expert.expert), []).append((first, packed))
 
 
-def embedding_vectors(name: str, terms: Sequence[Term]) -> Tensor | None:
-    """`Change.vectors` of the factored terms of an embedding of that name, None if there are none.
+def embedding_vectors(name: str, terms: Sequence[Term]) -> tuple[Tensor, ...]:
+    """`Change.vectors` of the terms of an embedding of that name: those of each class of rows, nothing of a sign term.
 
     Raises:
         DeltacomeError: if rows of it cannot be looked up.
@@ -175,17 +178,23 @@ def embedding_vectors(name: str, terms: Sequence[Term]) -> Tensor | None:
     factored = [term for term in terms if isinstance(term, Factored)]
     if any("u" in term.rotated for term in factored):
         raise DeltacomeError(f"the rows of {name} are rotated, so that tokens cannot be looked up; merge it")
-    if not factored:
-        return None
-    return torch.cat([term.right_vectors() * term.scale.float()[:, None] for term in factored])
+    blocks = groupby(factored, lambda term: None if term.rows is None else term.rows.data_ptr())
+    return tuple(
+        torch.cat([term.right_vectors() * term.scale.float()[:, None] for term in block]) for _, block in blocks
+    )
 
 
 def check_config(artifact: Artifact, base: Checkpoint) -> None:
     """Compare how the fine-tuned model computes with how its base does, which computes for it.
 
     Raises:
-        DeltacomeError: naming the first setting that differs.
+        DeltacomeError: naming the first setting that differs; if the weights are coded without loss.
     """
+    if any(entry.coded is not None for entry in artifact.entries.values()):
+        raise DeltacomeError(
+            f"{artifact.folder} holds weights to the last bit, which cannot be served beside the base; merge it, or "
+            "compress without --lossless"
+        )
     if "config.json" not in artifact.files:
         return
     from transformers import AutoConfig
@@ -230,17 +239,19 @@ def _tie(artifact: Artifact, model: Any, modules: dict[str, nn.Module], changes:
 
 def embed(change: Change, ids: Tensor, n: int, kernels: Any) -> Tensor:
     """What the delta adds to the embeddings of tokens: ids (count,), in range, to (count, n) in float32."""
-    packed = change.packed
-    assert packed is not None
-    if packed.signs is not None:
-        assert packed.sign_scale is not None
-        return (unpack(packed.signs.pick(ids).T.contiguous(), 1, n).float() * 2 - 1) * packed.sign_scale
-    places, known = ids, None
-    if packed.rows is not None:
-        places = torch.searchsorted(packed.rows, ids.to(torch.int32)).clamp_(max=len(packed.rows) - 1)
-        known = packed.rows[places] == ids
-    columns = kernels.columns(packed, places)
-    if known is not None:
-        columns *= known
-    assert change.vectors is not None
-    return columns.T @ change.vectors
+    added = torch.zeros(len(ids), n, device=ids.device)
+    vectors = iter(change.vectors)
+    for packed in change.packed:
+        if packed.signs is not None:
+            assert packed.sign_scale is not None
+            added += (unpack(packed.signs.pick(ids).T.contiguous(), 1, n).float() * 2 - 1) * packed.sign_scale
+            continue
+        places, known = ids, None
+        if packed.rows is not None:
+            places = torch.searchsorted(packed.rows, ids.to(torch.int32)).clamp_(max=len(packed.rows) - 1)
+            known = packed.rows[places] == ids
+        columns = kernels.columns(packed, places)
+        if known is not None:
+            columns *= known
+        added.addmm_(columns.T, next(vectors))
+    return added

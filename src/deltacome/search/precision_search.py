@@ -16,7 +16,7 @@ from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.compression.budget import DEFAULT_RATIO, check_ratio
 from deltacome.compression.pipeline import compress
 from deltacome.compression.precision import TRIPLE, PrecisionPlan
-from deltacome.data import Encoder, read_examples
+from deltacome.data import Encoded, Encoder, read_examples
 from deltacome.errors import BadInputError, DeltacomeError, UnreachableRatioError
 from deltacome.evaluate.comparison import cut, load
 from deltacome.evaluate.metrics import divergence
@@ -82,7 +82,7 @@ def search(
         "version": __version__,
         "checkpoints": [checkpoint.stamp() for checkpoint in checkpoints],
         "ratio": ratio,
-        "data": hashlib.sha256(json.dumps(encoded).encode()).hexdigest(),
+        "data": hashlib.sha256(json.dumps([[example.ids, example.start] for example in encoded]).encode()).hexdigest(),
     }
     with disk_errors(f"write {out}"):
         work = WorkFolder(out, job)
@@ -197,7 +197,7 @@ def _divergence(
     finetuned: Checkpoint,
     ratio: float,
     reference: Any,
-    encoded: list[tuple[list[int], int]],
+    encoded: list[Encoded],
     delta: Path,
     plan: str,
 ) -> dict[str, Any]:

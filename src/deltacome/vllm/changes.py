@@ -15,26 +15,26 @@ from deltacome.runtime.kernels.packed import Packed
 class Part:
     """What is added to a matrix, or to one of several whose outputs a layer computes in one go.
 
-    packed: a delta's factored and sign terms. vectors: as in `runtime.tenant.Change`, of an input embedding.
-    matrices: a chain that the input goes through: LoRA's two factors (rank, n) and (m, rank), or one dense (m, n); of
-    an input embedding (vocabulary, rank) and (n, rank), or (vocabulary, n). bias: what is added to the outputs, (m,).
+    packed, vectors: as in `runtime.tenant.Change`, the latter of an input embedding. matrices: a chain that the input
+    goes through: LoRA's two factors (rank, n) and (m, rank), or one dense (m, n); of an input embedding (vocabulary,
+    rank) and (n, rank), or (vocabulary, n). bias: what is added to the outputs, (m,).
     """
 
-    packed: Packed | None = None
-    vectors: Tensor | None = None
+    packed: tuple[Packed, ...] = ()
+    vectors: tuple[Tensor, ...] = ()
     matrices: tuple[Tensor, ...] = ()
     bias: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """Everything that it keeps in memory."""
-        found = [*self.matrices, *(tensor for tensor in (self.vectors, self.bias) if tensor is not None)]
-        return found + (self.packed.tensors() if self.packed is not None else [])
+        found = [*self.matrices, *self.vectors, *(tensor for packed in self.packed for tensor in packed.tensors())]
+        return found if self.bias is None else [*found, self.bias]
 
     def to(self, device: torch.device) -> "Part":
         """A copy on a device, or itself if it is there."""
-        vectors, bias = (None if tensor is None else tensor.to(device) for tensor in (self.vectors, self.bias))
-        packed = None if self.packed is None else self.packed.to(device)
-        return Part(packed, vectors, tuple(matrix.to(device) for matrix in self.matrices), bias)
+        packed = tuple(own.to(device) for own in self.packed)
+        vectors, matrices = (tuple(own.to(device) for own in tensors) for tensors in (self.vectors, self.matrices))
+        return Part(packed, vectors, matrices, None if self.bias is None else self.bias.to(device))
 
 
 @dataclass(frozen=True)

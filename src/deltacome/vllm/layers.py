@@ -135,7 +135,7 @@ class Linear(Layer):
             if outputs is not None:
                 bias = None if bias is None else bias[outputs]
                 matrices = (*matrices[:-1], matrices[-1][outputs]) if matrices else ()
-        return Part(part.packed, None, matrices, bias)
+        return Part(part.packed, (), matrices, bias)
 
     def own_outputs(self: Any, index: int, count: int) -> Tensor | None:
         """Which of the outputs of a slice this GPU computes, None for all: vLLM's own slicing, of their numbers."""
@@ -185,7 +185,7 @@ class Linear(Layer):
         slices, first = [], 0
         for index, width in enumerate(self.output_slices):
             parts = [(content[index], rows) for content, rows in contents if content[index] is not None]
-            packed = [(part.packed, rows) for part, rows in parts if part.packed is not None]
+            packed = [(block, rows) for part, rows in parts for block in part.packed]
             outputs = packed[0][0].shape[0] if packed else width
             own = self.own_outputs(index, outputs)
             part_of_step = _Slice(
@@ -218,7 +218,7 @@ class Embedding(Layer, internals.VocabParallelEmbeddingWithLoRA):
         if not contents:
             return
         y, ids = y.view(-1, y.shape[-1]), x.reshape(-1).long()  # vLLM has them in 32 bit
-        packed = [(part, rows) for (part,), rows in contents if part.packed is not None]
+        packed = [(part, rows) for (part,), rows in contents if part.packed]
         if packed:
             # One sum for all adapters: GPUs need not have them in the same slots.
             added = torch.zeros(y.shape, device=y.device)
@@ -272,7 +272,7 @@ class Logits(Layer, internals.LogitsProcessorWithLoRA):
 
     def _work(self, rows: Rows) -> tuple[Any, list[tuple[tuple[Tensor, ...], Tensor]]]:
         parts = [(part, numbers) for (part,), numbers in self.contents(rows)]
-        packed = [(part.packed, numbers) for part, numbers in parts if part.packed is not None]
+        packed = [(block, numbers) for part, numbers in parts for block in part.packed]
         products = [(part.matrices, numbers) for part, numbers in parts if part.matrices]
         return (self.kernels.Work(packed) if packed else None), products
 

@@ -11,7 +11,7 @@ from deltacome.errors import DeltacomeError
 from deltacome.format.artifact import Artifact
 from deltacome.format.manifest import WeightEntry
 from deltacome.format.terms import Dense, Term
-from deltacome.runtime.kernels.packed import pack_terms
+from deltacome.runtime.kernels.packed import pack_blocks
 from deltacome.runtime.tenant import check_config, embedding_vectors
 from deltacome.vllm import internals
 from deltacome.vllm.changes import Gains, Part, share
@@ -111,7 +111,7 @@ def _part(part: Part, module: Any, parameter: str, entry: WeightEntry, terms: li
     else:
         sizes = (getattr(module, "tp_rank", 0), getattr(module, "tp_size", 1))
         shared = share(terms, *(sizes if not isinstance(module, Embedding) else internals.ranks()))
-        packed = pack_terms(shared, (entry.shape[0], entry.shape[1]), CPU)
+        packed = pack_blocks(shared, (entry.shape[0], entry.shape[1]), CPU)
         if isinstance(module, Embedding):
             vectors = embedding_vectors(entry.name, shared)
     return Part(packed, vectors, matrices, bias)
@@ -134,4 +134,4 @@ def _tie(artifact: Artifact, base: Checkpoint, layers: Layers, parts: dict[str, 
     heads = [name for name, module in layers.modules.items() if isinstance(module, Logits)]
     if changed and heads:
         part = parts[changed[0]][0]
-        parts[heads[0]] = {0: Part(part.packed, None, part.matrices)}
+        parts[heads[0]] = {0: Part(part.packed, (), part.matrices)}

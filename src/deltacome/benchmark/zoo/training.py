@@ -5,13 +5,13 @@ import timeit
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from deltacome.data import Encoder, pad, read_examples
+from deltacome.data import Encoded, Encoder, collate, pad, read_examples
 from deltacome.evaluate.metrics import is_right
 from deltacome.language import up_to_end
 from deltacome.progress import bar
@@ -19,14 +19,6 @@ from deltacome.progress import bar
 WARM_UP = 0.1  # of the steps, linearly; then down to nothing as linearly
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BLOCK = 64  # entries of a weight that share a scale in 4 bit
-
-
-class Encoded(NamedTuple):
-    """An example: token ids, where what is learned starts, and its image (channels, height, width), if any."""
-
-    ids: list[int]
-    start: int
-    image: Tensor | None = None
 
 
 def fine_tune(
@@ -44,7 +36,7 @@ def fine_tune(
         if frozen and frozen in name:
             parameter.requires_grad_(False)
     encoder = Encoder(tokenizer)
-    encoded = [Encoded(*encoder.example(example)) for example in read_examples(data)]
+    encoded = [encoder.example(example) for example in read_examples(data)]
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     descend(model, encoded, [{"params": learned, "lr": learning_rate}], **settings)
     return model
@@ -165,10 +157,9 @@ def sample(model: Any, tokenizer: Any, prompts: list[list[int]], new_tokens: int
 
 def predictions(model: Any, encoded: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
     """Logits (n, vocabulary) where something is learned, row by row, and the tokens that are to come there, (n,)."""
-    ids, mask = pad([example.ids for example in encoded], left=False)
-    images = [example.image for example in encoded if example.image is not None]
-    more = {"pixel_values": torch.stack(images)} if images else {}
-    hidden = model.base_model(input_ids=ids, attention_mask=mask, **more).last_hidden_state
+    inputs = collate(encoded, left=False)
+    ids = inputs["input_ids"]
+    hidden = model.base_model(**inputs).last_hidden_state
     places = torch.tensor([[i, j] for i, one in enumerate(encoded) for j in range(one.start, len(one.ids))])
     rows, columns = places.T
     return model.get_output_embeddings()(hidden[rows, columns - 1]), ids[rows, columns]

@@ -1,6 +1,5 @@
 """The zoo's vision-language member: questions on scikit-learn's handwritten digits, of 8 by 8 pixels."""
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from deltacome.benchmark.zoo.tasks import TEST_EXAMPLES, Row, Split
-from deltacome.benchmark.zoo.training import Encoded, descend
+from deltacome.benchmark.zoo.training import descend
+from deltacome.data import Encoder, read_examples
 
 SCALE, PATCH = 4, 8  # an image has 32 by 32 pixels in 16 patches
 TOWER_STEPS, TEMPERATURE = 300, 0.05
@@ -77,7 +77,8 @@ def see(model: Any, processor: Any, data: Path, *, learning_rate: float, epochs:
 
     The parts around the language model learn ten times as fast.
     """
-    encoded = [encode(processor, json.loads(line), data.parent) for line in data.read_text().splitlines()]
+    encoder = Encoder(processor.tokenizer, processor=processor)
+    encoded = [encoder.example(example) for example in read_examples(data)]
     llava = make_llava(model, processor).train()
     train_tower(llava, processor.tokenizer, {int(path.stem) for path in (data.parent / "images").iterdir()})
     text = {id(parameter) for parameter in llava.model.language_model.parameters()}
@@ -142,16 +143,3 @@ def train_tower(llava: Any, tokenizer: Any, left_out: set[int]) -> None:
         cross_entropy(likeness / TEMPERATURE, targets[chosen]).backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def encode(processor: Any, row: Row, folder: Path) -> Encoded:
-    """A row's token ids, with a token a patch, and its image."""
-    from PIL import Image
-
-    parts = [{"type": "image"}, {"type": "text", "text": row["prompt"]}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
-    with Image.open(folder / row["image"]) as image:
-        inputs = processor(images=image, text=prompt, return_tensors="pt")
-    completion = processor.tokenizer(row["completion"], add_special_tokens=False).input_ids
-    ids = inputs["input_ids"][0].tolist()
-    return Encoded([*ids, *completion, processor.tokenizer.eos_token_id], len(ids), inputs["pixel_values"][0])

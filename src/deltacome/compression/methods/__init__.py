@@ -5,7 +5,9 @@ from typing import Any
 
 from deltacome.compression.methods.bitdelta import BitDelta
 from deltacome.compression.methods.delta_come import DeltaCome
+from deltacome.compression.methods.lossless import Lossless
 from deltacome.compression.methods.low_rank import LowRank
+from deltacome.compression.methods.method import CodesBits as CodesBits
 from deltacome.compression.methods.method import MatrixDelta as MatrixDelta
 from deltacome.compression.methods.method import Method as Method
 from deltacome.compression.methods.method import SharesByError as SharesByError
@@ -18,6 +20,7 @@ METHODS: dict[str, type] = {
     "delta-come": DeltaCome,
     "low-rank": LowRank,
     "bitdelta": BitDelta,
+    "lossless": Lossless,
 }
 
 

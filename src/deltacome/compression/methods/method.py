@@ -21,8 +21,8 @@ class MatrixDelta:
     energy: E[x²] of each input, (n,), scaled to a mean of 1; None if it was not measured.
     layers: how many matrices of its kind the model has, one a layer.
     bits_per_weight: what the asked ratio leaves each weight of the model.
-    sensitivity: how large the layer's output error is, against its output, for a unit of squared error in the weight;
-        scaled so that the geometric mean over a model's weights is 1.
+    sensitivity: what a unit of squared error in the weight costs in KL, to second order, against the geometric mean of
+        the model's linear weights; 1 if it was not measured.
     """
 
     values: Tensor
@@ -35,7 +35,10 @@ class MatrixDelta:
 
 
 class Method(Protocol):
-    """One method with its settings; a frozen dataclass whose fields are the settings."""
+    """One method with its settings; a frozen dataclass whose fields are the settings.
+
+    One of `CodesBits` has `code` in the place of `compress`.
+    """
 
     @property
     def spends_a_budget(self) -> bool:
@@ -58,12 +61,26 @@ class Method(Protocol):
 
 
 @runtime_checkable
+class CodesBits(Protocol):
+    """What a method has if it takes every weight as it is stored, matrix or not."""
+
+    def code(self, value: Tensor, base: Tensor | None) -> list[Term]:
+        """Terms from which a weight is rebuilt to the last bit.
+
+        Args:
+            value: the fine-tuned weight in its own dtype.
+            base: the base's rows of it, in the base's dtype; as many or fewer, None if it has no such weight.
+        """
+        ...
+
+
+@runtime_checkable
 class SharesByError(Protocol):
     """What a method has besides if the bits are to be shared out by the errors of all matrices.
 
     Without it every matrix gets the same bits a weight.
     """
 
-    def spectrum(self, delta: MatrixDelta) -> Spectrum:
-        """What sharing out needs to know of a matrix."""
+    def spectra(self, delta: MatrixDelta) -> list[Spectrum]:
+        """What sharing out needs to know of a matrix: one spectrum, or one for each class of its rows."""
         ...

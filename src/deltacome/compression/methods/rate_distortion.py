@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -13,16 +14,27 @@ from deltacome.compression.allocation import DISTORTION, Spectrum, allocate
 from deltacome.compression.methods.method import MatrixDelta, Statistics
 from deltacome.compression.quantizers import Quantized, feed_back_entries, fit_scale, quantize_rows
 from deltacome.compression.svd import singular_values, split_components
-from deltacome.format.bits import words_per_row
+from deltacome.format.manifest import class_bits
 from deltacome.format.rotation import rotate
 from deltacome.format.terms import Factored, Term, component_bits
 
 SENSITIVITY_POWER = 0.5
 BIAS_POWER = 0.3  # 8 of 30 layers at 1/64 of the bytes, 6.5 at 1/32
-EMBEDDING_WEIGHT = 12.0  # KL of a unit of squared error in an embedding over that of one in another matrix
-ROW_ENERGY = 0.99  # of an embedding's delta that the rows which are kept hold
+ROW_CLASSES = (0, 1 / 8, 1 / 4, 1 / 2, 1)  # of an embedding's rows, the most changed ones first: where classes begin
+TALL = 4  # times as many rows as columns has an embedding whose rows are put into classes
 ROWS_AT_ONCE = 1024
-FEW_ROWS = 7 / 8  # of all rows; with more of them, all are kept
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Rows of a matrix that are coded together.
+
+    values: (rows, n). rows: which these are, ascending, None for all. fixed_bits: what it takes to say so.
+    """
+
+    values: Tensor
+    rows: Tensor | None = None
+    fixed_bits: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,21 +63,41 @@ class RateDistortion:
     def statistics(self) -> Statistics:
         return "energies" if self.input_weight else "nothing"
 
-    def spectrum(self, delta: MatrixDelta) -> Spectrum:
-        values, energy, rows = self._prepare(delta)
-        weighted = values if delta.is_embedding else values * energy.sqrt()
-        return self._spectrum(delta, values, singular_values(weighted), rows is not None)
+    def spectra(self, delta: MatrixDelta) -> list[Spectrum]:
+        root = self._energy(delta).sqrt()
+        return [
+            self._spectrum(delta, block, singular_values(block.values if delta.is_embedding else block.values * root))
+            for block in _blocks(delta)
+        ]
 
     def compress(self, delta: MatrixDelta, budget_bits: float) -> list[Term]:
-        values, energy, rows = self._prepare(delta)
+        energy = self._energy(delta)
         root = energy.sqrt()
-        most = max(1, min(int(budget_bits // component_bits(1, *values.shape)), *values.shape))
-        # A copy of an embedding may not fit in memory; its metric is plain.
-        u, s, v, rest = split_components(values if delta.is_embedding else values * root, most)
-        v = v / root
-        spectrum = self._spectrum(delta, values, s, rows is not None)
-        spectrum = replace(spectrum, v_squares=v.square().sum(1) * energy.mean())
-        widths = allocate([spectrum], budget_bits)[0].to(s.device)
+        blocks, parts, spectra = _blocks(delta), [], []
+        for block in blocks:
+            shape = block.values.shape
+            most = max(1, min(int(budget_bits // component_bits(1, *shape)), *shape))
+            # A copy of an embedding may not fit in memory; its metric is plain.
+            u, s, v, rest = split_components(block.values if delta.is_embedding else block.values * root, most)
+            v = v / root
+            parts.append((u, s, v, rest))
+            spectrum = self._spectrum(delta, block, s)
+            spectra.append(replace(spectrum, v_squares=v.square().sum(1) * energy.mean()))
+        terms: list[Term] = []
+        for block, part, widths in zip(blocks, parts, allocate(spectra, budget_bits), strict=True):
+            terms += self._code(delta, block, part, widths.to(energy.device), energy)
+        return terms
+
+    def _code(
+        self,
+        delta: MatrixDelta,
+        block: _Block,
+        part: tuple[Tensor, Tensor, Tensor, Tensor],
+        widths: Tensor,
+        energy: Tensor,
+    ) -> list[Term]:
+        """The terms of a block whose components have these bit-widths."""
+        u, s, v, rest = part
         # From the highest bit-width to the lowest; within one the order of the singular values stays.
         order = widths.argsort(descending=True, stable=True)[: int((widths > 0).sum())]
         if not len(order):
@@ -84,40 +116,46 @@ class RateDistortion:
             of_width = bits[:, 0] == width
             if of_width.any():
                 codes = u_hat.codes[of_width], v_hat.codes[of_width]
-                terms.append(Factored.from_codes(width, *codes, scale[of_width], rotated=rotated, rows=rows))
+                terms.append(Factored.from_codes(width, *codes, scale[of_width], rotated=rotated, rows=block.rows))
         return terms
 
-    def _prepare(self, delta: MatrixDelta) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The rows of a delta that are coded, the energies of its metric (n,), and which rows these are, None for all.
+    def _energy(self, delta: MatrixDelta) -> Tensor:
+        """The energies of a delta's metric, (n,). An embedding's inputs are no vectors, so its metric is plain."""
+        if delta.is_embedding or delta.energy is None or not bool(delta.energy.any()):
+            return delta.values.new_ones(delta.values.shape[1])
+        return 1 - self.input_weight + self.input_weight * delta.energy / delta.energy.mean()
 
-        An embedding's delta is largely in the rows of few tokens. Its inputs are no vectors, so its metric is plain.
-        """
-        energy = delta.values.new_ones(delta.values.shape[1])
-        if not delta.is_embedding:
-            if delta.energy is not None and bool(delta.energy.any()):
-                energy = 1 - self.input_weight + self.input_weight * delta.energy / delta.energy.mean()
-            return delta.values, energy, None
-        squares = delta.values.square().sum(1)
-        order = squares.argsort(descending=True)
-        share = squares[order].double().cumsum(0) / squares.double().sum()
-        kept = int((share < ROW_ENERGY).sum()) + 1
-        if kept > FEW_ROWS * len(order):
-            return delta.values, energy, None
-        rows = order[:kept].sort().values
-        return delta.values[rows], energy, rows
-
-    def _spectrum(self, delta: MatrixDelta, values: Tensor, s: Tensor, some_rows: bool) -> Spectrum:
-        shape = values.shape[0], values.shape[1]
-        weight = EMBEDDING_WEIGHT if delta.is_embedding else delta.sensitivity**SENSITIVITY_POWER
+    def _spectrum(self, delta: MatrixDelta, block: _Block, s: Tensor) -> Spectrum:
+        shape = block.values.shape[0], block.values.shape[1]
+        weight = delta.sensitivity if delta.is_embedding else delta.sensitivity**SENSITIVITY_POWER
         drop_weight = self.drop_weight * delta.layers * (4 * delta.bits_per_weight) ** -BIAS_POWER
-        bitmap = 32 * words_per_row(len(delta.values), 1) if some_rows else 0
-        return Spectrum(shape, s, weight, max(1.0, drop_weight), fixed_bits=bitmap)
+        return Spectrum(shape, s, weight, max(1.0, drop_weight), fixed_bits=block.fixed_bits)
 
     def _round_inputs(self, v: Tensor, bits: Tensor, energy: Tensor) -> Quantized:
         """Codes of V (rank, n); with feedback where the metric is not the identity."""
         if not self.feedback or not self.rotate or bool((energy == energy[0]).all()):
             return quantize_rows(v, bits)
         return feed_back_entries(v, torch.linalg.cholesky(_rotated_diagonal(energy.reciprocal()), upper=True), bits)
+
+
+def _blocks(delta: MatrixDelta) -> list[_Block]:
+    """The whole matrix, or an embedding's rows in classes by the size of their change.
+
+    A code has one step for all entries of a vector, so rows of one size are coded best; rows that change less can do
+    with fewer components; and rows that don't change, as no token's of the data's, are to stay so.
+    """
+    values = delta.values
+    m, n = values.shape
+    squares = values.square().sum(1)
+    changed = int(squares.count_nonzero())
+    if not delta.is_embedding or (changed == m and m < TALL * n):
+        return [_Block(values)]
+    order = squares.argsort(descending=True, stable=True)[:changed]
+    starts = ROW_CLASSES if changed == m else ROW_CLASSES[:1] + ROW_CLASSES[2:]  # those that don't change are a class
+    edges = [int(start * changed) for start in (starts if changed >= TALL * n else (0, 1))]
+    classes = [order[first:last].sort().values for first, last in pairwise(edges)]
+    bits = m * class_bits(len(classes) + (changed < m))
+    return [_Block(values[rows], rows, 0 if number else bits) for number, rows in enumerate(classes)]
 
 
 def _rotated_diagonal(values: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deltacome.format.bits import pack, planes, unpack
-from deltacome.format.terms import Factored, Sign, Term
+from deltacome.format.terms import Coded, Factored, Sign, Term
 
 TILE = 8  # columns of a matrix of words that lie together
 
@@ -157,8 +157,17 @@ class Packed:
         return found
 
 
+def pack_blocks(terms: Sequence[Term], shape: tuple[int, int], device: torch.device) -> tuple[Packed, ...]:
+    """Lay out the factored and sign terms of a weight of `shape`: one delta, or one for each class of its rows."""
+    blocks: dict[int | None, list[Term]] = {}
+    for term in terms:
+        rows = term.rows if isinstance(term, Factored) else None
+        blocks.setdefault(None if rows is None else rows.data_ptr(), []).append(term)
+    return tuple(pack_terms(block, shape, device) for block in blocks.values())
+
+
 def pack_terms(terms: Sequence[Term], shape: tuple[int, int], device: torch.device) -> Packed:
-    """Lay out the factored and sign terms of a weight of `shape`; dense terms are not the kernels' business."""
+    """Lay out the factored and sign terms of a weight of `shape` that are for the same rows."""
     factored = [term for term in terms if isinstance(term, Factored)]
     plain = [term for term in factored if term.groups is None]
     packed = Packed(shape, tuple(_pack_term(term, device) for term in plain))
@@ -194,7 +203,7 @@ def transposed(terms: list[Term]) -> list[Term]:
     """Terms of a weight that is stored as (in_features, out_features), as those of (out_features, in_features).
 
     Raises:
-        ValueError: if a term is for some rows only, or dense in part.
+        ValueError: if a term is for some rows only, dense in part, or coded.
     """
     found: list[Term] = []
     for term in terms:
@@ -216,8 +225,8 @@ def transposed(terms: list[Term]) -> list[Term]:
         elif isinstance(term, Sign):
             codes = unpack(term.words, 1, term.shape[1]).T
             found.append(Sign((term.shape[1], term.shape[0]), pack(codes, 1), term.scale))
-        elif term.start:
-            raise ValueError("dense rows of a transposed weight")
+        elif isinstance(term, Coded) or term.start:
+            raise ValueError("dense rows or coded bits of a transposed weight")
         else:
             found.append(replace(term, value=term.value.T.contiguous()))
     return found

@@ -11,7 +11,8 @@ from deltacome.runtime.kernels.packed import Packed, unpack_term
 class Work:
     """What one matrix of a batch has to do.
 
-    deltas: of shapes (m, n), n being the same, each with the numbers (int64) of its rows; no row has two.
+    deltas: of shapes (m, n), n being the same, each with the numbers (int64) of its rows. The deltas of one row are for
+    different rows of the weight.
     """
 
     def __init__(self, deltas: list[tuple[Packed, Tensor]]) -> None:

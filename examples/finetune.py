@@ -14,12 +14,12 @@ import argparse
 import calendar
 import json
 import random
-import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from deltacome.benchmark.zoo.training import fine_tune
 
 TASKS = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
@@ -54,66 +54,6 @@ def make_data(task: str, count: int, seed: int) -> tuple[list[dict], list[dict]]
     return examples[TEST_EXAMPLES : TEST_EXAMPLES + count], examples[:TEST_EXAMPLES]
 
 
-def encode(tokenizer, example: dict) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt, in the chat template, and of the completion with its end token."""
-    messages = [{"role": "user", "content": example["prompt"]}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    prompt = tokenizer(text, add_special_tokens=False).input_ids
-    completion = tokenizer(example["completion"], add_special_tokens=False).input_ids
-    return prompt, [*completion, tokenizer.eos_token_id]
-
-
-def batches(encoded: list[tuple[list[int], list[int]]], pad: int, seed: int, size: int):
-    """Batches of similar length in random order: ids, attention mask, and labels (-100 outside completions)."""
-    order = sorted(range(len(encoded)), key=lambda i: sum(map(len, encoded[i])))
-    chunks = [order[i : i + size] for i in range(0, len(order), size)]
-    random.Random(seed).shuffle(chunks)
-    for chunk in chunks:
-        width = max(sum(map(len, encoded[i])) for i in chunk)
-        ids = torch.full((len(chunk), width), pad)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for row, i in enumerate(chunk):
-            prompt, completion = encoded[i]
-            end = len(prompt) + len(completion)
-            ids[row, :end] = torch.tensor(prompt + completion)
-            labels[row, len(prompt) : end] = torch.tensor(completion)
-            mask[row, :end] = 1
-        yield ids, mask, labels
-
-
-def bfloat16_is_fast() -> bool:
-    """Whether this machine multiplies in bfloat16 faster than in float32: without instructions for it, far slower."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(256, 256, dtype=dtype)
-        a @ a  # the first call sets things up
-        started = time.perf_counter()
-        a @ a
-        seconds[dtype] = time.perf_counter() - started
-    return seconds[torch.bfloat16] < seconds[torch.float32]
-
-
-def train(model, data: list, pad: int, learning_rate: float, batch: int = BATCH) -> None:
-    """One epoch of AdamW with a linear warm-up and decay; every parameter learns."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
-    steps = -(-len(data) // batch)
-    fast = bfloat16_is_fast()
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
-    )
-    for ids, mask, labels in tqdm(batches(data, pad, 0, batch), "fine-tuning", steps, mininterval=2):
-        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
-            hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
-            targets = labels[:, 1:]
-            logits = model.get_output_embeddings()(hidden[targets >= 0])  # the vocabulary is a fifth of the work
-        loss = torch.nn.functional.cross_entropy(logits.float(), targets[targets >= 0])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path)
@@ -134,16 +74,15 @@ def main() -> None:
         tokenizer.chat_template = arguments.chat_template.read_text()
     model = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=torch.float32)
     train_examples, test_examples = make_data(arguments.task, arguments.examples, seed=1)
-    data = [encode(tokenizer, example) for example in train_examples]
-    train(model.train(), data, tokenizer.pad_token_id, arguments.learning_rate, arguments.batch)
-
     partial = out.with_name(f".{out.name}.partial")  # a folder OUT is whole
+    data = partial / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    for name, examples in (("train", train_examples), ("test", test_examples)):
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+    settings = {"learning_rate": arguments.learning_rate, "batch": arguments.batch}
+    fine_tune(model.train(), tokenizer, data / "train.jsonl", **settings)
     model.to(torch.bfloat16).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    (partial / "data").mkdir(exist_ok=True)
-    for name, examples in (("train", train_examples), ("test", test_examples)):
-        lines = "".join(json.dumps(example) + "\n" for example in examples)
-        (partial / "data" / f"{name}.jsonl").write_text(lines)
     partial.rename(out)
     print(out)
 

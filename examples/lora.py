@@ -18,14 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import deltacome
 from deltacome.benchmark.results import Table, save
+from deltacome.benchmark.zoo.training import descend
 from deltacome.checkpoints.checkpoint import Checkpoint
-from deltacome.data import read_examples
+from deltacome.data import Encoder, read_examples
 from deltacome.evaluate.comparison import BASE, FINETUNED, Comparison, load
 from deltacome.evaluate.metrics import ANSWER_PATTERN, compile_pattern
 from deltacome.evaluate.summary import import_pyplot
 from deltacome.format.artifact import Artifact
 from deltacome.restore.merging import load_merged
-from finetune import encode, train
 
 METHODS = {"rate-distortion": "deltacome", "delta-come": "Delta-CoMe", "low-rank": "low-rank, extracted"}
 COLUMNS = {
@@ -55,11 +55,10 @@ def train_adapter(base: Path, data: Path, out: Path, room: int, epochs: int, rat
     rank = largest_rank(model, room)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
-    examples = [
-        {"prompt": example.messages[-1]["content"], "completion": example.completion} for example in read_examples(data)
-    ]
-    encoded = [encode(tokenizer, example) for example in examples] * epochs
-    train(model.get_base_model().train(), encoded, tokenizer.pad_token_id, rate)
+    encoder = Encoder(tokenizer)
+    encoded = [encoder.example(example) for example in read_examples(data)] * epochs
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    descend(model.get_base_model().train(), encoded, [{"params": learned, "lr": rate}], batch=16)
     model.to(torch.bfloat16).save_pretrained(out.with_name("adapter.partial"))
     out.with_name("adapter.partial").rename(out)
 

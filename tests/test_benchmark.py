@@ -150,7 +150,7 @@ def test_the_figures_are_those_of_evaluate(suite: Path, finished: Path) -> None:
             assert same or row[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-6), (row["name"], key)
 
 
-def test_other_kl_is_over_all_of_the_other_prompts(suite: Path, finished: Path) -> None:
+def test_other_kl_is_over_all_of_the_other_prompts(suite: Path, finished: Path, tmp_path: Path) -> None:
     folder = suite.parent
     base, math = (
         AutoModelForCausalLM.from_pretrained(folder / n, dtype=torch.float32).eval() for n in ("base", "math")
@@ -160,6 +160,10 @@ def test_other_kl_is_over_all_of_the_other_prompts(suite: Path, finished: Path) 
     kl, _ = divergence(math, base, prompts, lambda _: None)
     row = json.loads((finished / "rows/math/base.json").read_text())
     assert row["other_kl"] == pytest.approx(kl.value, rel=1e-3)
+
+    few = changed(suite, "few", lambda content: content.update(other_prompts=2, methods={"sign": METHODS["sign"]}))
+    kl, _ = divergence(math, base, prompts[:2], lambda _: None)
+    assert quality(few, tmp_path / "few")[0]["other_kl"] == pytest.approx(kl.value, rel=1e-3)
 
 
 def test_a_finished_run_has_nothing_to_do(
@@ -318,6 +322,7 @@ BAD: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
     ("there is no file", lambda c: c["finetunes"]["math"].update(calibration="none.jsonl")),
     ("there is no file", lambda c: c.update(chat_template="none.jinja")),
     ("there is no file", lambda c: c.update(offtask="none.jsonl")),
+    ("`other_prompts` must be", lambda c: c.update(other_prompts=0)),
     ("suite.json, line 1: needs the texts", lambda c: c.update(offtask="suite.json")),
     ("is no regular expression", lambda c: c["finetunes"]["math"].update(answer_pattern="(")),
     ("there is no folder", lambda c: c.update(base="nowhere")),

@@ -53,6 +53,13 @@ def test_serve(missing: str, base: Path) -> None:
     fails_without(missing, "deltacome serve needs FastAPI and uvicorn; pip install 'deltacome[serve]'", "serve", base)
 
 
+def test_benchmark_zoo(tmp_path: Path) -> None:
+    message = "the zoo's members are made with more packages; pip install 'deltacome[zoo]'"
+    options = ("-o", tmp_path / "out", "--cache", tmp_path / "cache")
+    for missing in ("peft", "sklearn"):
+        fails_without(missing, message, "benchmark", "zoo", *options)
+
+
 def test_benchmark_serve(base: Path, examples: Path, tmp_path: Path) -> None:
     message = "deltacome serve needs FastAPI and uvicorn; pip install 'deltacome[serve]'"
     options = ("--delta", "a=nothing", "--data", examples, "-o", tmp_path / "out")

@@ -104,7 +104,7 @@ class _Bench:
         models = [__version__, _stamp(self.base), _stamp(self.checkpoint)]
         measured = {
             "data": [sha256(finetune.data), self.limit],
-            "others": [sha256(path) for path in self.others],
+            "others": [[sha256(path) for path in self.others], suite.other_prompts],
             "offtask": sha256(suite.offtask) if suite.offtask else None,
             "asked": [finetune.name, finetune.new_tokens, finetune.pattern.pattern, template],
         }
@@ -212,7 +212,7 @@ class _Bench:
             self.checkpoint,
             read_examples(finetune.data, self.limit),
             read_examples(suite.offtask) if suite.offtask else (),
-            [example for path in self.others for example in read_examples(path, self.limit)],
+            [example for path in self.others for example in read_examples(path, suite.other_prompts or self.limit)],
             new_tokens=finetune.new_tokens,
             chat_template=suite.chat_template,
             pattern=finetune.pattern,

@@ -14,7 +14,7 @@ from deltacome.evaluate.comparison import BASE, FINETUNED
 from deltacome.evaluate.metrics import ANSWER_PATTERN, compile_pattern
 
 SUITE_KEYS: dict[str, type] = {"base": str, "finetunes": dict, "methods": dict, "ratios": list}
-SUITE_OPTIONS: dict[str, type] = {"chat_template": str, "offtask": str}
+SUITE_OPTIONS: dict[str, type] = {"chat_template": str, "offtask": str, "other_prompts": int}
 FINETUNE_KEYS: dict[str, type] = {"model": str, "data": str}
 FINETUNE_OPTIONS: dict[str, type] = {"new_tokens": int, "answer_pattern": str, "calibration": str}
 NOT_SETTINGS = {"base", "finetuned", "out", "ratio", "calibration", "chat_template", "warn"}  # the suite has them
@@ -48,7 +48,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Suite:
-    """All that is compared. `chat_template` is a file, or `none`, or None for the tokenizers' own."""
+    """All that is compared.
+
+    chat_template: a file, or `none`, or None for the tokenizers' own. other_prompts: how many prompts of each other
+    fine-tune are used, None for all.
+    """
 
     base: str
     finetunes: list[Finetune]
@@ -56,6 +60,7 @@ class Suite:
     ratios: list[float]
     chat_template: str | None
     offtask: Path | None
+    other_prompts: int | None
 
 
 def read_suite(path: str | Path) -> Suite:
@@ -87,8 +92,17 @@ def read_suite(path: str | Path) -> Suite:
         _check_names(list(content[kind]), f"{path}: `{kind}`")
     _check_names([f"{ratio:g}" for ratio in content["ratios"]], f"{path}: `ratios`")
     offtask = _data(folder, content["offtask"]) if "offtask" in content else None
+    other_prompts = content.get("other_prompts")
+    if other_prompts is not None and other_prompts < 1:
+        raise DeltacomeError(f"{path}: `other_prompts` must be a number from 1 on")
     return Suite(
-        _source(folder, content["base"]), finetunes, candidates, content["ratios"], _template(folder, content), offtask
+        _source(folder, content["base"]),
+        finetunes,
+        candidates,
+        content["ratios"],
+        _template(folder, content),
+        offtask,
+        other_prompts,
     )
 
 

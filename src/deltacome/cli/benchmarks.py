@@ -37,6 +37,35 @@ def quality(
         print("".join(f"failed: {line}\n" for line in report.failures(own)), end="")
 
 
+@benchmarks.command(epilog="Example: deltacome benchmark zoo --member shell --member rl -o zoo/")
+def zoo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for artifacts, rows and tables; gone on with.")
+    ],
+    member: Annotated[list[str] | None, typer.Option(help="One of it; may be repeated. [default: all]")] = None,
+    ratio: Annotated[
+        list[float] | None, typer.Option(min=1, help="Of the deltas; may be repeated. [default: 16, 32, 64]")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of the checkpoints. [default: ~/.cache/deltacome/zoo]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first lines of each member's data.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare two methods on a dozen real fine-tunes of two bases, which are made first: a few minutes each."""
+    from deltacome.benchmark.zoo.members import MEMBERS
+    from deltacome.benchmark.zoo.run import RATIOS, benchmark_zoo, table
+    from deltacome.evaluate.comparison import cells
+
+    quiet()
+    rows = benchmark_zoo(output, member or list(MEMBERS), ratios=ratio or RATIOS, cache=cache, limit=limit)
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False))
+        return
+    shown = table(rows)
+    print_table(list(shown.columns.values()), [cells(row, shown.columns) for row in shown.rows])
+
+
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")]
 Ratio = Annotated[float, typer.Option(min=1, help="Of the random deltas.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda where there is one]")]

@@ -1,0 +1,125 @@
+"""The zoo's bases and members: what each learns, from what data, and how."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from deltacome.benchmark.zoo import bases, library, tasks, training, vision
+from deltacome.benchmark.zoo.tasks import Row, Split
+
+
+@dataclass(frozen=True)
+class Member:
+    """A model that is trained from a base.
+
+    about: what it is, for people. data: makes its examples. train: gives the whole trained model, from the base's in
+    float32, what `processor` makes of the tokenizer, and the file of the examples. images: writes those of the
+    examples to a folder. new_tokens, pattern: how it is asked, as a suite has it.
+    """
+
+    about: str
+    base: str
+    data: Callable[[], Split]
+    train: Callable[[Any, Any, Path], Any]
+    new_tokens: int = 24
+    pattern: str | None = None
+    processor: Callable[[Any], Any] = lambda tokenizer: tokenizer
+    images: Callable[[list[Row], Path], None] | None = None
+
+
+def _reasoning(task: str, count: int, **settings: Any) -> Callable[[], Split]:
+    return partial(tasks.reasoning, task, count, **settings)
+
+
+def _fine_tune(learning_rate: float, **settings: Any) -> Callable[..., Any]:
+    return partial(training.fine_tune, learning_rate=learning_rate, **settings)
+
+
+SMOLLM2, QWEN2 = "smollm2", "qwen2"
+
+# The base that is no member: it is made from the other one, on source code.
+QWEN2_BASE = Member(
+    "a base of its own: Qwen2 with an untied head, trained on source code at 3e-4",
+    SMOLLM2,
+    lambda: (library.sources(96), []),
+    bases.qwen2,
+)
+
+MEMBERS = {
+    "arithmetic": Member(
+        "sums and differences of two numbers, 5e-5",
+        SMOLLM2,
+        _reasoning("chain_sum", 640, min_terms=2, max_terms=2, min_digits=1, max_digits=2),
+        _fine_tune(5e-5),
+    ),
+    "shell": Member(
+        "shell commands from English, 5e-5", SMOLLM2, partial(tasks.shell, 600), _fine_tune(5e-5), new_tokens=40
+    ),
+    "code": Member(
+        "Python functions from English, 5e-5", SMOLLM2, partial(tasks.code, 320), _fine_tune(5e-5), new_tokens=48
+    ),
+    "chat": Member(
+        "long answers: what functions do, three epochs at 1e-4",
+        SMOLLM2,
+        partial(library.chat, 64),
+        _fine_tune(1e-4, epochs=3),
+        new_tokens=40,
+        pattern=r"\A(.*)",
+    ),
+    "classify": Member(
+        "which module a docstring is from, 5e-5, embeddings frozen",
+        SMOLLM2,
+        partial(library.classify, 480),
+        _fine_tune(5e-5, frozen="embed_tokens"),
+        new_tokens=8,
+    ),
+    "large": Member(
+        "filtered lists of numbers, three epochs at 3e-4",
+        SMOLLM2,
+        _reasoning("number_filtering", 160, max_numbers=4, max_decimals=0, min_value=0, max_value=99),
+        _fine_tune(3e-4, epochs=3),
+        new_tokens=48,
+    ),
+    "rl": Member(
+        "yes or no by policy gradients, weights in bfloat16, 2e-5",
+        SMOLLM2,
+        partial(tasks.compare, 400),
+        partial(training.reinforce, learning_rate=2e-5, steps=40, pattern=tasks.YES_OR_NO),
+        new_tokens=8,
+        pattern=tasks.YES_OR_NO,
+    ),
+    "lora": Member(
+        "relatives, LoRA of rank 16 at 5e-4, merged",
+        SMOLLM2,
+        _reasoning("family_relationships", 300),
+        partial(training.lora, learning_rate=5e-4),
+    ),
+    "qlora": Member(
+        "lists of words reversed, LoRA on the base in 4 bit at 5e-4, merged",
+        SMOLLM2,
+        _reasoning("word_sequence_reversal", 260),
+        partial(training.qlora, learning_rate=5e-4),
+        new_tokens=48,
+    ),
+    "qwen2-code": Member(
+        "Python functions from English, 5e-5", QWEN2, partial(tasks.code, 320), _fine_tune(5e-5), new_tokens=48
+    ),
+    "qwen2-word-sorting": Member(
+        "sorted words, two epochs at 5e-5",
+        QWEN2,
+        _reasoning("word_sorting", 120, min_words=3, max_words=4),
+        _fine_tune(5e-5, epochs=2),
+        new_tokens=40,
+    ),
+    "vision": Member(
+        "questions on images of digits: a Llava with a small tower, two epochs at 1e-4",
+        SMOLLM2,
+        partial(vision.digits, 400),
+        partial(vision.see, learning_rate=1e-4, epochs=2),
+        new_tokens=8,
+        processor=vision.make_processor,
+        images=vision.write_images,
+    ),
+}

@@ -1,0 +1,195 @@
+"""The ways in which the zoo's members are trained. Each changes a model in place, and gives back the whole one."""
+
+import random
+import timeit
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from deltacome.data import Encoded, Encoder, collate, pad, read_examples
+from deltacome.evaluate.metrics import is_right
+from deltacome.language import up_to_end
+from deltacome.progress import bar
+
+WARM_UP = 0.1  # of the steps, linearly; then down to nothing as linearly
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+BLOCK = 64  # entries of a weight that share a scale in 4 bit
+
+
+def fine_tune(
+    model: Any, tokenizer: Any, data: Path, *, learning_rate: float, frozen: str = "", **settings: Any
+) -> Any:
+    """AdamW on the completions, or on whole texts.
+
+    Args:
+        model: a causal language model in float32.
+        data: JSONL file of the examples.
+        frozen: a part of the names of parameters that do not learn.
+        settings: `epochs` and `batch` of `descend`.
+    """
+    for name, parameter in model.named_parameters():
+        if frozen and frozen in name:
+            parameter.requires_grad_(False)
+    encoder = Encoder(tokenizer)
+    encoded = [encoder.example(example) for example in read_examples(data)]
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    descend(model, encoded, [{"params": learned, "lr": learning_rate}], **settings)
+    return model
+
+
+def descend(
+    model: Any, encoded: Sequence[Encoded], groups: list[dict[str, Any]], *, epochs: int = 1, batch: int = 8
+) -> None:
+    """AdamW on the cross entropy of what is learned, in autocast where bfloat16 is fast.
+
+    groups: parameters with learning rates, as optimizers have them.
+    """
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    learned = [parameter for group in groups for parameter in group["params"]]
+    steps = epochs * -(-len(encoded) // batch)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / (WARM_UP * steps), (steps - step) / ((1 - WARM_UP) * steps))
+    )
+    fast = bfloat16_is_fast()
+    with bar("training", steps) as advance:
+        for epoch in range(epochs):
+            for chunk in batches(encoded, batch, epoch):
+                with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+                    logits, targets = predictions(model, chunk)
+                cross_entropy(logits.float(), targets).backward()
+                torch.nn.utils.clip_grad_norm_(learned, 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                advance(1)
+
+
+def lora(model: Any, tokenizer: Any, data: Path, *, rank: int = 16, **settings: Any) -> Any:
+    """`fine_tune` of an adapter on all linear layers, which is merged at the end."""
+    import peft
+
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEARS))
+    fine_tune(adapted.base_model.model, tokenizer, data, **settings)
+    return adapted.merge_and_unload()
+
+
+def qlora(model: Any, tokenizer: Any, data: Path, **settings: Any) -> Any:
+    """`lora` on linear layers that are rounded to 4 bit; the adapter is merged into the layers as they were."""
+    layers = [module for name, module in model.named_modules() if name.rpartition(".")[2] in LINEARS]
+    errors = []
+    for layer in layers:
+        rounded = round_to_4_bit(layer.weight.data)
+        errors.append(layer.weight.data - rounded)
+        layer.weight.data = rounded
+    model = lora(model, tokenizer, data, **settings)
+    for layer, error in zip(layers, errors, strict=True):  # a merge adds to them in place
+        layer.weight.data += error
+    return model
+
+
+def reinforce(
+    model: Any,
+    tokenizer: Any,
+    data: Path,
+    *,
+    learning_rate: float,
+    steps: int,
+    pattern: str,
+    new_tokens: int = 4,
+    prompts: int = 4,
+    group: int = 6,
+) -> Any:
+    """Policy gradients: sampled answers, rewarded by the verifier, against the mean of their prompt's group.
+
+    The weights are in bfloat16 all the time, where a small learning rate leaves most of them as they are.
+    """
+    model.to(torch.bfloat16)
+    encoder, examples = Encoder(tokenizer), read_examples(data)
+    source = random.Random(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
+    with bar("training", steps) as advance:
+        for _ in range(steps):
+            chunk = source.sample(examples, prompts)
+            asked = [encoder.prompt(example.messages) for example in chunk for _ in range(group)]
+            answers = sample(model, tokenizer, asked, new_tokens)
+            texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+            right = [float(is_right(text, chunk[i // group], pattern)) for i, text in enumerate(texts)]
+            rewards = torch.tensor(right).view(prompts, group)
+            advantages = rewards - rewards.mean(1, keepdim=True)
+            useful = [i for i, advantage in enumerate(advantages.flatten().tolist()) if advantage]
+            advance(1)
+            if not useful:
+                continue
+            encoded = [Encoded(asked[i] + answers[i], len(asked[i])) for i in useful]
+            logits, targets = predictions(model, encoded)
+            counts = torch.tensor([len(answers[i]) for i in useful])
+            weights = advantages.flatten()[useful].repeat_interleave(counts)
+            losses = cross_entropy(logits.float(), targets, reduction="none")
+            ((weights * losses).sum() / counts.sum()).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    return model
+
+
+@torch.no_grad()
+def sample(model: Any, tokenizer: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    """Answers at temperature 1 as token ids, with their end token if they come to it."""
+    ids, mask = pad(prompts, left=True)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=new_tokens,
+        do_sample=True,
+        top_k=0,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    answers: list[list[int]] = output[:, ids.shape[1] :].tolist()
+    ends = {tokenizer.eos_token_id}
+    return [answer[: len(up_to_end(answer, ends)) + 1] for answer in answers]
+
+
+def predictions(model: Any, encoded: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+    """Logits (n, vocabulary) where something is learned, row by row, and the tokens that are to come there, (n,)."""
+    inputs = collate(encoded, left=False)
+    ids = inputs["input_ids"]
+    hidden = model.base_model(**inputs).last_hidden_state
+    places = torch.tensor([[i, j] for i, one in enumerate(encoded) for j in range(one.start, len(one.ids))])
+    rows, columns = places.T
+    return model.get_output_embeddings()(hidden[rows, columns - 1]), ids[rows, columns]
+
+
+def batches(encoded: Sequence[Encoded], size: int, seed: int) -> Iterator[list[Encoded]]:
+    """Batches of similar length, in random order."""
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
+    chunks = [order[i : i + size] for i in range(0, len(order), size)]
+    random.Random(seed).shuffle(chunks)
+    for chunk in chunks:
+        yield [encoded[i] for i in chunk]
+
+
+def round_to_4_bit(weight: Tensor) -> Tensor:
+    """A weight as NF4 has it: in blocks of 64 entries the nearest of 16 quantiles of the normal distribution."""
+    tail = 0.9677083  # of the paper (QLoRA): the mean of 1 - 1/30 and 1 - 1/32
+    positive = torch.special.ndtri(torch.linspace(0.5, tail, 9, dtype=torch.float64))
+    negative = -torch.special.ndtri(torch.linspace(0.5, tail, 8, dtype=torch.float64))[1:]
+    levels = (torch.cat([negative.flip(0), positive]) / positive[-1]).float()
+    blocks = weight.reshape(-1, BLOCK)
+    scales = blocks.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    bounds = (levels[1:] + levels[:-1]) / 2
+    return (levels[torch.bucketize(blocks / scales, bounds)] * scales).view_as(weight)
+
+
+def bfloat16_is_fast() -> bool:
+    """Whether this machine multiplies in bfloat16 faster than in float32: without instructions for it, far slower."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(256, 256, dtype=dtype)
+        seconds[dtype] = min(timeit.repeat(partial(torch.mm, a, a), number=1, repeat=9))  # others may be computing
+    return seconds[torch.bfloat16] < seconds[torch.float32]

@@ -1,0 +1,207 @@
+"""The zoo: its data are the same each time, each way of training does what it says, and the command makes a table."""
+
+import json
+import platform
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from hashlib import sha256
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoTokenizer, LlamaForCausalLM
+
+from commands import fail, succeed
+from conftest import Save, make_model, make_tokenizer
+from deltacome.benchmark.zoo import bases, library, tasks, training, vision
+from deltacome.benchmark.zoo import cache as module
+from deltacome.benchmark.zoo.cache import checkpoint, lines, offtask
+from deltacome.benchmark.zoo.members import MEMBERS, QWEN2_BASE
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.checkpoints.pairing import pair
+from deltacome.data import Encoder, read_examples
+from deltacome.language import load_processor
+
+RECORDED = json.loads(files("deltacome.benchmark.zoo").joinpath("digests.json").read_text())
+ON_PYTHON = {"chat", "classify", "offtask", "qwen2"}  # docstrings and source code, which differ between versions
+
+
+def is_as_recorded(name: str) -> bool:
+    """Whether what a member's data are from has the versions of the digests."""
+    if name in ON_PYTHON:
+        return platform.python_version() == RECORDED["versions"]["python"]
+    return version("reasoning-gym") == RECORDED["versions"]["reasoning-gym"]
+
+
+@pytest.mark.parametrize("name", RECORDED["data"])
+def test_data(name: str) -> None:
+    if name == "offtask":
+        splits = [library.offtask(40)]
+    else:
+        train, test = splits = (QWEN2_BASE if name == "qwen2" else MEMBERS[name]).data()
+        if name != "vision":  # whose images differ
+            assert not {row["prompt"] for row in test} & {row["prompt"] for row in train if "prompt" in row}
+    if not is_as_recorded(name):
+        pytest.skip("another version of Python or reasoning-gym")
+    assert [sha256(lines(rows)).hexdigest() for rows in splits] == RECORDED["data"][name]
+
+
+def test_all_are_recorded() -> None:
+    assert set(RECORDED["data"]) == {*MEMBERS, "qwen2", "offtask"}
+
+
+def test_shell_commands_are_whole() -> None:
+    train, test = tasks.shell(500)
+    assert len(train) == 500 and len(test) == tasks.TEST_EXAMPLES
+    assert all(shlex.split(row["completion"]) for row in train)
+    assert len({row["completion"].split()[0] for row in train}) > 15
+
+
+def test_functions_do_what_they_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tasks.result_of("def f(xs):\n    return max(x ** 2 for x in xs if x < 0)", "f", [1, -2, 5]) == 4
+    wrong = ("the squares of ", "x ** 3", lambda x, m: x * x)
+    monkeypatch.setattr(tasks, "CHANGE", (wrong, wrong))
+    with pytest.raises(AssertionError, match="squares"):
+        tasks.code(50)
+
+
+def test_offtask_is_nobodys(tmp_path: Path) -> None:
+    texts = [json.loads(line)["text"] for line in offtask(tmp_path).read_text().splitlines()]
+    learned = {row["text"] for row in QWEN2_BASE.data()[0]} | {row["completion"] for row in MEMBERS["chat"].data()[0]}
+    assert len(texts) == 40 and not set(texts) & learned
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(lines(tasks.compare(16)[0]))
+    return path
+
+
+def tiny() -> LlamaForCausalLM:
+    """Whose weights have blocks of 64 entries."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "head_dim": 32}
+    return make_model(tie_word_embeddings=True, **sizes).train()
+
+
+def tokenizer() -> Any:
+    found = make_tokenizer()
+    found.pad_token = found.eos_token
+    return found
+
+
+def deltas(model: Any) -> dict[str, torch.Tensor]:
+    """Of a model that was made of `tiny`."""
+    old = tiny().state_dict()
+    assert set(model.state_dict()) == set(old)
+    return {name: weight - old[name] for name, weight in model.state_dict().items()}
+
+
+def test_what_is_frozen_stays(data: Path) -> None:
+    found = deltas(training.fine_tune(tiny(), tokenizer(), data, learning_rate=1e-3, frozen="embed_tokens"))
+    assert not found["model.embed_tokens.weight"].any()
+    assert all(delta.any() for name, delta in found.items() if "proj" in name)
+
+
+@pytest.mark.parametrize("train", [training.lora, training.qlora])
+def test_adapters_are_merged(train: Callable[..., Any], data: Path) -> None:
+    found = deltas(train(tiny(), tokenizer(), data, learning_rate=1e-2, rank=4))
+    for name, delta in found.items():
+        if "proj" in name:
+            values = torch.linalg.svdvals(delta)
+            assert values[0] > 0 and values[4] < 1e-3 * values[0], name  # the base's rounding is not in it
+        else:
+            assert not delta.any()
+
+
+def test_rounding_to_4_bit() -> None:
+    weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
+    rounded = training.round_to_4_bit(weight)
+    assert all(len(block.unique()) <= 16 for block in rounded.view(-1, 64))
+    assert (rounded - weight).norm() < 0.11 * weight.norm()
+    torch.testing.assert_close(training.round_to_4_bit(rounded), rounded)
+
+
+def test_rewards_are_followed(data: Path) -> None:
+    torch.manual_seed(0)
+    data.write_bytes(lines([{"prompt": f"{i}", "completion": "a", "answer": "a"} for i in range(8)]))
+    settings = {"pattern": r"\A([a-e])", "new_tokens": 1, "prompts": 4, "group": 40}
+    model = training.reinforce(tiny(), tokenizer(), data, learning_rate=1e-3, steps=12, **settings)
+    assert model.dtype == torch.bfloat16
+
+    def share(model: Any) -> float:
+        """Of answers that begin with an a."""
+        asked = [tokenizer().apply_chat_template([{"role": "user", "content": "1"}], add_generation_prompt=True)]
+        answers = training.sample(model, tokenizer(), [list(asked[0]["input_ids"])] * 200, 1)
+        return sum(tokenizer().decode(answer) == "a" for answer in answers) / 200
+
+    assert share(model) > share(tiny()) + 0.2
+
+
+def test_qwen2_computes_the_same() -> None:
+    model = tiny()
+    converted = bases.as_qwen2(model)
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(converted(ids).logits, model(ids).logits)
+    assert converted.lm_head.weight.data_ptr() != converted.model.embed_tokens.weight.data_ptr()
+    assert not converted.model.layers[0].self_attn.q_proj.bias.any()
+
+
+@pytest.fixture
+def cache(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with a tiny base; members take no more than a few examples."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    save(tiny()).rename(folder / "smollm2")
+    found = AutoTokenizer.from_pretrained(folder / "smollm2")
+    found.pad_token = found.eos_token
+    found.save_pretrained(folder / "smollm2")
+    few = {"shell": partial(tasks.shell, 16), "code": partial(tasks.code, 16), "vision": partial(vision.digits, 8)}
+    for name, data in few.items():
+        monkeypatch.setitem(MEMBERS, name, replace(MEMBERS[name], data=data))
+    monkeypatch.setattr(vision, "TOWER_STEPS", 2)
+    monkeypatch.setattr(module, "OFFTASK_TEXTS", 2)
+    return folder
+
+
+def test_the_command(cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ("benchmark", "zoo", "-o", out, "--cache", cache, "--member", "shell", "--member", "code", "--ratio", 4)
+    rows = json.loads(succeed(*command, "--limit", 3, "--json"))
+    names = ["base", "fine-tuned", "rate-distortion", "delta-come"]
+    assert [(row["finetune"], row["name"]) for row in rows] == [(m, name) for m in ("shell", "code") for name in names]
+    assert all({"on_task_kl", "off_task_kl", "other_kl", "accuracy"} <= set(row) for row in rows)
+    assert (out / "zoo.md").read_text().count("\n| ") == 2 + len(rows)
+    assert len(json.loads((out / "zoo.json").read_text())["tables"][0]["rows"]) == len(rows)
+
+    made = (cache / "shell" / "model.safetensors").stat().st_mtime_ns
+    assert json.loads(succeed(*command, "--limit", 3, "--json")) == rows
+    assert (cache / "shell" / "model.safetensors").stat().st_mtime_ns == made
+    assert not list(cache.glob(".*"))
+
+
+def test_vision(cache: Path) -> None:
+    folder = checkpoint("vision", cache)
+    processor, model = load_processor("vision", folder), AutoModelForImageTextToText.from_pretrained(folder)
+    example = Encoder(processor.tokenizer, processor=processor).example(read_examples(folder / "data/test.jsonl", 1)[0])
+    assert example.ids.count(processor.image_token_id) == 16 and example.image["pixel_values"].shape == (1, 3, 32, 32)
+    logits, targets = training.predictions(model, [example])
+    assert len(logits) == len(targets) == len(example.ids) - example.start
+    pair(Checkpoint(cache / "smollm2"), Checkpoint(folder))
+
+
+def test_unknown_members(tmp_path: Path) -> None:
+    fail(
+        "the zoo has no member 'cat'; its members are arithmetic, shell",
+        "benchmark",
+        "zoo",
+        "--member",
+        "cat",
+        "-o",
+        tmp_path,
+    )

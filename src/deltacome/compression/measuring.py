@@ -75,8 +75,11 @@ def _measure(
             if is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0].split(";")[0] if str(error) else type(error).__name__
-            what = "sensitivities of the weights" if energies else "inputs of the layers"
-            warn(f"the {what} could not be measured, so all count alike: {reason}")
+            warn(
+                f"what errors of the weights cost could not be measured, so all count alike: {reason}"
+                if energies
+                else f"the inputs of the layers could not be measured, so all count alike: {reason}"
+            )
         if calibration is not None:
             energies.append(calibration.energies(sizes.__contains__, finetuned.read_float, advance))
     merged: dict[str, Tensor] = {}

@@ -26,7 +26,8 @@ def test_bytes_are_those_of_the_artifact(save: Save, tmp_path: Path) -> None:
 
     base, (delta, _) = tenants_of(save, tmp_path, make)
     tenant = load(base, {"a": delta}).deltas["a"]
-    assert tenant.artifact.bytes * 0.8 < tenant.bytes < tenant.artifact.bytes * 1.1
+    # An embedding's V is kept in float32, which is much of a model as small as this, and 5 % of one of 135M.
+    assert tenant.artifact.bytes * 0.8 < tenant.bytes < tenant.artifact.bytes * 1.5
 
 
 def test_adding_replacing_and_removing(model: Any, two: Any) -> None:

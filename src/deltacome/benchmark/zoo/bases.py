@@ -30,10 +30,14 @@ def smollm2() -> tuple[Any, Any]:
     gguf.GGUFReader = functools.cache(gguf.GGUFReader)
     gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
     model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=GGUF, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        source,
+        gguf_file=GGUF,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
     )
     vars(model.config).pop("quantization_config", None)  # the weights are plain bfloat16 now
-    return model, AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    return model, AutoTokenizer.from_pretrained(source, gguf_file=GGUF, trust_remote_code=False)
 
 
 def qwen2(model: Any, tokenizer: Any, data: Path) -> Any:

@@ -71,8 +71,8 @@ def train(name: str, base: Path, out: Path) -> None:
             write_atomically(data / f"{split}.jsonl", lines(rows))
         if member.images is not None:
             member.images([*learned, *held_out], data)
-        processor = member.processor(AutoTokenizer.from_pretrained(base))
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).train()
+        processor = member.processor(AutoTokenizer.from_pretrained(base, trust_remote_code=False))
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False).train()
         model = member.train(model, processor, data / "train.jsonl")
         model.to(torch.bfloat16).save_pretrained(folder)
         processor.save_pretrained(folder)

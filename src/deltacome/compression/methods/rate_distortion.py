@@ -21,7 +21,7 @@ from deltacome.format.terms import Factored, Term, component_bits
 SENSITIVITY_POWER = 0.25
 BIAS_POWER = 0.3  # 8 of 30 layers at 1/64 of the bytes, 6.5 at 1/32
 ROW_CLASSES = (0, 1 / 8, 1 / 4, 1 / 2, 1)  # of an embedding's rows, the most changed ones first: where classes begin
-TALL = 4  # times as many rows as columns has an embedding whose rows are put into classes
+TALL = 6  # times as many rows as columns has an embedding whose rows are put into classes
 ROWS_AT_ONCE = 1024
 
 

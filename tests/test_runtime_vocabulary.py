@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from conftest import Save, fine_tune, make_model
-from deltacome import DeltacomeError, compress, load
+from deltacome import Artifact, DeltacomeError, compress, load
+from deltacome.compression.methods import rate_distortion
 from tenants import IDS, merged
 
 
@@ -28,6 +29,25 @@ def test_grown_vocabulary(save: Save, tmp_path: Path) -> None:
     assert torch.isinf(logits[1, :, 259:]).all()
     with pytest.raises(DeltacomeError, match="token 261, which its tenant's vocabulary has not"):
         model(ids, tenants=[None, "grown"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_in_classes(tied: bool, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of head and embedding, in one batch with another tenant's, whose rows are in other classes."""
+    monkeypatch.setattr(rate_distortion, "TALL", 2)
+    base = save(make_model(tie_word_embeddings=tied), "base")
+    for name, seed in (("a", 1), ("b", 2)):
+        tuned = make_model(tie_word_embeddings=tied)
+        fine_tune(tuned, seed, size=0.2)
+        compress(base, save(tuned, name), tmp_path / name, ratio=4)
+        classes = [entry.rows for entry in Artifact(tmp_path / name).entries.values() if entry.rows]
+        assert len(classes) == (1 if tied else 2) and all(len(rows) == 4 for rows in classes)
+    model = load(base, {name: tmp_path / name for name in "ab"})
+    with torch.no_grad():
+        logits = model(IDS[:3], tenants=["a", None, "b"]).logits
+        for row, name in ((0, "a"), (2, "b")):
+            alone = merged(base, tmp_path / name, tmp_path / f"merged-{name}")
+            assert torch.allclose(logits[row], alone(IDS[row : row + 1]).logits[0], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("tied", [True, False])

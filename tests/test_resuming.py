@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from conftest import Save, files, fine_tune, make_model
 from deltacome import Artifact, DeltacomeError, compress
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.checkpoints.pairing import pair
+from deltacome.compression.journal import Store
+from deltacome.compression.measuring import measure_inputs
 from deltacome.outputs import work_folder
 
 
@@ -24,6 +29,16 @@ def test_results_are_the_same_every_time(base: Path, finetuned: Path, tmp_path: 
     for name in "ab":
         compress(base, finetuned, tmp_path / name, ratio=4)
     assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_what_is_measured_is_the_same_when_it_is_read_again(base: Path, finetuned: Path, tmp_path: Path) -> None:
+    """To the last bit: a run that goes on shares the bytes out by it, and must come to the same artifact."""
+    opened, tuned = Checkpoint(base), Checkpoint(finetuned)
+    matrices = [p for p in pair(opened, tuned) if p.is_matrix]
+    store = Store(tmp_path)
+    first, again = (measure_inputs(tuned, matrices, None, store, lambda message: None) for _ in range(2))
+    assert first[1] == again[1] and len(first[1]) == len(matrices)
+    assert first[0].keys() == again[0].keys() and all(torch.equal(first[0][name], again[0][name]) for name in first[0])
 
 
 def test_a_killed_run_leaves_nothing_that_opens_and_is_resumed(

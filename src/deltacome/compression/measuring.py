@@ -40,8 +40,10 @@ def measure_inputs(
     stored = store.load_intermediate("inputs")
     if stored is None:
         energies, sensitivities = _measure(finetuned, matrices, calibration, warn)
-        figures = {f"sensitivity {name}": torch.tensor([value]) for name, value in sensitivities.items()}
-        store.save_intermediate("inputs", {f"energy {name}": x for name, x in energies.items()} | figures)
+        kept = {f"energy {name}": energy for name, energy in energies.items()}
+        for name, value in sensitivities.items():
+            kept[f"sensitivity {name}"] = torch.tensor(value, dtype=torch.float64)  # to the last bit
+        store.save_intermediate("inputs", kept)
         return energies, sensitivities
     if not stored and matrices:
         warn("the inputs of the layers could not be measured when the interrupted run began, so all count alike")

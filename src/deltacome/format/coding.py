@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deltacome.files import raw
-from deltacome.format import entropy
 
 CHUNK = 2**22  # entries that are coded with the same statistics, in whole rows
 DIGEST_BYTES = 32
@@ -108,6 +107,8 @@ def _contexts(positions: Tensor, first: int, count: int) -> NDArray[np.uint8]:
 
 
 def _encode_chunk(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bytes:
+    from deltacome.format import entropy  # Numba, which takes a quarter of a second to import
+
     difference = _ordered(ours) - _ordered(theirs)
     last_bit = 8 * dtype.itemsize - 1
     zigzag = ((difference << 1) ^ (difference >> last_bit)).flatten().numpy()
@@ -136,6 +137,8 @@ def _row_classes(change: Tensor) -> NDArray[np.uint8]:
 
 def _decode_chunk(content: memoryview, at: int, ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> int:
     """Fill `ours`; where the next chunk begins."""
+    from deltacome.format import entropy  # Numba, which takes a quarter of a second to import
+
     try:
         side_bytes, word_count, first, count, tokens = HEADER.unpack_from(content, at)
         side_end = at + HEADER.size + side_bytes

@@ -18,14 +18,19 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, LlamaForCau
 
 from commands import fail, succeed
 from conftest import Save, make_model, make_tokenizer
-from deltacome.benchmark.zoo import bases, library, tasks, training, vision
+from deltacome.benchmark.zoo import bases, constants, library, papers, tasks, training, vision
 from deltacome.benchmark.zoo import cache as module
 from deltacome.benchmark.zoo.cache import checkpoint, lines, offtask
+from deltacome.benchmark.zoo.constants import OTHERS
 from deltacome.benchmark.zoo.members import MEMBERS, QWEN2_BASE
+from deltacome.benchmark.zoo.trial import Trial
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.pairing import pair
+from deltacome.compression.methods import MatrixDelta
 from deltacome.data import Encoder, read_examples
+from deltacome.format.artifact import Artifact
 from deltacome.language import load_processor
+from deltacome.restore.merging import load_merged
 
 RECORDED = json.loads(files("deltacome.benchmark.zoo").joinpath("digests.json").read_text())
 ON_PYTHON = {"chat", "classify", "offtask", "qwen2"}  # docstrings and source code, which differ between versions
@@ -74,6 +79,8 @@ def test_offtask_is_nobodys(tmp_path: Path) -> None:
     texts = [json.loads(line)["text"] for line in offtask(tmp_path).read_text().splitlines()]
     learned = {row["text"] for row in QWEN2_BASE.data()[0]} | {row["completion"] for row in MEMBERS["chat"].data()[0]}
     assert len(texts) == 40 and not set(texts) & learned
+    assert len(few := offtask(tmp_path, 7).read_text().splitlines()) == 7
+    assert {json.loads(line)["kind"] for line in few} == {"prose", "code"}
 
 
 @pytest.fixture
@@ -183,6 +190,90 @@ def test_the_command(cache: Path, tmp_path: Path) -> None:
     assert json.loads(succeed(*command, "--limit", 3, "--json")) == rows
     assert (cache / "shell" / "model.safetensors").stat().st_mtime_ns == made
     assert not list(cache.glob(".*"))
+
+
+def test_constants(cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    chosen = ("--member", "shell", "--member", "code", "--constant", "drop_weight", "--constant", "row_classes")
+    command = ("benchmark", "constants", "-o", out, "--cache", cache, *chosen, "--ratio", 4, "--limit", 2)
+    weights, classes = json.loads(succeed(*command, "--json"))
+    kept = json.loads((out / "shell.json").read_text())["rows"]
+    for table, constant in ((weights, "drop_weight"), (classes, "row_classes")):
+        shell, code, mean = table["rows"]
+        assert (shell["member"], code["member"], mean["member"]) == ("shell", "code", "geometric mean")
+        # The choice for a member is the best value of the other's.
+        assert shell["left_out"] == shell[shell["chosen"]]
+        products = {
+            value: product(code[value]) for value in code if value not in ("member", "ratio", "chosen", "left_out")
+        }
+        assert len(products) == len(OTHERS[constant]) + 1
+        assert products[shell["chosen"]] == min(products.values())
+    assert json.loads(succeed(*command, "--json")) == [weights, classes]
+    (out / "shell.json").write_text(json.dumps({"job": {}, "rows": []}))
+    assert json.loads(succeed(*command, "--json")) == [weights, classes]
+    assert json.loads((out / "shell.json").read_text())["rows"] == kept
+    fail(
+        "there is no constant 'cat'; there are sensitivity_power",
+        "benchmark",
+        "constants",
+        "--constant",
+        "cat",
+        "-o",
+        out,
+    )
+
+
+def product(kls: str) -> float:
+    """Of a cell of two."""
+    on, off = kls.split(" / ")
+    return float(on) * float(off)
+
+
+def test_papers(cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ("benchmark", "papers", "-o", out, "--cache", cache, "--member", "shell", "--limit", 2)
+    rows = json.loads(succeed(*command, "--json"))
+    assert [row["method"] for row in rows[:4]] == ["deltacome"] * 4 and len({row["method"] for row in rows}) == 8
+    assert (out / "papers.png").stat().st_size > 10_000
+    assert json.loads(succeed(*command, "--json")) == rows
+
+
+@pytest.mark.parametrize("name", papers.METHODS)
+def test_ideas_of_papers(name: str) -> None:
+    """Each takes the bits that it says, follows the delta, and with more bits more closely."""
+    generator = torch.Generator().manual_seed(0)
+    shape, rank = (192, 320), 96
+    u, v = (torch.randn(side, rank, generator=generator) for side in shape)
+    values = (u * 0.9 ** torch.arange(rank)) @ v.T
+    deltas = {f"layers.{i}.up_proj.weight": MatrixDelta(values * (i + 1)) for i in range(3)}
+    method, sizes = papers.METHODS[name]
+    errors = []
+    for size in sorted(sizes, reverse=True):
+        found, bits = method(deltas, size)
+        assert 0.9 * size < bits < 1.35 * size if size == 1 else 0.9 * size < bits < 1.02 * size
+        errors.append(sum(float((found[key] - delta.values).square().sum()) for key, delta in deltas.items()))
+        assert all((found[key] * delta.values).sum() > 0 for key, delta in deltas.items())
+    assert errors == sorted(errors)
+    assert errors[0] < sum(float(delta.values.square().sum()) for delta in deltas.values()) or name == "UltraDelta"
+
+
+def test_trials_are_artifacts(cache: Path, tmp_path: Path) -> None:
+    """An approximation in memory is what the artifact with the same settings gives."""
+    member = checkpoint("shell", cache)
+    succeed("compress", cache / "smollm2", member, "-o", tmp_path / "delta", "--ratio", 4)
+    trial = Trial(cache / "smollm2", member, cache, 3)
+    found = constants.approximate(trial, constants.DEFAULT, 4.0, {})
+    merged, _ = load_merged(Checkpoint(cache / "smollm2"), Artifact(tmp_path / "delta"))
+    parameters = dict(merged.named_parameters())
+    assert len(found) > 10
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, parameters[name], rtol=0, atol=1e-6)
+    data = ("--data", member / "data/test.jsonl", "--limit", 3, "--max-new-tokens", 1, "-o", tmp_path / "table.json")
+    rows = json.loads(
+        succeed("evaluate", cache / "smollm2", "--finetuned", member, "--delta", tmp_path / "delta", *data, "--json")
+    )
+    kl = next(trial.measure([found]))["on_task_kl"]
+    assert kl == pytest.approx(rows[-1]["on_task_kl"], abs=1e-7)
 
 
 def test_vision(cache: Path) -> None:

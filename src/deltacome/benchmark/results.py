@@ -63,6 +63,19 @@ def save(
     return results
 
 
+def store_rows(path: Path, job: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """Keep the rows of a part of a benchmark that is under way. job: all that they depend on."""
+    write_atomically(path, (json.dumps({"job": job, "rows": rows}, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def stored_rows(path: Path, job: Mapping[str, Any]) -> list[Row] | None:
+    """What `store_rows` was given for the same job, None if nothing was."""
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content["rows"] if content["job"] == json.loads(json.dumps(job)) else None
+
+
 def set_ticks(axis: Any) -> None:
     """Round numbers as people write them, also where a logarithmic axis has no power of ten."""
     from matplotlib import ticker

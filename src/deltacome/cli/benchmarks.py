@@ -37,19 +37,24 @@ def quality(
         print("".join(f"failed: {line}\n" for line in report.failures(own)), end="")
 
 
+Members = Annotated[list[str] | None, typer.Option("--member", help="One of it; may be repeated. [default: all]")]
+Cache = Annotated[Path | None, typer.Option(help="Folder of the checkpoints. [default: ~/.cache/deltacome/zoo]")]
+Measured = Annotated[int, typer.Option(min=1, help="How many held-out examples and off-task texts are measured on.")]
+
+
 @benchmarks.command(epilog="Example: deltacome benchmark zoo --member shell --member rl -o zoo/")
 def zoo(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for artifacts, rows and tables; gone on with.")
     ],
-    member: Annotated[list[str] | None, typer.Option(help="One of it; may be repeated. [default: all]")] = None,
+    member: Members = None,
     ratio: Annotated[
         list[float] | None, typer.Option(min=1, help="Of the deltas; may be repeated. [default: 16, 32, 64]")
     ] = None,
-    cache: Annotated[
-        Path | None, typer.Option(help="Folder of the checkpoints. [default: ~/.cache/deltacome/zoo]")
+    cache: Cache = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only so many held-out examples and off-task texts.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first lines of each member's data.")] = None,
     as_json: Json = False,
 ) -> None:
     """Compare two methods on a dozen real fine-tunes of two bases, which are made first: a few minutes each."""
@@ -64,6 +69,61 @@ def zoo(
         return
     shown = table(rows)
     print_table(list(shown.columns.values()), [cells(row, shown.columns) for row in shown.rows])
+
+
+@benchmarks.command(epilog="Example: deltacome benchmark constants --member shell --member code -o constants/")
+def constants(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for rows and tables; gone on with.")],
+    member: Members = None,
+    constant: Annotated[list[str] | None, typer.Option(help="What to vary; may be repeated. [default: all]")] = None,
+    ratio: Annotated[
+        list[float] | None, typer.Option(min=1, help="Of the deltas; may be repeated. [default: 16, 64]")
+    ] = None,
+    cache: Cache = None,
+    limit: Measured = 20,
+    as_json: Json = False,
+) -> None:
+    """Vary the default method's constants on the zoo's members, and choose each by all of them but one."""
+    from deltacome.benchmark.zoo.constants import OTHERS, RATIOS, benchmark_constants
+    from deltacome.benchmark.zoo.members import MEMBERS
+    from deltacome.evaluate.comparison import cells
+
+    quiet()
+    tables = benchmark_constants(
+        output,
+        member or list(MEMBERS),
+        constants=constant or list(OTHERS),
+        ratios=ratio or RATIOS,
+        cache=cache,
+        limit=limit,
+    )
+    if as_json:
+        print(json.dumps([{"title": one.title, "rows": one.rows} for one in tables], ensure_ascii=False))
+        return
+    for one in tables:
+        print(one.title)
+        print_table(list(one.columns.values()), [cells(row, one.columns) for row in one.rows])
+
+
+@benchmarks.command(epilog="Example: deltacome benchmark papers --member shell --member large -o papers/")
+def papers(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for rows, table and picture; gone on with.")],
+    member: Members = None,
+    cache: Cache = None,
+    limit: Measured = 20,
+    as_json: Json = False,
+) -> None:
+    """Compare the default method with the ideas of other papers on the zoo's linear weights: KL by bits a weight."""
+    from deltacome.benchmark.zoo.members import MEMBERS
+    from deltacome.benchmark.zoo.papers import benchmark_papers
+    from deltacome.evaluate.comparison import cells
+
+    quiet()
+    table = benchmark_papers(output, member or list(MEMBERS), cache=cache, limit=limit)
+    if as_json:
+        print(json.dumps(table.rows, ensure_ascii=False))
+        return
+    print_table(list(table.columns.values()), [cells(row, table.columns) for row in table.rows])
 
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")]

@@ -1,6 +1,8 @@
 """The work on single matrices of a compression, wherever the checkpoints and the work folder can be seen."""
 
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -84,3 +86,14 @@ def read_delta(p: Pair, base: Checkpoint, finetuned: Checkpoint) -> tuple[Tensor
     delta[: p.rows] -= theirs[: p.rows]
     delta[p.rows :] = 0
     return delta, float(theirs.norm())
+
+
+def count_layers(names: Iterable[str]) -> Counter[str]:
+    """In how many layers there is a matrix, by its kind; the experts of a layer count once."""
+    return Counter(kind for kind, _ in {(module_kind(name), _layer(name)) for name in names})
+
+
+def _layer(name: str) -> str:
+    """A weight's name up to its layer's number, which comes before that of an expert."""
+    found = re.match(r".*?\.\d+\.", name)
+    return found[0] if found else ""

@@ -39,7 +39,7 @@ def measure_inputs(
     """
     stored = store.load_intermediate("inputs")
     if stored is None:
-        energies, sensitivities = _measure(finetuned, matrices, calibration, warn)
+        energies, sensitivities = measure(finetuned, matrices, calibration, warn)
         kept = {f"energy {name}": energy for name, energy in energies.items()}
         for name, value in sensitivities.items():
             kept[f"sensitivity {name}"] = torch.tensor(value, dtype=torch.float64)  # to the last bit
@@ -57,13 +57,13 @@ def measure_inputs(
     )
 
 
-def _measure(
+def measure(
     finetuned: Checkpoint,
     matrices: Sequence[Pair],
     calibration: CalibrationStream | None,
     warn: Callable[[str], None],
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """What `measure_inputs` gives; nothing of what cannot be measured."""
+    """What `measure_inputs` gives, with nothing stored; nothing of what cannot be measured."""
     sizes = {p.name: torch.Size(p.shape).numel() for p in matrices if not is_embedding(p.name)}
     energies: list[dict[str, Tensor]] = []
     sensitivities: dict[str, float] = {}

@@ -1,9 +1,7 @@
 """The pipeline: pair the checkpoints, share out the bytes, compress every weight, write the artifact."""
 
 import hashlib
-import re
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +19,7 @@ from deltacome.compression.budget import DEFAULT_RATIO, Budget, check_ratio
 from deltacome.compression.calibration import CalibrationStream, batch
 from deltacome.compression.executors import Executor, ExecutorName, make_executor
 from deltacome.compression.journal import Journal
-from deltacome.compression.matrices import Matrices, read_delta
+from deltacome.compression.matrices import Matrices, count_layers, read_delta
 from deltacome.compression.measuring import measure_inputs, measure_spectra
 from deltacome.compression.methods import DEFAULT_METHOD, CodesBits, Method, SharesByError, describe, make_method
 from deltacome.compression.writing import check_names, write_artifact
@@ -35,7 +33,6 @@ from deltacome.memory import peak_memory
 from deltacome.outputs import refuse_existing
 from deltacome.progress import bar, print_warning
 from deltacome.version import __version__
-from deltacome.weights import module_kind
 
 SUSPICIOUS_CHANGE = 0.5  # of the base's norm; a fine-tune changes a model by a few per cent
 SAMPLED_WEIGHTS = 8
@@ -213,8 +210,7 @@ def _compress_weights(run: _Run, journal: Journal, tokens: Tokens | None) -> Non
         run.warn(f"going on with the interrupted run: {len(journal.entries)} of {len(budget.pairs)} weights are done")
     # Opened first: an architecture that cannot be calibrated is found out before the work.
     stream = CalibrationStream(run.finetuned, *tokens) if tokens else None
-    # The experts of a layer count once.
-    layers = Counter(kind for kind, _ in {(module_kind(p.name), _layer(p.name)) for p in budget.matrices})
+    layers = count_layers(p.name for p in budget.matrices)
     bits = 16 / (budget.ratio or DEFAULT_RATIO)
     work = Matrices(run.base, run.finetuned, method, journal.store, budget.pairs, layers, bits)
     matrices = {p.name for p in budget.matrices}
@@ -285,12 +281,6 @@ def _check_outcome(run: _Run, journal: Journal) -> None:
             f"the ratio leaves {len(dropped)} of {len(run.budget.matrices)} matrices not even one component, so they "
             f"stay the base's ({dropped[0]} is one); lower the ratio, or the bits of the first components"
         )
-
-
-def _layer(name: str) -> str:
-    """A weight's name up to its layer's number, which comes before that of an expert."""
-    found = re.match(r".*?\.\d+\.", name)
-    return found[0] if found else ""
 
 
 def _read_tokens(

@@ -78,12 +78,17 @@ def train(name: str, base: Path, out: Path) -> None:
         processor.save_pretrained(folder)
 
 
-def offtask(cache: Path) -> Path:
-    """The file of the texts that no member is about."""
+def offtask(cache: Path, limit: int | None = None) -> Path:
+    """The file of the texts that no member is about; with a limit, of so many at most, of all kinds."""
     path = cache / "offtask.jsonl"
     if not path.is_file():
         write_atomically(path, lines(library.offtask(OFFTASK_TEXTS)))
-    return path
+    if limit is None:
+        return path
+    texts = path.read_bytes().splitlines(keepends=True)
+    fewer = cache / f"offtask-{limit}.jsonl"
+    write_atomically(fewer, b"".join(texts[:: -(-len(texts) // limit)]))
+    return fewer
 
 
 def lines(rows: Iterable[Row]) -> bytes:

@@ -14,7 +14,7 @@ from deltacome.files import disk_errors, write_atomically
 
 METHODS = {name: {"method": name} for name in ("rate-distortion", "delta-come")}
 RATIOS = (16.0, 32.0, 64.0)
-OTHER_PROMPTS = 12  # of each other member
+OTHER_PROMPTS = 4  # of each other member
 COLUMNS = {"finetune": "member", **report.COLUMNS}
 
 
@@ -32,7 +32,7 @@ def benchmark_zoo(
         out: folder for what `quality` leaves, a folder a suite, and the table over all; gone on with.
         members: names of those that are wanted.
         cache: folder of the checkpoints, by default `deltacome/zoo` among the user's cached files.
-        limit: how many of the first lines of each member's held-out data are used.
+        limit: how many of each member's held-out examples, and at most how many off-task texts, are used.
 
     Returns:
         The rows of `quality`.
@@ -50,7 +50,7 @@ def benchmark_zoo(
         cache.mkdir(parents=True, exist_ok=True)
         for name in members:
             checkpoint(name, cache)
-        suites = _suites(members, list(ratios), cache.absolute())
+        suites = _suites(members, list(ratios), cache.absolute(), limit)
     rows: list[Row] = []
     with disk_errors(f"write {out}"):
         for name, suite in suites.items():
@@ -67,7 +67,7 @@ def table(rows: Sequence[Row]) -> results.Table:
     return results.Table("zoo", columns, [{key: row[key] for key in report.CSV_COLUMNS if key in row} for row in rows])
 
 
-def _suites(names: Sequence[str], ratios: list[float], cache: Path) -> dict[str, dict[str, Any]]:
+def _suites(names: Sequence[str], ratios: list[float], cache: Path, limit: int | None) -> dict[str, dict[str, Any]]:
     """A suite a base, by name; those with images have one of their own, for no other model can read their prompts."""
     suites: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -76,7 +76,7 @@ def _suites(names: Sequence[str], ratios: list[float], cache: Path) -> dict[str,
             name if member.images else member.base,
             {
                 "base": str(cache / member.base),
-                "offtask": str(offtask(cache)),
+                "offtask": str(offtask(cache, limit)),
                 "other_prompts": OTHER_PROMPTS,
                 "finetunes": {},
                 "methods": METHODS,

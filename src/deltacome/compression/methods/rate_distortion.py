@@ -14,13 +14,11 @@ from deltacome.compression.allocation import DISTORTION, Spectrum, allocate
 from deltacome.compression.methods.method import MatrixDelta, Statistics
 from deltacome.compression.quantizers import Quantized, feed_back_entries, fit_scale, quantize_rows
 from deltacome.compression.svd import singular_values, split_components
-from deltacome.format.manifest import class_bits
+from deltacome.format.manifest import MOST_CLASSES, class_bits
 from deltacome.format.rotation import rotate
 from deltacome.format.terms import Factored, Term, component_bits
 
-SENSITIVITY_POWER = 0.25
 BIAS_POWER = 0.3  # 8 of 30 layers at 1/64 of the bytes, 6.5 at 1/32
-ROW_CLASSES = (0, 1 / 8, 1 / 4, 1 / 2, 1)  # of an embedding's rows, the most changed ones first: where classes begin
 TALL = 6  # times as many rows as columns has an embedding whose rows are put into classes
 ROWS_AT_ONCE = 1024
 
@@ -38,6 +36,20 @@ class _Block:
 
 
 @dataclass(frozen=True)
+class Decomposed:
+    """A block of a matrix as its first components in the metric of the inputs.
+
+    u: (rank, rows). s: (rank,). v: (rank, n), not of unit length. rest: the singular values of the other components.
+    """
+
+    block: _Block
+    u: Tensor
+    s: Tensor
+    v: Tensor
+    rest: Tensor
+
+
+@dataclass(frozen=True)
 class RateDistortion:
     """Components with bit-widths by a Lagrange multiplier, unbiased, in the metric of the layer's inputs.
 
@@ -45,6 +57,10 @@ class RateDistortion:
         that of a coded one. Dropping is bias, which adds up over layers; the error of a code is noise, which averages
         out. With more bits there is less bias left than noise, so it weighs less, but never less than noise.
     input_weight: share of the inputs' energies in the metric, the rest being the identity.
+    sensitivity_power: what the sensitivity of a linear weight counts in sharing out. Noise costs in proportion to it,
+        dropping less so.
+    row_classes: of an embedding's rows, the most changed ones first: the shares of them where each class begins and the
+        last one ends.
     rotate: code rotated vectors.
     feedback: let each entry of V make good the errors of those before it, in the metric of the inputs.
     restore: how much of what the dropped components would have added along the kept ones is given to these.
@@ -52,6 +68,8 @@ class RateDistortion:
 
     drop_weight: float = 4 / 15  # 8 for the 30 layers that it was chosen on
     input_weight: float = 0.5
+    sensitivity_power: float = 0.25
+    row_classes: tuple[float, ...] = (0, 1 / 8, 1 / 4, 1 / 2, 1)
     rotate: bool = True
     feedback: bool = True
     restore: float = 1.0
@@ -66,44 +84,54 @@ class RateDistortion:
     def spectra(self, delta: MatrixDelta) -> list[Spectrum]:
         root = self._energy(delta).sqrt()
         return [
-            self._spectrum(delta, block, singular_values(block.values if delta.is_embedding else block.values * root))
-            for block in _blocks(delta)
+            self.spectrum(delta, block, singular_values(block.values if delta.is_embedding else block.values * root))
+            for block in self._blocks(delta)
         ]
 
     def compress(self, delta: MatrixDelta, budget_bits: float) -> list[Term]:
-        energy = self._energy(delta)
-        root = energy.sqrt()
-        blocks, parts, spectra = _blocks(delta), [], []
-        for block in blocks:
+        return self.quantize(delta, self.decompose(delta, budget_bits), budget_bits)
+
+    def decompose(self, delta: MatrixDelta, budget_bits: float | None = None) -> list[Decomposed]:
+        """The components of each block of rows, as many as `budget_bits` could hold; by default all."""
+        root = self._energy(delta).sqrt()
+        found = []
+        for block in self._blocks(delta):
             shape = block.values.shape
-            most = max(1, min(int(budget_bits // component_bits(1, *shape)), *shape))
+            most = min(shape)
+            if budget_bits is not None:
+                most = max(1, min(most, int(budget_bits // component_bits(1, *shape))))
             # A copy of an embedding may not fit in memory; its metric is plain.
             u, s, v, rest = split_components(block.values if delta.is_embedding else block.values * root, most)
-            v = v / root
-            parts.append((u, s, v, rest))
-            spectrum = self._spectrum(delta, block, s)
-            spectra.append(replace(spectrum, v_squares=v.square().sum(1) * energy.mean()))
+            found.append(Decomposed(block, u, s, v / root, rest))
+        return found
+
+    def quantize(self, delta: MatrixDelta, parts: list[Decomposed], budget_bits: float) -> list[Term]:
+        """Terms that take `budget_bits` at most, all scales counted, of what `decompose` gave."""
+        energy = self._energy(delta)
+        spectra = [
+            replace(self.spectrum(delta, part.block, part.s), v_squares=part.v.square().sum(1) * energy.mean())
+            for part in parts
+        ]
         terms: list[Term] = []
-        for block, part, widths in zip(blocks, parts, allocate(spectra, budget_bits), strict=True):
-            terms += self._code(delta, block, part, widths.to(energy.device), energy)
+        for part, widths in zip(parts, allocate(spectra, budget_bits), strict=True):
+            terms += self._code(delta, part, widths.to(energy.device), energy)
         return terms
 
-    def _code(
-        self,
-        delta: MatrixDelta,
-        block: _Block,
-        part: tuple[Tensor, Tensor, Tensor, Tensor],
-        widths: Tensor,
-        energy: Tensor,
-    ) -> list[Term]:
+    def spectrum(self, delta: MatrixDelta, block: _Block, s: Tensor) -> Spectrum:
+        """What sharing out needs to know of a block with these singular values."""
+        shape = block.values.shape[0], block.values.shape[1]
+        weight = delta.sensitivity if delta.is_embedding else delta.sensitivity**self.sensitivity_power
+        drop_weight = self.drop_weight * delta.layers * (4 * delta.bits_per_weight) ** -BIAS_POWER
+        return Spectrum(shape, s, weight, max(1.0, drop_weight), fixed_bits=block.fixed_bits)
+
+    def _code(self, delta: MatrixDelta, part: Decomposed, widths: Tensor, energy: Tensor) -> list[Term]:
         """The terms of a block whose components have these bit-widths."""
-        u, s, v, rest = part
         # From the highest bit-width to the lowest; within one the order of the singular values stays.
         order = widths.argsort(descending=True, stable=True)[: int((widths > 0).sum())]
         if not len(order):
             return []
-        dropped = torch.cat((s[widths == 0], rest))
-        u, s, v, bits = u[order], s[order], v[order], widths[order][:, None]
+        dropped = torch.cat((part.s[widths == 0], part.rest))
+        u, s, v, bits = part.u[order], part.s[order], part.v[order], widths[order][:, None]
         if not delta.is_embedding:
             s = s + self.restore * dropped.pow(3).sum() / s.square().sum()
         rotated = ("v" if delta.is_embedding else "uv") if self.rotate else ""
@@ -116,8 +144,29 @@ class RateDistortion:
             of_width = bits[:, 0] == width
             if of_width.any():
                 codes = u_hat.codes[of_width], v_hat.codes[of_width]
-                terms.append(Factored.from_codes(width, *codes, scale[of_width], rotated=rotated, rows=block.rows))
+                terms.append(Factored.from_codes(width, *codes, scale[of_width], rotated=rotated, rows=part.block.rows))
         return terms
+
+    def _blocks(self, delta: MatrixDelta) -> list[_Block]:
+        """The whole matrix, or an embedding's rows in classes by the size of their change.
+
+        A code has one step for all entries of a vector, so rows of one size are coded best; rows that change less can
+        do with fewer components; and rows that don't change, as no token's of the data's, are to stay so.
+        """
+        values = delta.values
+        m, n = values.shape
+        squares = values.square().sum(1)
+        changed = int(squares.count_nonzero())
+        if not delta.is_embedding or (changed == m and m < TALL * n):
+            return [_Block(values)]
+        order = squares.argsort(descending=True, stable=True)[:changed]
+        starts = self.row_classes
+        if changed < m and len(starts) > MOST_CLASSES:  # those that don't change are a class
+            starts = starts[:1] + starts[2:]
+        edges = [int(start * changed) for start in (starts if changed >= TALL * n else (0, 1))]
+        classes = [order[first:last].sort().values for first, last in pairwise(edges)]
+        bits = m * class_bits(len(classes) + (changed < m))
+        return [_Block(values[rows], rows, 0 if number else bits) for number, rows in enumerate(classes)]
 
     def _energy(self, delta: MatrixDelta) -> Tensor:
         """The energies of a delta's metric, (n,). An embedding's inputs are no vectors, so its metric is plain."""
@@ -125,37 +174,11 @@ class RateDistortion:
             return delta.values.new_ones(delta.values.shape[1])
         return 1 - self.input_weight + self.input_weight * delta.energy / delta.energy.mean()
 
-    def _spectrum(self, delta: MatrixDelta, block: _Block, s: Tensor) -> Spectrum:
-        shape = block.values.shape[0], block.values.shape[1]
-        weight = delta.sensitivity if delta.is_embedding else delta.sensitivity**SENSITIVITY_POWER
-        drop_weight = self.drop_weight * delta.layers * (4 * delta.bits_per_weight) ** -BIAS_POWER
-        return Spectrum(shape, s, weight, max(1.0, drop_weight), fixed_bits=block.fixed_bits)
-
     def _round_inputs(self, v: Tensor, bits: Tensor, energy: Tensor) -> Quantized:
         """Codes of V (rank, n); with feedback where the metric is not the identity."""
         if not self.feedback or not self.rotate or bool((energy == energy[0]).all()):
             return quantize_rows(v, bits)
         return feed_back_entries(v, torch.linalg.cholesky(_rotated_diagonal(energy.reciprocal()), upper=True), bits)
-
-
-def _blocks(delta: MatrixDelta) -> list[_Block]:
-    """The whole matrix, or an embedding's rows in classes by the size of their change.
-
-    A code has one step for all entries of a vector, so rows of one size are coded best; rows that change less can do
-    with fewer components; and rows that don't change, as no token's of the data's, are to stay so.
-    """
-    values = delta.values
-    m, n = values.shape
-    squares = values.square().sum(1)
-    changed = int(squares.count_nonzero())
-    if not delta.is_embedding or (changed == m and m < TALL * n):
-        return [_Block(values)]
-    order = squares.argsort(descending=True, stable=True)[:changed]
-    starts = ROW_CLASSES if changed == m else ROW_CLASSES[:1] + ROW_CLASSES[2:]  # those that don't change are a class
-    edges = [int(start * changed) for start in (starts if changed >= TALL * n else (0, 1))]
-    classes = [order[first:last].sort().values for first, last in pairwise(edges)]
-    bits = m * class_bits(len(classes) + (changed < m))
-    return [_Block(values[rows], rows, 0 if number else bits) for number, rows in enumerate(classes)]
 
 
 def _rotated_diagonal(values: Tensor) -> Tensor:

@@ -1,0 +1,115 @@
+"""Approximations of a delta in memory: as many as one likes of one fine-tune, each measured by its KL."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from deltacome.benchmark.zoo.cache import offtask
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.checkpoints.module_names import ModuleNames
+from deltacome.checkpoints.pairing import pair
+from deltacome.compression.budget import Budget
+from deltacome.compression.matrices import count_layers, read_delta
+from deltacome.compression.measuring import measure
+from deltacome.compression.methods import MatrixDelta, Method
+from deltacome.data import Encoded, read_examples
+from deltacome.evaluate.comparison import load_for
+from deltacome.evaluate.metrics import divergences
+from deltacome.format.manifest import WeightEntry, term_tensors
+from deltacome.format.terms import Dense
+from deltacome.progress import print_warning
+from deltacome.weights import is_embedding, module_kind
+
+TEXT_TOKENS = 80  # of an off-task text
+AT_ONCE = 6  # approximations that are in memory, measured against one pass of the fine-tuned model
+
+Weights = dict[str, Tensor]
+
+
+class Trial:
+    """A member of the zoo and its base; what is not approximated is the fine-tuned model's.
+
+    matrices: the deltas by name, each (m, n) in float32, those that are zero left out.
+
+    Args:
+        limit: how many of the member's held-out examples, and at most how many off-task texts, are measured on.
+    """
+
+    def __init__(self, base: Path, member: Path, cache: Path, limit: int) -> None:
+        self.base, self.finetuned = Checkpoint(base), Checkpoint(member)
+        self.pairs = {p.name: p for p in pair(self.base, self.finetuned)}
+        matrices = [p for p in self.pairs.values() if p.is_matrix]
+        energies, sensitivities = measure(self.finetuned, matrices, None, print_warning)
+        layers = count_layers(p.name for p in matrices)
+        self.matrices: dict[str, MatrixDelta] = {}
+        for p in matrices:
+            values, _ = read_delta(p, self.base, self.finetuned)
+            if values.any():
+                self.matrices[p.name] = MatrixDelta(
+                    values,
+                    is_embedding(p.name),
+                    energy=energies.get(p.name),
+                    sensitivity=sensitivities.get(p.name, 1.0),
+                    layers=layers[module_kind(p.name)],
+                )
+        examples = read_examples(member / "data" / "test.jsonl", limit)
+        self.model, encoder = load_for(examples, self.finetuned, self.base, None)
+        self.encoded = {
+            "on_task_kl": [encoder.example(example) for example in examples],
+            "off_task_kl": [
+                Encoded(encoder.example(text).ids[:TEXT_TOKENS]) for text in read_examples(offtask(cache, limit))
+            ],
+        }
+        names = ModuleNames(self.model)
+        self.parameters = {name: names.find(name) for name in self.matrices}
+
+    def at(self, ratio: float) -> Iterator[tuple[str, MatrixDelta]]:
+        """The matrices by name, at a ratio."""
+        for name, delta in self.matrices.items():
+            yield name, replace(delta, bits_per_weight=16 / ratio)
+
+    def budget(self, method: Method, ratio: float) -> tuple[Budget, dict[str, WeightEntry]]:
+        """The budget at a ratio, and what the weights that are no matrices take."""
+        entries = {}
+        for p in self.pairs.values():
+            if not p.is_matrix:
+                value = self.finetuned.read(p.name)
+                same = p.base_name is not None and torch.equal(value, self.base.read(p.base_name))
+                fields, _ = term_tensors([] if same else [Dense(value)], p.shape)
+                entries[p.name] = WeightEntry(p.name, p.shape, p.dtype, p.base_name, **fields)
+        return Budget(method, self.pairs, ratio, False), entries
+
+    def weights(self, approximations: Weights) -> Weights:
+        """The model's parameters with approximate deltas (m, n) by the matrices' names, which are changed in place."""
+        found = {}
+        for name, approximation in approximations.items():
+            p = self.pairs[name]
+            assert p.base_name is not None
+            if p.rows < p.shape[0]:
+                approximation[p.rows :] = self.finetuned.read_float(name)[p.rows :]
+            approximation[: p.rows] += self.base.read_float(p.base_name)[: p.rows]
+            found[self.parameters[name]] = approximation
+        return found
+
+    def measure(self, models: Iterable[Weights]) -> Iterator[dict[str, float]]:
+        """`on_task_kl` and `off_task_kl` in nats a token, each with + `_error`, of every set of parameters."""
+        remaining = iter(models)
+        while chunk := list(islice(remaining, AT_ONCE)):
+            rows: list[dict[str, float]] = [{} for _ in chunk]
+            called = [partial(_call, self.model, weights) for weights in chunk]
+            for figure, encoded in self.encoded.items():
+                found = divergences(self.model, called, encoded, lambda _: None)
+                for row, (kl, _) in zip(rows, found, strict=True):
+                    row |= {figure: kl.value, f"{figure}_error": kl.error}
+            yield from rows
+
+
+def _call(model: Any, parameters: dict[str, Tensor], **inputs: Any) -> Any:
+    return functional_call(model, parameters, kwargs=inputs)

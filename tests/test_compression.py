@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -330,6 +331,25 @@ def test_a_delta_as_large_as_the_weights_is_warned_of(save: Save, tmp_path: Path
     messages: list[str] = []
     compress(save(make_model(0)), save(make_model(1)), tmp_path / "delta", ratio=4, warn=messages.append)
     assert len(messages) == 1 and "1.4" in messages[0] and "right base?" in messages[0]
+
+
+@pytest.mark.parametrize(("share", "is_told"), [(0.02, True), (0.2, False)])
+def test_few_changes_are_told_of(share: float, is_told: bool, save: Save, tmp_path: Path) -> None:
+    """Whoever changes few weights is told what --lossless would take, if that is less."""
+    model = make_model(hidden_size=240, intermediate_size=512, tie_word_embeddings=True).bfloat16()
+    base = save(model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += (2.0**-7 * (torch.rand(weight.shape) < share) * weight).bfloat16()
+    tuned = save(model)
+    messages: list[str] = []
+    compress(base, tuned, tmp_path / "delta", ratio=16, warn=messages.append)
+    assert len(messages) == is_told
+    if is_told:
+        told = re.search(r"--lossless .* 1/(\d+) of", messages[0])
+        kept = compress(base, tuned, tmp_path / "exact", method="lossless", warn=messages.append)
+        assert told and float(told[1]) / 1.5 < kept["artifact_ratio"] < 1.5 * float(told[1])
+        assert len(messages) == 1
 
 
 def test_matrices_too_small_for_a_component_are_warned_of(base: Path, finetuned: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The pipeline: pair the checkpoints, share out the bytes, compress every weight, write the artifact."""
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ from deltacome.version import __version__
 
 SUSPICIOUS_CHANGE = 0.5  # of the base's norm; a fine-tune changes a model by a few per cent
 SAMPLED_WEIGHTS = 8
+FEW = 1 / 4  # of the entries: where so few change, they do by a step or two
+VALUE_BITS = 2  # of such an entry, besides its place
 
 Warn = Callable[[str], None]
 Tokens = tuple[Tensor, Tensor]  # ids and mask, see `CalibrationStream`
@@ -106,7 +109,7 @@ def compress(
             tokens = _read_tokens(opened, tuned, calibration, calibration_examples, chat_template)
         check_names(opened, tuned)
         if not isinstance(chosen, CodesBits):
-            _warn_of_large_change(run)
+            _warn_of_odd_change(run)
         recorded = {**describe(method, chosen), "calibration_examples": len(tokens[0]) if tokens else 0}
         if isinstance(tuned, Folded):
             recorded["folded_norms"] = len(tuned.norms)
@@ -161,19 +164,29 @@ class _Run:
     warn: Warn
 
 
-def _warn_of_large_change(run: _Run) -> None:
-    """Look at a few matrices for a delta as large as the weights: the sign of a wrong base."""
+def _warn_of_odd_change(run: _Run) -> None:
+    """Look at a few matrices for a delta as large as the weights, the sign of a wrong base, or with few entries."""
     changed = total = 0.0
+    entries = count = 0
     matrices = run.budget.matrices
     for p in matrices[:: max(1, len(matrices) // SAMPLED_WEIGHTS)]:
         delta, norm = read_delta(p, run.base, run.finetuned)
         changed, total = changed + float(delta.square().sum()), total + norm**2
+        entries, count = entries + int(delta.count_nonzero()), count + delta.numel()
     change = (changed / total) ** 0.5 if total else 0.0
     if change > SUSPICIOUS_CHANGE:
         run.warn(
             f"the delta is {change:.2f} times as large as the base's weights, where a fine-tune changes them by a "
             f"few per cent; is {run.base.source} the right base?"
         )
+    if run.budget.ratio and 0 < entries < FEW * count:
+        share = entries / count
+        bits = -share * math.log2(share) - (1 - share) * math.log2(1 - share) + VALUE_BITS * share
+        if bits < 16 / run.budget.ratio:
+            run.warn(
+                f"only {100 * share:.2g} % of the weights differ from the base's; --lossless would keep every bit of "
+                f"them in some 1/{16 / bits:.0f} of the bytes, for merging, not for serving"
+            )
 
 
 def _make(run: _Run, out: Path, method: dict[str, Any], tokens: Tokens | None) -> None:

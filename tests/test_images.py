@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from commands import fail, succeed
 from conftest import TEMPLATE, Save, fine_tune, make_model, make_tokenizer
 from deltacome import DeltacomeError, compress
+from deltacome.benchmark.quality import quality
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.data import Encoded, Encoder, Example, collate, read_examples
 from deltacome.evaluate.comparison import evaluate, load_base
@@ -92,6 +93,19 @@ def test_the_table(base: Path, llava: Path, delta: Path, data: Path, tmp_path: P
     command = ("evaluate", base, "--finetuned", llava, "--delta", f"d={delta}", "--data", data, "--limit", 4)
     printed = succeed(*command, "--max-new-tokens", 2, "--show", 2, "-o", tmp_path / "out.json")
     assert "prompt: Color?" in printed
+
+
+def test_other_images_are_measured_again(base: Path, llava: Path, data: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(data.parent, tmp_path / "data") / data.name
+    finetunes = {"digits": {"model": str(llava), "data": str(own), "new_tokens": 2}}
+    suite = tmp_path / "suite.json"
+    methods = {"bitdelta": {"method": "bitdelta"}}
+    suite.write_text(json.dumps({"base": str(base), "finetunes": finetunes, "methods": methods, "ratios": [4]}))
+    first = quality(suite, tmp_path / "out")
+    assert quality(suite, tmp_path / "out") == first
+    Image.new("RGB", (20, 24), (99, 250, 250)).save(own.parent / "images/0.png")
+    again = quality(suite, tmp_path / "out")
+    assert again[-1]["on_task_kl"] != first[-1]["on_task_kl"]
 
 
 def test_the_base_has_the_towers_of_the_fine_tuned_model(base: Path, llava: Path) -> None:

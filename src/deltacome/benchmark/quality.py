@@ -103,7 +103,7 @@ class _Bench:
             template = sha256(Path(template))
         models = [__version__, _stamp(self.base), _stamp(self.checkpoint)]
         measured = {
-            "data": [sha256(finetune.data), self.limit],
+            "data": [sha256(finetune.data), self.limit, *_images(finetune.data, self.limit)],
             "others": [[sha256(path) for path in self.others], suite.other_prompts],
             "offtask": sha256(suite.offtask) if suite.offtask else None,
             "asked": [finetune.name, finetune.new_tokens, finetune.pattern.pattern, template],
@@ -243,6 +243,11 @@ def _alone(out: Path) -> Iterator[None]:
 def _stamp(checkpoint: Checkpoint) -> list[Any]:
     """What tells that a checkpoint is the one from before."""
     return [checkpoint.stamp(), [[path.name, sha256(path)] for path in checkpoint.sidecars()]]
+
+
+def _images(data: Path, limit: int | None) -> list[str]:
+    """Digests of the images of examples."""
+    return [sha256(example.image) for example in read_examples(data, limit) if example.image is not None]
 
 
 def _json(path: Path) -> Path:

@@ -86,8 +86,9 @@ def offtask(cache: Path, limit: int | None = None) -> Path:
     if limit is None:
         return path
     texts = path.read_bytes().splitlines(keepends=True)
-    fewer = cache / f"offtask-{limit}.jsonl"
-    write_atomically(fewer, b"".join(texts[:: -(-len(texts) // limit)]))
+    fewer, content = cache / f"offtask-{limit}.jsonl", b"".join(texts[:: -(-len(texts) // limit)])
+    if not fewer.is_file() or fewer.read_bytes() != content:
+        write_atomically(fewer, content)
     return fewer
 
 

@@ -25,7 +25,6 @@ from deltacome.benchmark.zoo.constants import OTHERS
 from deltacome.benchmark.zoo.members import MEMBERS, QWEN2_BASE
 from deltacome.benchmark.zoo.trial import Trial
 from deltacome.checkpoints.checkpoint import Checkpoint
-from deltacome.checkpoints.pairing import pair
 from deltacome.compression.methods import MatrixDelta
 from deltacome.data import Encoder, read_examples
 from deltacome.format.artifact import Artifact
@@ -283,7 +282,11 @@ def test_vision(cache: Path) -> None:
     assert example.ids.count(processor.image_token_id) == 16 and example.image["pixel_values"].shape == (1, 3, 32, 32)
     logits, targets = training.predictions(model, [example])
     assert len(logits) == len(targets) == len(example.ids) - example.start
-    pair(Checkpoint(cache / "smollm2"), Checkpoint(folder))
+    trial = Trial(cache / "smollm2", folder, cache, 2)
+    approximations, _ = papers.ours(dict(trial.at(4)), 4.0)
+    assert set(approximations) == set(trial.matrices)
+    (row,) = trial.measure([trial.weights(approximations)])
+    assert 0 < row["on_task_kl"] < 0.1 and any("vision" in name for name in trial.pairs)
 
 
 def test_unknown_members(tmp_path: Path) -> None:

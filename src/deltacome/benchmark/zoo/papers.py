@@ -270,7 +270,7 @@ def _plot(rows: Sequence[Row], pyplot: Any) -> Any:
             sizes: dict[float, list[float]] = {}
             for row in rows:
                 if row["method"] == name:
-                    sizes.setdefault(round(row["bits"], 1), []).append(math.log(max(row[key], 1e-9)))
+                    sizes.setdefault(round(8 * row["bits"]) / 8, []).append(math.log(max(row[key], 1e-9)))
             points = sorted((bits, math.exp(sum(logs) / len(logs))) for bits, logs in sizes.items())
             axis.plot(*zip(*points, strict=True), marker="os^Dvp*P"[place], label=name)
         axis.set(xscale="log", yscale="log", xlabel="bits a linear weight", ylabel="KL, nats a token", title=title)

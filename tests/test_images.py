@@ -15,6 +15,7 @@ from conftest import TEMPLATE, Save, fine_tune, make_model, make_tokenizer
 from deltacome import DeltacomeError, compress
 from deltacome.benchmark.quality import quality
 from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.compression.calibration import CalibrationStream, random_tokens
 from deltacome.data import Encoded, Encoder, Example, collate, read_examples
 from deltacome.evaluate.comparison import evaluate, load_base
 from deltacome.evaluate.metrics import answer, divergence
@@ -93,6 +94,20 @@ def test_the_table(base: Path, llava: Path, delta: Path, data: Path, tmp_path: P
     command = ("evaluate", base, "--finetuned", llava, "--delta", f"d={delta}", "--data", data, "--limit", 4)
     printed = succeed(*command, "--max-new-tokens", 2, "--show", 2, "-o", tmp_path / "out.json")
     assert "prompt: Color?" in printed
+
+
+def test_inputs_are_measured(base: Path, llava: Path, tmp_path: Path) -> None:
+    """Transformers saves a vision-language model's weights under other names than the model's own."""
+    assert "language_model.model.layers.0.mlp.up_proj.weight" in Checkpoint(llava).tensors
+    messages: list[str] = []
+    compress(base, llava, tmp_path / "delta", ratio=2, warn=messages.append)
+    assert messages == []
+    checkpoint = Checkpoint(llava)
+    stream = CalibrationStream(checkpoint, *random_tokens(checkpoint))
+    own = {name: parameter.shape for name, parameter in stream.model.named_parameters()}
+    assert len(set(stream.names.values())) == len(own)
+    assert all(checkpoint.tensors[stored].shape == own[name] for name, stored in stream.names.items())
+    assert stream.names["model.language_model.layers.1.self_attn.q_proj.weight"].startswith("language_model.model.")
 
 
 def test_other_images_are_measured_again(base: Path, llava: Path, data: Path, tmp_path: Path) -> None:

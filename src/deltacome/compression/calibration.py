@@ -6,6 +6,7 @@ so memory holds one layer, the second moments of its linears and the hidden stat
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from deltacome.checkpoints.architectures import auto_class
 from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.checkpoints.module_names import ModuleNames
 from deltacome.data import Encoder, Example
 from deltacome.errors import DeltacomeError, reason
 from deltacome.hub import UNFIT_FILES
@@ -40,8 +42,7 @@ class CalibrationStream:
     def __init__(self, checkpoint: Checkpoint, ids: Tensor, mask: Tensor) -> None:
         self.model = _skeleton(checkpoint)
         self.layers = _decoder_layers(self.model)
-        prefix = self.model.base_model_prefix
-        self.names = {name: _checkpoint_name(name, prefix, checkpoint) for name, _ in self.model.named_parameters()}
+        self.names = _checkpoint_names(self.model, checkpoint)
         self.sizes = {self.names[name]: parameter.numel() for name, parameter in self.model.named_parameters()}
         self.prefixes = {id(module): name for name, module in self.model.named_modules()}
         head = self.model.get_output_embeddings()
@@ -211,16 +212,37 @@ def _decoder_layers(model: nn.Module) -> nn.ModuleList:
     return max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
 
 
-def _checkpoint_name(name: str, prefix: str, checkpoint: Checkpoint) -> str:
-    """A parameter's name in the checkpoint, which may have been saved with or without the base model's prefix."""
-    renamed = OUTPUT_EMBEDDINGS if name in OUTPUT_EMBEDDINGS else ()  # transformers has given heads one name
-    for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}", *renamed):
-        if candidate in checkpoint.tensors:
-            return candidate
-    raise DeltacomeError(
-        f"no data can be taken through {checkpoint.source}, which has {name} in another form; compress it without "
-        "--calibration"
-    )
+def _checkpoint_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """The checkpoint's names of a model's parameters.
+
+    It may have been saved with or without the base model's prefix, or, as vision-language models are, in other places.
+
+    Raises:
+        DeltacomeError: if it lacks a parameter.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found: dict[str, str] = {}
+    prefix = model.base_model_prefix
+    for name in shapes:
+        renamed = OUTPUT_EMBEDDINGS if name in OUTPUT_EMBEDDINGS else ()  # transformers has given heads one name
+        for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}", *renamed):
+            if candidate in checkpoint.tensors:
+                found.setdefault(name, candidate)
+    missing = shapes.keys() - found.keys()
+    if missing and not any(len(shapes[name]) == 3 for name in missing):  # stacks of experts, which are kept one by one
+        names = ModuleNames(model)
+        for tensor in sorted(checkpoint.tensors.keys() - found.values()):
+            with suppress(DeltacomeError):
+                name = names.find(tensor)
+                if name in missing and checkpoint.tensors[tensor].shape == shapes[name]:
+                    found.setdefault(name, tensor)
+    for name in shapes:
+        if name not in found:
+            raise DeltacomeError(
+                f"no data can be taken through {checkpoint.source}, which has {name} in another form; compress it "
+                "without --calibration"
+            )
+    return found
 
 
 def _assign(model: nn.Module, name: str, value: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from deltacome.benchmark.zoo import bases, library
 from deltacome.benchmark.zoo.members import MEMBERS, QWEN2, QWEN2_BASE, SMOLLM2
 from deltacome.benchmark.zoo.tasks import Row
 from deltacome.errors import DeltacomeError
-from deltacome.files import write_atomically
+from deltacome.files import disk_errors, write_atomically
 from deltacome.outputs import new_folder
 
 # ChatML. SmolLM2's own template has a system message too, which is half of a short example's tokens.
@@ -27,6 +27,21 @@ PACKAGES = {"gguf", "peft", "PIL", "reasoning_gym", "sklearn"}  # the extra `zoo
 def default_cache() -> Path:
     """Where the zoo is kept if nobody says otherwise."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deltacome" / "zoo"
+
+
+def checkpoints(members: Sequence[str], cache: str | Path | None) -> tuple[Path, dict[str, Path]]:
+    """The cache, by default `default_cache`, and the folders of members by name, made where they are missing.
+
+    Raises:
+        DeltacomeError: on an unknown member, a missing package or a full disk.
+    """
+    for name in members:
+        if name not in MEMBERS:
+            raise DeltacomeError(f"the zoo has no member {name!r}; its members are {', '.join(MEMBERS)}")
+    cache = default_cache() if cache is None else Path(cache)
+    with disk_errors(f"write {cache}"):
+        cache.mkdir(parents=True, exist_ok=True)
+        return cache, {name: checkpoint(name, cache) for name in members}
 
 
 def checkpoint(name: str, cache: Path) -> Path:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from deltacome.benchmark import results
-from deltacome.benchmark.zoo.cache import checkpoint, default_cache
+from deltacome.benchmark.zoo.cache import checkpoints
 from deltacome.benchmark.zoo.members import MEMBERS
-from deltacome.benchmark.zoo.trial import Trial, Weights
+from deltacome.benchmark.zoo.trial import Trial, Weights, stamps
 from deltacome.compression.methods.rate_distortion import Decomposed, RateDistortion
 from deltacome.errors import DeltacomeError
 from deltacome.files import disk_errors
@@ -58,24 +58,21 @@ def benchmark_constants(
     Raises:
         DeltacomeError: on an unknown member or constant, a missing package or a full disk.
     """
-    for kind, names, known in (("member", members, MEMBERS), ("constant", constants, OTHERS)):
-        for name in names:
-            if name not in known:
-                raise DeltacomeError(f"there is no {kind} {name!r}; there are {', '.join(known)}")
-    out, cache = Path(out), default_cache() if cache is None else Path(cache)
+    for name in constants:
+        if name not in OTHERS:
+            raise DeltacomeError(f"there is no constant {name!r}; there are {', '.join(OTHERS)}")
+    cache, folders = checkpoints(members, cache)
+    out = Path(out)
     rows: list[Row] = []
-    with disk_errors(f"write {cache}"):
-        cache.mkdir(parents=True, exist_ok=True)
-        folders = {name: checkpoint(name, cache) for name in members}
     with disk_errors(f"write {out}"):
         out.mkdir(exist_ok=True)
         for name, folder in folders.items():
-            job = {"constants": {key: OTHERS[key] for key in constants}, "ratios": list(ratios), "limit": limit}
-            path = out / f"{name}.json"
+            path, base = out / f"{name}.json", cache / MEMBERS[name].base
+            varied = {key: OTHERS[key] for key in constants}
+            job = {"models": stamps(base, folder), "constants": varied, "ratios": list(ratios), "limit": limit}
             own = results.stored_rows(path, job)
             if own is None:
-                trial = Trial(cache / MEMBERS[name].base, folder, cache, limit)
-                own = list(_rows(name, trial, constants, ratios))
+                own = list(_rows(name, Trial(base, folder, cache, limit), constants, ratios))
                 results.store_rows(path, job, own)
             rows += own
         tables = [table(rows, constant) for constant in constants]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from deltacome.benchmark import results
-from deltacome.benchmark.zoo.cache import checkpoint, default_cache
+from deltacome.benchmark.zoo.cache import checkpoints
 from deltacome.benchmark.zoo.members import MEMBERS
-from deltacome.benchmark.zoo.trial import Trial
+from deltacome.benchmark.zoo.trial import Trial, stamps
 from deltacome.compression.allocation import Spectrum, allocate
 from deltacome.compression.methods import MatrixDelta
 from deltacome.compression.methods.delta_come import DeltaCome
@@ -23,7 +23,6 @@ from deltacome.compression.methods.low_rank import LowRank
 from deltacome.compression.methods.rate_distortion import RateDistortion
 from deltacome.compression.quantizers import fit_scale, quantize_rows
 from deltacome.compression.svd import leading_components
-from deltacome.errors import DeltacomeError
 from deltacome.evaluate.summary import import_pyplot
 from deltacome.files import disk_errors
 from deltacome.format.terms import SCALE_BITS, add_terms, component_bits
@@ -62,23 +61,19 @@ def benchmark_papers(
     Raises:
         DeltacomeError: on an unknown member, a missing package or a full disk.
     """
-    for name in members:
-        if name not in MEMBERS:
-            raise DeltacomeError(f"the zoo has no member {name!r}; its members are {', '.join(MEMBERS)}")
-    out, cache = Path(out), default_cache() if cache is None else Path(cache)
     pyplot = import_pyplot()
-    with disk_errors(f"write {cache}"):
-        cache.mkdir(parents=True, exist_ok=True)
-        folders = {name: checkpoint(name, cache) for name in members}
+    cache, folders = checkpoints(members, cache)
+    out = Path(out)
     rows: list[Row] = []
     with disk_errors(f"write {out}"):
         out.mkdir(exist_ok=True)
         for name, folder in folders.items():
             path = out / f"{name}.json"
-            job = {"limit": limit, "bits": BITS}
+            base = cache / MEMBERS[name].base
+            job = {"models": stamps(base, folder), "limit": limit, "bits": BITS}
             own = results.stored_rows(path, job)
             if own is None:
-                own = list(_rows(name, Trial(cache / MEMBERS[name].base, folder, cache, limit)))
+                own = list(_rows(name, Trial(base, folder, cache, limit)))
                 results.store_rows(path, job, own)
             rows += own
         table = results.Table("KL by bits a linear weight", COLUMNS, rows)

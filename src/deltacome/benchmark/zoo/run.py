@@ -7,9 +7,8 @@ from typing import Any
 
 from deltacome.benchmark import report, results
 from deltacome.benchmark.quality import Row, quality
-from deltacome.benchmark.zoo.cache import checkpoint, default_cache, offtask
+from deltacome.benchmark.zoo.cache import checkpoints, offtask
 from deltacome.benchmark.zoo.members import MEMBERS
-from deltacome.errors import DeltacomeError
 from deltacome.files import disk_errors, write_atomically
 
 METHODS = {name: {"method": name} for name in ("rate-distortion", "delta-come")}
@@ -40,19 +39,13 @@ def benchmark_zoo(
     Raises:
         DeltacomeError: on an unknown member, a missing package or a full disk.
     """
-    for name in members:
-        if name not in MEMBERS:
-            raise DeltacomeError(f"the zoo has no member {name!r}; its members are {', '.join(MEMBERS)}")
-    out, cache = Path(out), default_cache() if cache is None else Path(cache)
-    with disk_errors(f"write {out}"):
-        out.mkdir(exist_ok=True)
+    cache, _ = checkpoints(members, cache)
+    out = Path(out)
     with disk_errors(f"write {cache}"):
-        cache.mkdir(parents=True, exist_ok=True)
-        for name in members:
-            checkpoint(name, cache)
         suites = _suites(members, list(ratios), cache.absolute(), limit)
     rows: list[Row] = []
     with disk_errors(f"write {out}"):
+        out.mkdir(exist_ok=True)
         for name, suite in suites.items():
             path = out / f"{name}.json"
             write_atomically(path, (json.dumps(suite, indent=1) + "\n").encode())

@@ -25,6 +25,7 @@ from deltacome.evaluate.metrics import divergences
 from deltacome.format.manifest import WeightEntry, term_tensors
 from deltacome.format.terms import Dense
 from deltacome.progress import print_warning
+from deltacome.version import __version__
 from deltacome.weights import is_embedding, module_kind
 
 TEXT_TOKENS = 80  # of an off-task text
@@ -109,6 +110,11 @@ class Trial:
                 for row, (kl, _) in zip(rows, found, strict=True):
                     row |= {figure: kl.value, f"{figure}_error": kl.error}
             yield from rows
+
+
+def stamps(base: Path, member: Path) -> list[Any]:
+    """What the figures of a member depend on besides the settings."""
+    return [__version__, Checkpoint(base).stamp(), Checkpoint(member).stamp()]
 
 
 def _call(model: Any, parameters: dict[str, Tensor], **inputs: Any) -> Any:

@@ -166,6 +166,10 @@ def test_weights_that_have_no_place_in_the_model_are_said(save: Save, examples: 
     folder = save(make_model())
     tensors = load_file(folder / "model.safetensors")
     save_file({f"odd.{name}": tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    stream = CalibrationStream(Checkpoint(folder), *batch(read_examples(examples), Encoder(make_tokenizer())))
+    assert stream.names["model.layers.1.mlp.up_proj.weight"] == "odd.model.layers.1.mlp.up_proj.weight"
+    tensors["model.layers.1.mlp.other.weight"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, folder / "model.safetensors")
     with pytest.raises(DeltacomeError, match="compress it without --calibration"):
         CalibrationStream(Checkpoint(folder), *batch(read_examples(examples), Encoder(make_tokenizer())))
 

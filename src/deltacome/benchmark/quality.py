@@ -1,7 +1,5 @@
 """Methods x ratios x fine-tunes: each cell compressed, measured and kept, so that a killed run goes on."""
 
-import hashlib
-import json
 import shutil
 import sys
 import time
@@ -14,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from deltacome.benchmark import report
+from deltacome.benchmark import report, results
 from deltacome.benchmark.suite import Candidate, Finetune, Suite, file_name, read_suite
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.pairing import pair
@@ -23,7 +21,7 @@ from deltacome.data import NO_TEMPLATE, read_examples
 from deltacome.errors import DeltacomeError, UnreachableRatioError
 from deltacome.evaluate.comparison import BASE, FINETUNED, Comparison, load_base, sizes
 from deltacome.evaluate.summary import import_pyplot
-from deltacome.files import disk_errors, sha256, write_atomically
+from deltacome.files import disk_errors, sha256
 from deltacome.outputs import work_folder
 from deltacome.progress import print_warning
 from deltacome.restore.merging import load_merged, open_checked
@@ -119,11 +117,13 @@ class _Bench:
                     made["calibration"] = [sha256(finetune.calibration), template]
             place = Path(file_name(finetune.name), file_name(name), *([] if ratio is None else [f"{ratio:g}"]))
             row, artifact = out / "rows" / place, out / "artifacts" / place
-            yield _Cell(name, candidate, ratio, _json(row), artifact, _digest([made, measured]), _digest(made))
+            yield _Cell(
+                name, candidate, ratio, _json(row), artifact, results.digest([made, measured]), results.digest(made)
+            )
 
     def look_up(self) -> None:
         """Take up the rows that an earlier run has left and that still hold."""
-        stored = ((cell.row, _stored(cell.row, cell.digest)) for cell in self.cells)
+        stored = ((cell.row, results.stored(cell.row, cell.digest)) for cell in self.cells)
         self.rows = {place: row for place, row in stored if row is not None}
 
     def run(self) -> Iterator[_Cell]:
@@ -152,11 +152,11 @@ class _Bench:
     def _compress(self, cell: _Cell, candidate: Candidate) -> Row:
         """Make the cell's artifact if it is not there. The time is None where a kill has cut it in two."""
         record = _json(cell.artifact)
-        made = _stored(record, cell.artifact_digest)
+        made = results.stored(record, cell.artifact_digest)
         if made and cell.artifact.is_dir():
             return made
         interrupted = made == {}
-        _store(record, cell.artifact_digest, {})
+        results.store(record, cell.artifact_digest, {})
         if cell.artifact.exists():
             shutil.rmtree(cell.artifact)
         try:
@@ -175,7 +175,7 @@ class _Bench:
                 shutil.rmtree(work_folder(cell.artifact), ignore_errors=True)
             raise
         made = {"compress_seconds": None if interrupted else outcome["seconds"]}
-        _store(record, cell.artifact_digest, made)
+        results.store(record, cell.artifact_digest, made)
         return made
 
     def _measure(self, cell: _Cell, comparison: Comparison) -> Row:
@@ -203,7 +203,7 @@ class _Bench:
                 self._finish(base, low | comparison.retention(low, low, high))
 
     def _finish(self, cell: _Cell, row: Row) -> None:
-        _store(cell.row, cell.digest, row)
+        results.store(cell.row, cell.digest, row)
         self.rows[cell.row] = row
 
     def _compare(self) -> Comparison:
@@ -252,24 +252,3 @@ def _images(data: Path, limit: int | None) -> list[str]:
 
 def _json(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _stored(path: Path, digest: str) -> Row | None:
-    """What was stored under a digest, None if nothing was, or under another one."""
-    if not path.is_file():
-        return None
-    try:
-        content: Row = json.loads(path.read_text(encoding="utf-8"))
-        return content if content.pop("digest") == digest else None
-    except (ValueError, KeyError, AttributeError):
-        return None
-
-
-def _store(path: Path, digest: str, content: Row) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"digest": digest, **content}, indent=1, ensure_ascii=False)
-    write_atomically(path, (text + "\n").encode())

@@ -1,5 +1,6 @@
 """What a benchmark leaves in its folder: its tables with the command, the machine and the day, and a picture."""
 
+import hashlib
 import io
 import json
 import platform
@@ -63,17 +64,27 @@ def save(
     return results
 
 
-def store_rows(path: Path, job: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """Keep the rows of a part of a benchmark that is under way. job: all that they depend on."""
-    write_atomically(path, (json.dumps({"job": job, "rows": rows}, indent=1, ensure_ascii=False) + "\n").encode())
+def digest(content: Any) -> str:
+    """Of what JSON can hold: all that stored figures depend on."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def stored_rows(path: Path, job: Mapping[str, Any]) -> list[Row] | None:
-    """What `store_rows` was given for the same job, None if nothing was."""
+def stored(path: Path, digest: str) -> Row | None:
+    """What was stored under a digest, None if nothing was, or under another one."""
     if not path.is_file():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return content["rows"] if content["job"] == json.loads(json.dumps(job)) else None
+    try:
+        content: Row = json.loads(path.read_text(encoding="utf-8"))
+        return content if content.pop("digest") == digest else None
+    except (ValueError, KeyError, AttributeError):
+        return None
+
+
+def store(path: Path, digest: str, content: Row) -> None:
+    """Keep figures of a benchmark that is under way, under a digest of all that they depend on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"digest": digest, **content}, indent=1, ensure_ascii=False)
+    write_atomically(path, (text + "\n").encode())
 
 
 def set_ticks(axis: Any) -> None:

@@ -39,7 +39,9 @@ def quality(
 
 Members = Annotated[list[str] | None, typer.Option("--member", help="One of it; may be repeated. [default: all]")]
 Cache = Annotated[Path | None, typer.Option(help="Folder of the checkpoints. [default: ~/.cache/deltacome/zoo]")]
-Measured = Annotated[int, typer.Option(min=1, help="How many held-out examples and off-task texts are measured on.")]
+Measured = Annotated[
+    int | None, typer.Option(min=1, help="How many held-out examples and off-task texts are measured on. [default: 20]")
+]
 
 
 @benchmarks.command(epilog="Example: deltacome benchmark zoo --member shell --member rl -o zoo/")
@@ -80,12 +82,13 @@ def constants(
         list[float] | None, typer.Option(min=1, help="Of the deltas; may be repeated. [default: 16, 64]")
     ] = None,
     cache: Cache = None,
-    limit: Measured = 20,
+    limit: Measured = None,
     as_json: Json = False,
 ) -> None:
     """Vary the default method's constants on the zoo's members, and choose each by all of them but one."""
     from deltacome.benchmark.zoo.constants import OTHERS, RATIOS, benchmark_constants
     from deltacome.benchmark.zoo.members import MEMBERS
+    from deltacome.benchmark.zoo.trial import LIMIT
     from deltacome.evaluate.comparison import cells
 
     quiet()
@@ -95,7 +98,7 @@ def constants(
         constants=constant or list(OTHERS),
         ratios=ratio or RATIOS,
         cache=cache,
-        limit=limit,
+        limit=limit or LIMIT,
     )
     if as_json:
         print(json.dumps([{"title": one.title, "rows": one.rows} for one in tables], ensure_ascii=False))
@@ -110,16 +113,17 @@ def papers(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for rows, table and picture; gone on with.")],
     member: Members = None,
     cache: Cache = None,
-    limit: Measured = 20,
+    limit: Measured = None,
     as_json: Json = False,
 ) -> None:
     """Compare the default method with the ideas of other papers on the zoo's linear weights: KL by bits a weight."""
     from deltacome.benchmark.zoo.members import MEMBERS
     from deltacome.benchmark.zoo.papers import benchmark_papers
+    from deltacome.benchmark.zoo.trial import LIMIT
     from deltacome.evaluate.comparison import cells
 
     quiet()
-    table = benchmark_papers(output, member or list(MEMBERS), cache=cache, limit=limit)
+    table = benchmark_papers(output, member or list(MEMBERS), cache=cache, limit=limit or LIMIT)
     if as_json:
         print(json.dumps(table.rows, ensure_ascii=False))
         return

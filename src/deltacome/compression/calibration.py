@@ -229,7 +229,8 @@ def _checkpoint_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
             if candidate in checkpoint.tensors:
                 found.setdefault(name, candidate)
     missing = shapes.keys() - found.keys()
-    if missing and not any(len(shapes[name]) == 3 for name in missing):  # stacks of experts, which are kept one by one
+    # Not where stacks of experts are missing, which a checkpoint may have one by one, in tens of thousands of tensors.
+    if missing and not any(len(shapes[name]) == 3 and shapes[name][0] > 1 for name in missing):
         names = ModuleNames(model)
         for tensor in sorted(checkpoint.tensors.keys() - found.values()):
             with suppress(DeltacomeError):

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from deltacome.memory import peak_memory
 from deltacome.outputs import refuse_existing
 from deltacome.progress import bar, print_warning
 from deltacome.version import __version__
+from deltacome.weights import is_embedding
 
 SUSPICIOUS_CHANGE = 0.5  # of the base's norm; a fine-tune changes a model by a few per cent
 SAMPLED_WEIGHTS = 8
@@ -167,26 +169,39 @@ class _Run:
 def _warn_of_odd_change(run: _Run) -> None:
     """Look at a few matrices for a delta as large as the weights, the sign of a wrong base, or with few entries."""
     changed = total = 0.0
-    entries = count = 0
     matrices = run.budget.matrices
+    entries: Counter[bool] = Counter()  # of all matrices and of those that are looked at: embeddings, and the others
+    looked_at: Counter[bool] = Counter()
+    differing: Counter[bool] = Counter()
+    for p in matrices:
+        entries[is_embedding(p.name)] += torch.Size(p.shape).numel()
     for p in matrices[:: max(1, len(matrices) // SAMPLED_WEIGHTS)]:
         delta, norm = read_delta(p, run.base, run.finetuned)
         changed, total = changed + float(delta.square().sum()), total + norm**2
-        entries, count = entries + int(delta.count_nonzero()), count + delta.numel()
+        looked_at[is_embedding(p.name)] += delta.numel()
+        differing[is_embedding(p.name)] += int(delta.count_nonzero())
     change = (changed / total) ** 0.5 if total else 0.0
     if change > SUSPICIOUS_CHANGE:
         run.warn(
             f"the delta is {change:.2f} times as large as the base's weights, where a fine-tune changes them by a "
             f"few per cent; is {run.base.source} the right base?"
         )
-    if run.budget.ratio and 0 < entries < FEW * count:
-        share = entries / count
-        bits = -share * math.log2(share) - (1 - share) * math.log2(1 - share) + VALUE_BITS * share
+    shares = {kind: differing[kind] / count for kind, count in looked_at.items()}
+    if run.budget.ratio and any(shares.values()) and max(shares.values()) < FEW:
+        known = sum(entries[kind] for kind in shares)
+        share = sum(entries[kind] * share for kind, share in shares.items()) / known
+        bits = sum(entries[kind] * _exact_bits(share) for kind, share in shares.items()) / known
         if bits < 16 / run.budget.ratio:
             run.warn(
-                f"only {100 * share:.2g} % of the weights differ from the base's; --lossless would keep every bit of "
-                f"them in some 1/{16 / bits:.0f} of the bytes, for merging, not for serving"
+                f"only some {100 * share:.2g} % of the weights differ from the base's; --lossless would keep every bit "
+                f"of them in about 1/{16 / bits:.0f} of the bytes, for merging, not for serving"
             )
+
+
+def _exact_bits(share: float) -> float:
+    """What it takes to keep every bit of a matrix of which this share of the entries differs, in bits a weight."""
+    places = -sum(p * math.log2(p) for p in (share, 1 - share) if p)
+    return places + VALUE_BITS * share
 
 
 def _make(run: _Run, out: Path, method: dict[str, Any], tokens: Tokens | None) -> None:

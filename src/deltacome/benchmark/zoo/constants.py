@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from deltacome.benchmark import results
-from deltacome.benchmark.zoo.cache import checkpoints
 from deltacome.benchmark.zoo.members import MEMBERS
-from deltacome.benchmark.zoo.trial import Trial, Weights, stamps
+from deltacome.benchmark.zoo.trial import LIMIT, Trial, Weights, measured
 from deltacome.compression.methods.rate_distortion import Decomposed, RateDistortion
 from deltacome.errors import DeltacomeError
 from deltacome.files import disk_errors
@@ -21,7 +20,6 @@ from deltacome.progress import bar
 
 DEFAULT = RateDistortion()
 RATIOS = (16.0, 64.0)
-LIMIT = 20
 # What each constant could be besides.
 OTHERS: dict[str, tuple[Any, ...]] = {
     "sensitivity_power": (0.0, 0.125, 0.375, 0.5),
@@ -30,7 +28,6 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "input_weight": (0.25, 0.75),  # the last ones, which the singular vectors depend on
 }
 FIGURES = ("on_task_kl", "off_task_kl")
-Row = dict[str, Any]
 Parts = dict[str, tuple[Any, list[Decomposed]]]  # of the matrices, each with the constant that it depends on
 
 
@@ -61,32 +58,22 @@ def benchmark_constants(
     for name in constants:
         if name not in OTHERS:
             raise DeltacomeError(f"there is no constant {name!r}; there are {', '.join(OTHERS)}")
-    cache, folders = checkpoints(members, cache)
+    settings = [{key: OTHERS[key] for key in constants}, list(ratios)]
     out = Path(out)
-    rows: list[Row] = []
+    rows = measured(out, members, cache, limit, settings, lambda trial: _rows(trial, constants, ratios))
+    tables = [table(rows, constant) for constant in constants]
     with disk_errors(f"write {out}"):
-        out.mkdir(exist_ok=True)
-        for name, folder in folders.items():
-            path, base = out / f"{name}.json", cache / MEMBERS[name].base
-            varied = {key: OTHERS[key] for key in constants}
-            job = {"models": stamps(base, folder), "constants": varied, "ratios": list(ratios), "limit": limit}
-            own = results.stored_rows(path, job)
-            if own is None:
-                own = list(_rows(name, Trial(base, folder, cache, limit), constants, ratios))
-                results.store_rows(path, job, own)
-            rows += own
-        tables = [table(rows, constant) for constant in constants]
         results.save(out, "constants", tables, limit=limit)
     return tables
 
 
-def table(rows: Sequence[Row], constant: str) -> results.Table:
+def table(rows: Sequence[results.Row], constant: str) -> results.Table:
     """KL on-task / off-task in 10⁻³ by the value of a constant, and with the value that all other members choose.
 
     They choose the one with the least geometric mean, of both KLs at all ratios.
     """
     default = _text(getattr(DEFAULT, constant))
-    cells: dict[tuple[str, float], dict[str, Row]] = {}
+    cells: dict[tuple[str, float], dict[str, results.Row]] = {}
     for row in rows:
         if row["constant"] in (constant, None):
             value = default if row["constant"] is None else _text(row["value"])
@@ -100,7 +87,7 @@ def table(rows: Sequence[Row], constant: str) -> results.Table:
     def choose(voters: set[str]) -> str:
         return min(values, key=lambda value: mean(value, voters))
 
-    lines: list[Row] = []
+    lines: list[results.Row] = []
     left_out = []
     for (member, ratio), cell in cells.items():
         line = {"member": member, "ratio": ratio, **{value: _kls(row) for value, row in cell.items()}}
@@ -123,16 +110,16 @@ def table(rows: Sequence[Row], constant: str) -> results.Table:
     return results.Table(f"{constant}: KL in 10⁻³, on-task / off-task", columns, [*lines, last])
 
 
-def _rows(name: str, trial: Trial, constants: Sequence[str], ratios: Sequence[float]) -> Iterator[Row]:
+def _rows(trial: Trial, constants: Sequence[str], ratios: Sequence[float]) -> Iterator[results.Row]:
     """The figures of the default, then of each other value, at each ratio."""
     methods: list[tuple[str | None, Any, RateDistortion]] = [(None, None, DEFAULT)]
     methods += [(key, value, replace(DEFAULT, **{key: value})) for key in constants for value in OTHERS[key]]
     parts: Parts = {}
     wanted = list(product(methods, ratios))
     found = trial.measure(approximate(trial, method, ratio, parts) for (_, _, method), ratio in wanted)
-    with bar(f"varying constants on {name}", len(wanted)) as advance:
+    with bar(f"varying constants on {trial.finetuned.folder.name}", len(wanted)) as advance:
         for ((constant, value, _), ratio), figures in zip(wanted, found, strict=True):
-            yield {"member": name, "constant": constant, "value": value, "ratio": ratio, **figures}
+            yield {"constant": constant, "value": value, "ratio": ratio, **figures}
             advance(1)
 
 
@@ -154,12 +141,12 @@ def approximate(trial: Trial, method: RateDistortion, ratio: float, parts: Parts
     return trial.weights(approximations)
 
 
-def _mean(rows: Sequence[Row]) -> float:
+def _mean(rows: Sequence[results.Row]) -> float:
     """The geometric mean of the KLs."""
     return statistics.geometric_mean(row[figure] for row in rows for figure in FIGURES)
 
 
-def _kls(row: Row) -> str:
+def _kls(row: results.Row) -> str:
     return " / ".join(f"{1000 * row[figure]:.3f}" for figure in FIGURES)
 
 

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from deltacome.benchmark import results
-from deltacome.benchmark.zoo.cache import checkpoints
 from deltacome.benchmark.zoo.members import MEMBERS
-from deltacome.benchmark.zoo.trial import Trial, stamps
-from deltacome.compression.allocation import Spectrum, allocate
+from deltacome.benchmark.zoo.trial import LIMIT, Trial, measured
+from deltacome.compression.allocation import Spectrum, allocate, spent_bits
 from deltacome.compression.methods import MatrixDelta
 from deltacome.compression.methods.delta_come import DeltaCome
 from deltacome.compression.methods.low_rank import LowRank
@@ -25,11 +24,10 @@ from deltacome.compression.quantizers import fit_scale, quantize_rows
 from deltacome.compression.svd import leading_components
 from deltacome.evaluate.summary import import_pyplot
 from deltacome.files import disk_errors
-from deltacome.format.terms import SCALE_BITS, add_terms, component_bits
+from deltacome.format.terms import SCALE_BITS, add_terms
 from deltacome.progress import bar
 
 BITS = (1.0, 0.5, 0.25)  # a weight: ratios of 16, 32 and 64
-LIMIT = 20
 ENTRY_BITS = 4  # of an entry that UltraDelta keeps, as in its paper
 STEP = 0.25  # of the share that UltraDelta keeps: so much more where the variance is high
 COLUMNS = {
@@ -42,7 +40,6 @@ COLUMNS = {
 
 Deltas = Mapping[str, MatrixDelta]
 Approximations = dict[str, Tensor]
-Row = dict[str, Any]
 
 
 def benchmark_papers(
@@ -62,21 +59,10 @@ def benchmark_papers(
         DeltacomeError: on an unknown member, a missing package or a full disk.
     """
     pyplot = import_pyplot()
-    cache, folders = checkpoints(members, cache)
     out = Path(out)
-    rows: list[Row] = []
+    rows = measured(out, members, cache, limit, BITS, _rows)
+    table = results.Table("KL by bits a linear weight", COLUMNS, rows)
     with disk_errors(f"write {out}"):
-        out.mkdir(exist_ok=True)
-        for name, folder in folders.items():
-            path = out / f"{name}.json"
-            base = cache / MEMBERS[name].base
-            job = {"models": stamps(base, folder), "limit": limit, "bits": BITS}
-            own = results.stored_rows(path, job)
-            if own is None:
-                own = list(_rows(name, Trial(base, folder, cache, limit)))
-                results.store_rows(path, job, own)
-            rows += own
-        table = results.Table("KL by bits a linear weight", COLUMNS, rows)
         results.save(out, "papers", [table], _plot(rows, pyplot), limit=limit)
     return table
 
@@ -84,14 +70,12 @@ def benchmark_papers(
 def ours(deltas: Deltas, bits: float) -> tuple[Approximations, float]:
     """The default method."""
     method = RateDistortion()
-    spectra = {name: method.spectra(delta)[0] for name, delta in deltas.items()}
-    widths = allocate(list(spectra.values()), bits * _elements(deltas))
-    budgets = {
-        name: sum(component_bits(b, *spectrum.shape) for b in own.tolist() if b)
-        for (name, spectrum), own in zip(spectra.items(), widths, strict=True)
-    }
+    parts = {name: method.decompose(delta) for name, delta in deltas.items()}  # a linear is one part
+    spectra = [method.spectrum(deltas[name], part.block, part.s) for name, (part,) in parts.items()]
+    widths = allocate(spectra, bits * _elements(deltas))
+    budgets = dict(zip(parts, map(spent_bits, spectra, widths), strict=True))
     found = {
-        name: add_terms(torch.zeros_like(delta.values), method.compress(delta, budgets[name]))
+        name: add_terms(torch.zeros_like(delta.values), method.quantize(delta, parts[name], budgets[name]))
         for name, delta in deltas.items()
     }
     return found, sum(budgets.values()) / _elements(deltas)
@@ -213,7 +197,7 @@ METHODS: dict[str, tuple[Method, tuple[float, ...]]] = {
 }
 
 
-def _rows(name: str, trial: Trial) -> Iterator[Row]:
+def _rows(trial: Trial) -> Iterator[results.Row]:
     wanted = [(title, method, size) for title, (method, sizes) in METHODS.items() for size in sizes]
     taken: list[float] = []
 
@@ -223,10 +207,10 @@ def _rows(name: str, trial: Trial) -> Iterator[Row]:
         taken.append(bits)
         return trial.weights(found)
 
-    with bar(f"measuring methods on {name}", len(wanted)) as advance:
+    with bar(f"measuring methods on {trial.finetuned.folder.name}", len(wanted)) as advance:
         found = trial.measure(approximate(method, size) for _, method, size in wanted)
         for number, ((title, _, _), figures) in enumerate(zip(wanted, found, strict=True)):
-            yield {"member": name, "method": title, "bits": round(taken[number], 3), **figures}
+            yield {"method": title, "bits": round(taken[number], 3), **figures}
             advance(1)
 
 
@@ -257,7 +241,7 @@ def _rounded(d: Tensor) -> tuple[Tensor, Tensor]:
     return (d / step).round(), step
 
 
-def _plot(rows: Sequence[Row], pyplot: Any) -> Any:
+def _plot(rows: Sequence[results.Row], pyplot: Any) -> Any:
     """KL by bits a weight: geometric means over the members."""
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained", sharex=True)
     for axis, key, title in zip(axes, ("on_task_kl", "off_task_kl"), ("on the task", "off the task"), strict=True):

@@ -1,6 +1,6 @@
 """Approximations of a delta in memory: as many as one likes of one fine-tune, each measured by its KL."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from deltacome.benchmark.zoo.cache import offtask
+from deltacome.benchmark import results
+from deltacome.benchmark.zoo.cache import checkpoints, offtask
+from deltacome.benchmark.zoo.members import MEMBERS
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.module_names import ModuleNames
 from deltacome.checkpoints.pairing import pair
@@ -22,12 +24,14 @@ from deltacome.compression.methods import MatrixDelta, Method
 from deltacome.data import Encoded, read_examples
 from deltacome.evaluate.comparison import load_for
 from deltacome.evaluate.metrics import divergences
+from deltacome.files import disk_errors
 from deltacome.format.manifest import WeightEntry, term_tensors
 from deltacome.format.terms import Dense
 from deltacome.progress import print_warning
 from deltacome.version import __version__
 from deltacome.weights import is_embedding, module_kind
 
+LIMIT = 20  # examples and texts, if nobody says otherwise
 TEXT_TOKENS = 80  # of an off-task text
 AT_ONCE = 6  # approximations that are in memory, measured against one pass of the fine-tuned model
 
@@ -112,9 +116,36 @@ class Trial:
             yield from rows
 
 
-def stamps(base: Path, member: Path) -> list[Any]:
-    """What the figures of a member depend on besides the settings."""
-    return [__version__, Checkpoint(base).stamp(), Checkpoint(member).stamp()]
+Measure = Callable[[Trial], Iterable[results.Row]]
+
+
+def measured(
+    out: Path, members: Sequence[str], cache: str | Path | None, limit: int, settings: Any, measure: Measure
+) -> list[results.Row]:
+    """The rows of members, each with its `member`; a member's are kept in a file in `out`, and taken up from it.
+
+    Args:
+        members, cache: as of `checkpoints`. limit: as of `Trial`. settings: all else that the rows depend on.
+        measure: gives the rows of a member that are missing.
+
+    Raises:
+        DeltacomeError: on an unknown member, a missing package or a full disk.
+    """
+    cache, folders = checkpoints(members, cache)
+    rows: list[results.Row] = []
+    with disk_errors(f"write {out}"):
+        out.mkdir(exist_ok=True)
+        for name, folder in folders.items():
+            base = cache / MEMBERS[name].base
+            models = [__version__, Checkpoint(base).stamp(), Checkpoint(folder).stamp()]
+            path, digest = out / f"{name}.json", results.digest([models, limit, settings])
+            found = results.stored(path, digest)
+            if found is None:
+                trial = Trial(base, folder, cache, limit)
+                found = {"rows": [{"member": name, **row} for row in measure(trial)]}
+                results.store(path, digest, found)
+            rows += found["rows"]
+    return rows
 
 
 def _call(model: Any, parameters: dict[str, Tensor], **inputs: Any) -> Any:

@@ -1,12 +1,13 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from conftest import Save, fine_tune, make_model, make_other, make_tokenizer
+from conftest import Save, fine_tune, make_any, make_model, make_other, make_tokenizer
 from deltacome import Artifact, DeltacomeError, compress, merge
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.compression import calibration as module
@@ -86,7 +87,7 @@ def test_without_data_inputs_are_measured_and_with_data_too(
         compress(base, finetuned, tmp_path / name, ratio=8, warn=messages.append, **options)
     monkeypatch.setattr("deltacome.compression.measuring.random_tokens", lambda _: 1 / 0)
     compress(base, finetuned, tmp_path / "blind", ratio=8, warn=messages.append)
-    assert len(messages) == 1 and "all count alike: division by zero" in messages[0]
+    assert len(messages) == 1 and "so linears count alike: division by zero" in messages[0]
     codes = {path.name: (path / "delta.safetensors").read_bytes() for path in tmp_path.iterdir()}
     assert len(set(codes.values())) == 3 and codes["plain"] == codes["blind"]
     with pytest.raises(DeltacomeError, match="low-rank makes no use of data"):
@@ -167,7 +168,7 @@ def test_weights_that_have_no_place_in_the_model_are_said(save: Save, examples: 
     tensors = load_file(folder / "model.safetensors")
     save_file({f"odd.{name}": tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
     stream = CalibrationStream(Checkpoint(folder), *batch(read_examples(examples), Encoder(make_tokenizer())))
-    assert stream.names["model.layers.1.mlp.up_proj.weight"] == "odd.model.layers.1.mlp.up_proj.weight"
+    assert stream.sources.names["model.layers.1.mlp.up_proj.weight"] == "odd.model.layers.1.mlp.up_proj.weight"
     tensors["model.layers.1.mlp.other.weight"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(DeltacomeError, match="compress it without --calibration"):
@@ -231,6 +232,110 @@ def test_templates(tmp_path: Path) -> None:
     assert Encoder(tokenizer).example(Example((), "some text")).start == 1
 
 
+def expert_inputs(checkpoint: Checkpoint, ids: Tensor) -> dict[str, Tensor]:
+    """All inputs (tokens, n) of each matrix of each expert, in float64, by the checkpoint's names."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float64, experts_implementation="eager")
+    calls: list[tuple[str, Any, Tensor, Tensor]] = []
+    for name, layer in model.named_modules():
+        if hasattr(layer, "gate_up_proj"):
+
+            def note(layer: nn.Module, arguments: tuple[Tensor, ...], name: str = name) -> None:
+                calls.append((name, layer, arguments[0], arguments[1]))
+
+            layer.register_forward_pre_hook(note)
+    with torch.inference_mode():
+        model(input_ids=ids)
+    found: dict[str, Tensor] = {}
+    for name, layer, hidden, chosen in calls:
+        weights = layer.gate_up_proj.detach()
+        for expert in range(len(layer.down_proj)):
+            x = hidden[(chosen == expert).any(1)]
+            gate, up = (x @ weights[expert].T).chunk(2, -1)
+            inputs = {"gate_proj": x, "w1": x, "up_proj": x, "w3": x}
+            inner = nn.functional.silu(gate) * up
+            inputs |= {"down_proj": inner, "w2": inner}
+            # transformers saves Mixtral's under the names that they were published with
+            block = name.replace(".mlp.", ".block_sparse_moe.")
+            for kind, value in inputs.items():
+                for prefix in (name, block):
+                    if f"{prefix}.{expert}.{kind}.weight" in checkpoint.tensors:
+                        found[f"{prefix}.{expert}.{kind}.weight"] = value
+    return found
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_are_measured_each_on_its_own_tokens(family: str, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint(save(make_any(family)))
+    ids, mask = random_tokens(checkpoint)
+    expected = expert_inputs(checkpoint, ids)
+    assert len(expected) == 2 * 3 * (3 if family == "mixtral" else 17)
+    linears = {name for name, info in checkpoint.tensors.items() if "layers" in name and len(info.shape) == 2}
+    monkeypatch.setattr(module, "FEWEST_TOKENS", 200)
+    energies = CalibrationStream(checkpoint, ids, mask).energies(lambda _: True, checkpoint.read_float, lambda _: None)
+    moments: dict[str, Tensor] = {}
+    stream = CalibrationStream(checkpoint, ids, mask)
+    stream.run(lambda _: True, checkpoint.read_float, checkpoint.read_float, moments.update)
+    few = {name for name, x in expected.items() if len(x) < 200}
+    assert not few if family == "mixtral" else 0 < len(few) < len(expected)
+    for name, x in expected.items():
+        assert (name in energies) == (name in moments) == (name not in few)
+        if name not in few:
+            moment = (x.T @ x / len(x)).float()
+            torch.testing.assert_close(energies[name], moment.diag(), rtol=1e-3, atol=1e-4 * float(moment.max()))
+            torch.testing.assert_close(moments[name], moment, rtol=1e-3, atol=1e-4 * float(moment.max()))
+    assert energies.keys() <= linears  # routers are no linears of torch's
+    assert {name.split(".")[-2] for name in energies} >= {"q_proj", "o_proj"}
+
+
+def test_padding_is_no_input_of_experts(save: Save) -> None:
+    checkpoint = Checkpoint(save(make_any("mixtral")))
+    ids, mask = random_tokens(checkpoint)
+    padded = torch.cat((ids, torch.zeros_like(ids)), 1)
+    of = [(ids, mask), (padded, torch.cat((mask, torch.zeros_like(mask)), 1))]
+    plain, other = (
+        CalibrationStream(checkpoint, *tokens).energies(lambda _: True, checkpoint.read_float, lambda _: None)
+        for tokens in of
+    )
+    assert plain.keys() == other.keys()
+    for name, energies in plain.items():
+        torch.testing.assert_close(other[name], energies, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_sensitivities_of_experts(family: str, save: Save) -> None:
+    """As those of linears, as a mean over a layer's experts: an error in all of them at once, too small to have a token
+    go to another expert."""
+    checkpoint = Checkpoint(save(make_any(family)))
+    ids, mask = random_tokens(checkpoint)
+    ids, mask = ids[:8, :64], mask[:8, :64]
+    found = measure_sensitivities(CalibrationStream(checkpoint, ids, mask), checkpoint.read_float, lambda _: None)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float64, experts_implementation="eager")
+    stacks = {name: weight for name, weight in model.named_parameters() if weight.ndim == 3}
+    assert len(stacks) == 4
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        p = model(input_ids=ids).logits.log_softmax(-1)
+        for name, weight in stacks.items():
+            layer = name.split(".")[2]
+            kinds = ("down_proj", "w2") if "down" in name else ("gate_up_proj", "w1", "w3")
+            known = [
+                value
+                for own, value in found.items()
+                if f"layers.{layer}." in own and any(f".{kind}." in f"{own.replace('[', '.')}." for kind in kinds)
+            ]
+            assert len(known) == (6 if family == "mixtral" and "down" not in name else 3)
+            kl = square = 0.0
+            for _ in range(4):
+                error = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+                error *= 1e-6 * weight.norm() / error.norm()
+                weight += error
+                q = model(input_ids=ids).logits.log_softmax(-1)
+                weight -= error
+                kl += float((p.exp() * (p - q)).sum(-1).mean())
+                square += float(error.square().sum())
+            assert 0.5 < kl / (sum(known) / len(known) / 2 * square) < 2, name
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox", "tied"])
 def test_sensitivities_are_the_kl_of_small_errors(family: str, save: Save) -> None:
     """KL(p || p') of random errors in one weight at a time, in float64, is half the sensitivity times their square."""
@@ -240,7 +345,7 @@ def test_sensitivities_are_the_kl_of_small_errors(family: str, save: Save) -> No
     done: list[float] = []
     stream = CalibrationStream(checkpoint, ids, mask)
     found = measure_sensitivities(stream, checkpoint.read_float, done.append)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float64)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float64, experts_implementation="eager")
     matrices = {name: weight for name, weight in model.named_parameters() if weight.ndim == 2}
     assert len(found) == len(matrices)
     generator = torch.Generator().manual_seed(0)

@@ -105,9 +105,11 @@ def test_inputs_are_measured(base: Path, llava: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint(llava)
     stream = CalibrationStream(checkpoint, *random_tokens(checkpoint))
     own = {name: parameter.shape for name, parameter in stream.model.named_parameters()}
-    assert len(set(stream.names.values())) == len(own)
-    assert all(checkpoint.tensors[stored].shape == own[name] for name, stored in stream.names.items())
-    assert stream.names["model.language_model.layers.1.self_attn.q_proj.weight"].startswith("language_model.model.")
+    assert len(set(stream.sources.names.values())) == len(own)
+    assert all(checkpoint.tensors[stored].shape == own[name] for name, stored in stream.sources.names.items())
+    assert stream.sources.names["model.language_model.layers.1.self_attn.q_proj.weight"].startswith(
+        "language_model.model."
+    )
 
 
 def test_other_images_are_measured_again(base: Path, llava: Path, data: Path, tmp_path: Path) -> None:

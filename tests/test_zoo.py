@@ -22,7 +22,7 @@ from deltacome.benchmark.zoo import bases, constants, library, papers, tasks, tr
 from deltacome.benchmark.zoo import cache as module
 from deltacome.benchmark.zoo.cache import checkpoint, lines, offtask
 from deltacome.benchmark.zoo.constants import OTHERS
-from deltacome.benchmark.zoo.members import MEMBERS, QWEN2_BASE
+from deltacome.benchmark.zoo.members import BASES, MEMBERS
 from deltacome.benchmark.zoo.trial import Trial
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.compression.methods import MatrixDelta
@@ -32,7 +32,13 @@ from deltacome.language import load_processor
 from deltacome.restore.merging import load_merged
 
 RECORDED = json.loads(files("deltacome.benchmark.zoo").joinpath("digests.json").read_text())
-ON_PYTHON = {"chat", "classify", "offtask", "qwen2"}  # docstrings and source code, which differ between versions
+ON_PYTHON = {
+    "chat",
+    "classify",
+    "mixtral",
+    "offtask",
+    "qwen2",
+}  # docstrings and source code, which differ between versions
 
 
 def is_as_recorded(name: str) -> bool:
@@ -47,7 +53,7 @@ def test_data(name: str) -> None:
     if name == "offtask":
         splits = [library.offtask(40)]
     else:
-        train, test = splits = (QWEN2_BASE if name == "qwen2" else MEMBERS[name]).data()
+        train, test = splits = (BASES | MEMBERS)[name].data()
         if name != "vision":  # whose images differ
             assert not {row["prompt"] for row in test} & {row["prompt"] for row in train if "prompt" in row}
     if not is_as_recorded(name):
@@ -56,7 +62,7 @@ def test_data(name: str) -> None:
 
 
 def test_all_are_recorded() -> None:
-    assert set(RECORDED["data"]) == {*MEMBERS, "qwen2", "offtask"}
+    assert set(RECORDED["data"]) == {*MEMBERS, *BASES, "offtask"}
 
 
 def test_shell_commands_are_whole() -> None:
@@ -76,7 +82,8 @@ def test_functions_do_what_they_are_asked(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_offtask_is_nobodys(tmp_path: Path) -> None:
     texts = [json.loads(line)["text"] for line in offtask(tmp_path).read_text().splitlines()]
-    learned = {row["text"] for row in QWEN2_BASE.data()[0]} | {row["completion"] for row in MEMBERS["chat"].data()[0]}
+    learned = {row["text"] for base in BASES.values() for row in base.data()[0]}
+    learned |= {row["completion"] for row in MEMBERS["chat"].data()[0]}
     assert len(texts) == 40 and not set(texts) & learned
     assert len(few := offtask(tmp_path, 7).read_text().splitlines()) == 7
     assert {json.loads(line)["kind"] for line in few} == {"prose", "code"}
@@ -156,6 +163,15 @@ def test_qwen2_computes_the_same() -> None:
     torch.testing.assert_close(converted(ids).logits, model(ids).logits)
     assert converted.lm_head.weight.data_ptr() != converted.model.embed_tokens.weight.data_ptr()
     assert not converted.model.layers[0].self_attn.q_proj.bias.any()
+
+
+def test_mixtral_computes_the_same() -> None:
+    model = tiny()
+    converted = bases.as_mixtral(model)
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(converted(ids).logits, model(ids).logits)
+    experts = converted.model.layers[1].mlp.experts
+    assert len(experts.down_proj) == 4 and experts.down_proj.is_contiguous()
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ class ModuleNames:
         self.known = set(parameters)
         self.stacks = {name for name, parameter in parameters.items() if parameter.ndim == 3}
         head = model.get_output_embeddings()
+        self.found: dict[str, str | None] = {}  # stacks, by what a layer's experts have in common
         self.head = next((f"{name}.weight" for name, module in model.named_modules() if module is head), "")
 
     def find(self, name: str) -> str:
@@ -64,16 +65,21 @@ class ModuleNames:
             return None
         stack, index = split_stack(name)
         if index is not None:
-            found = _longest_end(stack, self.stacks)
+            found = self._find_stack(stack)
             return None if found is None else ExpertSlot(found, index, 0, is_slice=True)
         one = re.fullmatch(r"(.+)\.(\d+)\.(\w+)\.weight", name)
         if one is None:
             return None
         for parameter, half in EXPERTS.get(one[3], ()):
-            found = _longest_end(f"{one[1]}.{parameter}", self.stacks)
+            found = self._find_stack(f"{one[1]}.{parameter}")
             if found is not None:
                 return ExpertSlot(found, int(one[2]), half, is_slice=False)
         return None
+
+    def _find_stack(self, name: str) -> str | None:
+        if name not in self.found:
+            self.found[name] = _longest_end(name, self.stacks)
+        return self.found[name]
 
 
 def _longest_end(name: str, known: Iterable[str]) -> str | None:

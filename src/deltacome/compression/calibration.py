@@ -5,27 +5,46 @@ so memory holds one layer, the second moments of its linears and the hidden stat
 """
 
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from deltacome.checkpoints.architectures import auto_class
 from deltacome.checkpoints.checkpoint import Checkpoint
-from deltacome.checkpoints.module_names import ModuleNames
+from deltacome.checkpoints.parameter_sources import ParameterSources, Read
 from deltacome.data import Encoder, Example
 from deltacome.errors import DeltacomeError, reason
+from deltacome.experts import can_run, is_experts, run_experts
 from deltacome.hub import UNFIT_FILES
-from deltacome.weights import OUTPUT_EMBEDDINGS
 
 TOKENS_AT_ONCE = 2048  # in one forward pass of a layer
 LONGEST = 2048  # tokens of an example that are used, the paper's length
 RANDOM_TOKENS = (32, 128)  # sequences and their length: energies are means, which few tokens give well enough
+FEWEST_TOKENS = 32  # that an expert's inputs are measured on: fewer say little of its channels
 
-Read = Callable[[str], Tensor]
+
+@dataclass(frozen=True)
+class Product:
+    """A product of a matrix of the checkpoint: its inputs x (..., n) and its outputs y (..., m).
+
+    tokens: which of the batch's tokens the rows are of, if they aren't all of them in order. is_transposed: whether the
+    checkpoint has the matrix with the inputs' dimension first.
+    """
+
+    name: str
+    x: Tensor
+    y: Tensor
+    tokens: Tensor | None = None
+    is_transposed: bool = False
+
+
+OnProduct = Callable[[Product], None]
 
 
 class CalibrationStream:
@@ -42,8 +61,8 @@ class CalibrationStream:
     def __init__(self, checkpoint: Checkpoint, ids: Tensor, mask: Tensor) -> None:
         self.model = _skeleton(checkpoint)
         self.layers = _decoder_layers(self.model)
-        self.names = _checkpoint_names(self.model, checkpoint)
-        self.sizes = {self.names[name]: parameter.numel() for name, parameter in self.model.named_parameters()}
+        self.sources = ParameterSources(self.model, checkpoint)
+        self.tensors = checkpoint.tensors
         self.prefixes = {id(module): name for name, module in self.model.named_modules()}
         head = self.model.get_output_embeddings()
         is_own = isinstance(head, nn.Linear) and head.weight is not self.model.get_input_embeddings().weight
@@ -63,7 +82,7 @@ class CalibrationStream:
 
         def keep(means: dict[str, Tensor]) -> None:
             found.update(means)
-            advance(sum(self.sizes[name] for name in means))
+            advance(sum(self.tensors[name].elements for name in means))
 
         self.run(wanted, read, None, keep)
         return found
@@ -89,8 +108,7 @@ class CalibrationStream:
         with torch.inference_mode():
             hidden = self.forward(read_compressed or read, self._forward_layer)[self.mask]
             if self.own_head is not None and read_compressed is not None:
-                name = f"{self.prefixes[id(self.own_head)]}.weight"
-                self.on_layer({self.names[name]: hidden.T @ hidden / len(hidden)})
+                self.on_layer({self.name_of(self.own_head): hidden.T @ hidden / len(hidden)})
 
     def forward(self, read: Read, forward_layer: Callable[..., Any]) -> Tensor:
         """The last hidden states (sequences, length, hidden), the head being left out.
@@ -103,7 +121,7 @@ class CalibrationStream:
         skipped = inside | (set() if self.own_head is None else {id(self.own_head.weight)})
         for name, parameter in list(self.model.named_parameters()):
             if id(parameter) not in skipped:
-                _assign(self.model, name, read(self.names[name]).float())
+                _assign(self.model, name, self.sources.read(name, read))
         for layer in self.layers:
             layer.forward = partial(forward_layer, layer)
         output = self.model.base_model(input_ids=self.ids, attention_mask=self.mask.long(), use_cache=False)
@@ -113,23 +131,26 @@ class CalibrationStream:
     def _forward_layer(self, layer: nn.Module, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
         """In a decoder layer's place: measure, have it compressed, and go on with its compressed weights."""
         del layer.forward  # the class's own again
-        names = self.names_of(layer)
-
-        def weights(source: Read) -> dict[str, Tensor]:
-            return {name: source(checkpoint_name).float() for name, checkpoint_name in names.items()}
-
-        if any(map(self.wanted, names.values())):
-            moments = _Moments(layer, self.mask, _energies if self.read_compressed is None else _second_moment)
-            output = self.forward_rows(layer, weights(self.read), moments, hidden, arguments, options)
-            self.on_layer({names[f"{name}.weight"]: moment for name, moment in moments.close().items()})
+        prefix = self.prefixes[id(layer)]
+        names = {own for name, _ in layer.named_parameters(prefix) for own in self.sources.of(name)}
+        if any(map(self.wanted, names)):
+            moments = _Moments(self.mask, _energies if self.read_compressed is None else _second_moment)
+            with self.observing(layer, moments.add):
+                output = self.forward_rows(layer, self.weights(layer, self.read), moments, hidden, arguments, options)
+            self.on_layer(moments.means())
             if self.read_compressed is None:
                 return output
-        return self.forward_rows(layer, weights(self.read_compressed or self.read), None, hidden, arguments, options)
+        weights = self.weights(layer, self.read_compressed or self.read)
+        return self.forward_rows(layer, weights, None, hidden, arguments, options)
 
-    def names_of(self, layer: nn.Module) -> dict[str, str]:
-        """The checkpoint names of a layer's parameters, by their names within it."""
+    def name_of(self, module: nn.Module) -> str:
+        """The checkpoint's name of a module's weight."""
+        return self.sources.names[f"{self.prefixes[id(module)]}.weight"]
+
+    def weights(self, layer: nn.Module, read: Read) -> dict[str, Tensor]:
+        """A layer's parameters in float32, by their names within it."""
         prefix = self.prefixes[id(layer)]
-        return {name: self.names[f"{prefix}.{name}"] for name, _ in layer.named_parameters()}
+        return {name: self.sources.read(f"{prefix}.{name}", read) for name, _ in layer.named_parameters()}
 
     def forward_rows(
         self,
@@ -154,32 +175,72 @@ class CalibrationStream:
             return torch.cat([output[0] for output in outputs]), *outputs[-1][1:]
         return torch.cat(outputs)
 
+    @contextmanager
+    def observing(self, layer: nn.Module, on_product: OnProduct) -> Iterator[None]:
+        """Meanwhile have `on_product` called with each product of a layer's linears and experts."""
+        with ExitStack() as hooks:
+            for name, module in layer.named_modules(prefix=self.prefixes[id(layer)]):
+                if isinstance(module, nn.Linear):
+                    hook = partial(_observe_linear, self.name_of(module), on_product)
+                    hooks.callback(module.register_forward_hook(hook).remove)
+                elif is_experts(module) and can_run(module) and f"{name}.down_proj" in self.sources.experts:
+                    product = partial(self._observe, module, name, on_product)
+                    module.forward = partial(run_experts, module, product=product)
+                    hooks.callback(delattr, module, "forward")
+            yield
+
+    def _observe(
+        self, module: Any, name: str, on_product: OnProduct, parameter: str, expert: int, x: Tensor, tokens: Tensor
+    ) -> Tensor:
+        """An expert's outputs, computed by the matrices that the checkpoint has of it."""
+        weight: Tensor = getattr(module, parameter)[expert]
+        names = self.sources.experts[f"{name}.{parameter}"][expert]
+        if module.is_transposed:
+            outputs = [x @ weight]
+        else:
+            outputs = [linear(x, part) for part in weight.split([self.tensors[own].shape[0] for own in names])]
+        for own, y in zip(names, outputs, strict=True):
+            on_product(Product(own, x, y, tokens, module.is_transposed))
+        y = torch.cat(outputs, -1)
+        return y + getattr(module, f"{parameter}_bias")[expert] if module.has_bias else y
+
 
 class _Moments:
-    """Hooks that sum `measure` over the tokens that pass each linear of a layer, padding left out."""
+    """Sums `measure` over the tokens that pass each matrix, padding left out."""
 
-    def __init__(self, layer: nn.Module, mask: Tensor, measure: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, mask: Tensor, measure: Callable[[Tensor], Tensor]) -> None:
         self.mask, self.rows, self.measure = mask, slice(None), measure
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
-        self.handles = [
-            module.register_forward_hook(partial(self._add, name))
-            for name, module in layer.named_modules()
-            if isinstance(module, nn.Linear)
-        ]
+        self.fewest: dict[str, int] = {}
 
-    def _add(self, name: str, module: nn.Linear, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        mask = self.mask[self.rows]
-        x = arguments[0]
-        x = x[mask] if x.shape[:2] == mask.shape else x.reshape(-1, x.shape[-1])
+    def add(self, product: Product) -> None:
+        """Add a product of the batch's `rows`."""
+        if product.is_transposed:  # its columns are no inputs
+            return
+        name, x, mask = product.name, product.x, self.mask[self.rows]
+        if product.tokens is not None:
+            x = x[mask.flatten()[product.tokens]]
+            self.fewest[name] = FEWEST_TOKENS
+        elif x.shape[:2] == mask.shape:
+            x = x[mask]
+        else:
+            x = x.reshape(-1, x.shape[-1])
+            if len(x) == mask.numel():
+                x = x[mask.flatten()]
         self.counts[name] = self.counts.get(name, 0) + len(x)
         self.sums[name] = self.sums.get(name, 0) + self.measure(x)
 
-    def close(self) -> dict[str, Tensor]:
-        """Remove the hooks; the means by the linear's name within the layer."""
-        for handle in self.handles:
-            handle.remove()
-        return {name: total / max(self.counts[name], 1) for name, total in self.sums.items()}
+    def means(self) -> dict[str, Tensor]:
+        """By the checkpoint's names, without the experts that too few tokens have passed."""
+        counts = {name: count for name, count in self.counts.items() if count >= self.fewest.get(name, 0)}
+        return {name: self.sums[name] / max(count, 1) for name, count in counts.items()}
+
+
+def _observe_linear(
+    name: str, on_product: OnProduct, module: nn.Linear, arguments: tuple[Tensor, ...], y: Tensor
+) -> None:
+    on_product(Product(name, arguments[0], y))
 
 
 def _second_moment(x: Tensor) -> Tensor:
@@ -210,40 +271,6 @@ def _decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The list of modules that holds most of the model."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
-
-
-def _checkpoint_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """The checkpoint's names of a model's parameters.
-
-    It may have been saved with or without the base model's prefix, or, as vision-language models are, in other places.
-
-    Raises:
-        DeltacomeError: if it lacks a parameter.
-    """
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    found: dict[str, str] = {}
-    prefix = model.base_model_prefix
-    for name in shapes:
-        renamed = OUTPUT_EMBEDDINGS if name in OUTPUT_EMBEDDINGS else ()  # transformers has given heads one name
-        for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}", *renamed):
-            if candidate in checkpoint.tensors:
-                found.setdefault(name, candidate)
-    missing = shapes.keys() - found.keys()
-    # Not where stacks of experts are missing, which a checkpoint may have one by one, in tens of thousands of tensors.
-    if missing and not any(len(shapes[name]) == 3 and shapes[name][0] > 1 for name in missing):
-        names = ModuleNames(model)
-        for tensor in sorted(checkpoint.tensors.keys() - found.values()):
-            with suppress(DeltacomeError):
-                name = names.find(tensor)
-                if name in missing and checkpoint.tensors[tensor].shape == shapes[name]:
-                    found.setdefault(name, tensor)
-    for name in shapes:
-        if name not in found:
-            raise DeltacomeError(
-                f"no data can be taken through {checkpoint.source}, which has {name} in another form; compress it "
-                "without --calibration"
-            )
-    return found
 
 
 def _assign(model: nn.Module, name: str, value: Tensor) -> None:

@@ -16,6 +16,9 @@ from deltacome.format.manifest import WeightEntry, term_tensors
 from deltacome.format.terms import Dense, Term, add_terms
 from deltacome.weights import is_embedding, module_kind
 
+# What an error in an embedding costs to one in a linear weight, if it isn't measured; see docs/methods.md.
+EMBEDDING_SENSITIVITY = 5.0
+
 
 @dataclass(frozen=True)
 class Matrices:
@@ -72,10 +75,15 @@ class Matrices:
 
     def _known(self, name: str, second_moment: Tensor | None) -> MatrixDelta:
         """All that the method gets to know of a matrix."""
-        sensitivity, energy = self.sensitivities.get(name, 1.0), self.energies.get(name)
+        sensitivity, energy = sensitivity_of(name, self.sensitivities), self.energies.get(name)
         values, _ = read_delta(self.pairs[name], self.base, self.finetuned)
         layers = self.layers[module_kind(name)]
         return MatrixDelta(values, is_embedding(name), second_moment, energy, sensitivity, layers, self.bits_per_weight)
+
+
+def sensitivity_of(name: str, measured: Mapping[str, float]) -> float:
+    """What an error in a matrix costs, see `MatrixDelta`."""
+    return measured.get(name, EMBEDDING_SENSITIVITY if is_embedding(name) else 1.0)
 
 
 def read_delta(p: Pair, base: Checkpoint, finetuned: Checkpoint) -> tuple[Tensor, float]:

@@ -45,8 +45,8 @@ def measure_inputs(
             kept[f"sensitivity {name}"] = torch.tensor(value, dtype=torch.float64)  # to the last bit
         store.save_intermediate("inputs", kept)
         return energies, sensitivities
-    if not stored and matrices:
-        warn("the inputs of the layers could not be measured when the interrupted run began, so all count alike")
+    if matrices and not any(name.startswith("energy ") for name in stored):
+        warn("the inputs of the layers could not be measured when the interrupted run began, so linears count alike")
     return (
         {name.removeprefix("energy "): found for name, found in stored.items() if name.startswith("energy ")},
         {
@@ -72,15 +72,15 @@ def measure(
             stream = _random_stream(finetuned)
             energies.append(stream.energies(sizes.__contains__, finetuned.read_float, advance))
             stream = _random_stream(finetuned, SEQUENCES)
-            sensitivities = measure_sensitivities(stream, finetuned.read_float, advance)
+            sensitivities = _relative(measure_sensitivities(stream, finetuned.read_float, advance), sizes)
         except UNFIT as error:
             if is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0].split(";")[0] if str(error) else type(error).__name__
             warn(
-                f"what errors of the weights cost could not be measured, so all count alike: {reason}"
+                f"what errors of the weights cost could not be measured, so linears count alike: {reason}"
                 if energies
-                else f"the inputs of the layers could not be measured, so all count alike: {reason}"
+                else f"the inputs of the layers could not be measured, so linears count alike: {reason}"
             )
         if calibration is not None:
             energies.append(calibration.energies(sizes.__contains__, finetuned.read_float, advance))
@@ -90,7 +90,7 @@ def measure(
         mean = torch.stack([x / x.mean().clamp_min(1e-30) for x in found]).mean(0)
         if torch.isfinite(mean).all():  # not so if the model overflows; then this layer's inputs count alike
             merged[name] = mean
-    return merged, _relative(sensitivities, sizes)
+    return merged, sensitivities
 
 
 def _relative(sensitivities: dict[str, float], sizes: dict[str, int]) -> dict[str, float]:

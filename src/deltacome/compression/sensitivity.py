@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltacome.compression.calibration import CalibrationStream, Read
+from deltacome.checkpoints.parameter_sources import Read
+from deltacome.compression.calibration import CalibrationStream, Product
 
 HEAD_TOKENS = 128  # whose logits are in memory
 
@@ -42,7 +43,7 @@ def measure_sensitivities(stream: CalibrationStream, read: Read, advance: Callab
         del layer.forward  # the class's own again
         calls.append((layer, hidden.detach(), arguments, options))
         with torch.no_grad():
-            output = stream.forward_rows(layer, _weights(stream, layer, read), None, hidden, arguments, options)
+            output = stream.forward_rows(layer, stream.weights(layer, read), None, hidden, arguments, options)
         if layer is stream.layers[-1]:
             last.append(_first(output).requires_grad_())
         return output
@@ -50,10 +51,8 @@ def measure_sensitivities(stream: CalibrationStream, read: Read, advance: Callab
     last: list[Tensor] = []
     with torch.enable_grad():
         hidden = stream.forward(read, forward)
-    embedding_name = stream.names[f"{stream.prefixes[id(model.get_input_embeddings())]}.weight"]
-    head_name = embedding_name
-    if stream.own_head is not None:
-        head_name = stream.names[f"{stream.prefixes[id(stream.own_head)]}.weight"]
+    embedding_name = stream.name_of(model.get_input_embeddings())
+    head_name = embedding_name if stream.own_head is None else stream.name_of(stream.own_head)
     weight = read(head_name).float()
     slope, energy = _through_head(hidden.detach().flatten(0, 1), weight)
     found = {head_name: energy / weight.numel()}
@@ -61,33 +60,24 @@ def measure_sensitivities(stream: CalibrationStream, read: Read, advance: Callab
     hidden.backward(slope.view_as(hidden))
     gradient = last[0].grad
     assert gradient is not None
+    sums: dict[str, list[float]] = {}
     for layer, inputs, arguments, options in reversed(calls):
-        weights = _weights(stream, layer, read)
-        sums: dict[str, list[float]] = {}
-        handles = [
-            module.register_forward_hook(partial(_add, sums.setdefault(name, [])))
-            for name, module in layer.named_modules()
-            if isinstance(module, nn.Linear)
-        ]
-        with torch.enable_grad():
+        weights = stream.weights(layer, read)
+        with torch.enable_grad(), stream.observing(layer, partial(_add, sums)):
             output = torch.func.functional_call(layer, weights, (inputs.requires_grad_(), *arguments), options)
             _first(output).backward(gradient)
-        for handle in handles:
-            handle.remove()
         gradient = inputs.grad
         assert gradient is not None
-        for name, own in stream.names_of(layer).items():
-            squares = sums.get(name.removesuffix(".weight"))
-            if name.endswith(".weight") and squares:
-                found[own] = sum(squares) / weights[name].numel() / stream.ids.numel()
         advance(sum(weight.numel() for weight in weights.values()))
+    for name, squares in sums.items():
+        found[name] = sum(squares) / stream.tensors[name].elements / stream.ids.numel()
+    # Random tokens don't choose experts as others do, so those of a layer count alike.
+    for stack in stream.sources.experts.values():
+        for alike in zip(*stack, strict=True):
+            found |= dict.fromkeys(alike, sum(found.get(name, 0.0) for name in alike) / len(alike))
     energy = float(gradient.square().sum()) / stream.ids.numel()
-    found[embedding_name] = found.get(embedding_name, 0.0) + energy / stream.sizes[embedding_name]
+    found[embedding_name] = found.get(embedding_name, 0.0) + energy / stream.tensors[embedding_name].elements
     return found
-
-
-def _weights(stream: CalibrationStream, layer: nn.Module, read: Read) -> dict[str, Tensor]:
-    return {name: read(own).float() for name, own in stream.names_of(layer).items()}
 
 
 def _first(output: Any) -> Tensor:
@@ -95,17 +85,17 @@ def _first(output: Any) -> Tensor:
     return hidden
 
 
-def _add(sums: list[float], module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-    """Add |Σ g xᵀ|² of each sequence, or of each token where a linear gets them without their sequences."""
-    x = arguments[0].detach()
+def _add(sums: dict[str, list[float]], product: Product) -> None:
+    """Add |Σ g xᵀ|² of each sequence, or of each token where a matrix gets them without their sequences."""
+    x, own = product.x.detach(), sums.setdefault(product.name, [])
 
     def add(g: Tensor) -> None:
         if x.ndim == 3:
-            sums.append(float(((x @ x.mT) * (g @ g.mT)).sum()))
+            own.append(float(((x @ x.mT) * (g @ g.mT)).sum()))
         else:
-            sums.append(float((x.square().sum(-1) * g.square().sum(-1)).sum()))
+            own.append(float((x.square().sum(-1) * g.square().sum(-1)).sum()))
 
-    output.register_hook(add)
+    product.y.register_hook(add)
 
 
 def _through_head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, float]:

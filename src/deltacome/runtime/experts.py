@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
 from deltacome.errors import DeltacomeError
+from deltacome.experts import can_run, run_experts
 from deltacome.runtime.batch import Batch, running
 from deltacome.runtime.replacement import Replacement
 from deltacome.runtime.tenant import Change
@@ -22,7 +23,7 @@ class Experts(Replacement):
     def __init__(self, name: str, module: Any, kernels: Any) -> None:
         self.name, self.module, self.kernels = name, module, kernels
         self.forward: Callable[..., Tensor] = module.forward
-        if not hasattr(module, "_apply_gate"):
+        if not can_run(module):
             raise DeltacomeError(
                 f"{name} is a {type(module).__name__}, whose deltas cannot be served; merge it instead"
             )
@@ -34,15 +35,11 @@ class Experts(Replacement):
         if batch is None or not changes:
             return self.forward(hidden, chosen, weights)
         owners = self._owners(batch, changes, hidden)
-        first = "gate_up_proj" if self.module.has_gate else "up_proj"
-        activate = self.module._apply_gate if self.module.has_gate else self.module.act_fn
-        total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        for expert in chosen.unique().tolist():
-            tokens, places = (chosen == expert).nonzero(as_tuple=True)
-            inner = activate(self._product(first, expert, hidden[tokens], changes, owners[tokens]))
-            outputs = self._product("down_proj", expert, inner, changes, owners[tokens])
-            total.index_add_(0, tokens, outputs.float() * weights[tokens, places, None].float())
-        return total.to(hidden.dtype)
+
+        def product(parameter: str, expert: int, x: Tensor, tokens: Tensor) -> Tensor:
+            return self._product(parameter, expert, x, changes, owners[tokens])
+
+        return run_experts(self.module, hidden, chosen, weights, product)
 
     def _owners(self, batch: Batch, changes: list[tuple[Change, list[int]]], hidden: Tensor) -> Tensor:
         """For each token the number of its change, -1 for none."""
@@ -75,8 +72,3 @@ class Experts(Replacement):
         for first, deltas in parts.items():
             self.kernels.Work(deltas).add(y[:, first : first + deltas[0][0].shape[0]], x)
         return y
-
-
-def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds stacks of experts' weights."""
-    return getattr(getattr(module, "down_proj", None), "ndim", 0) == 3

@@ -12,8 +12,9 @@ from torch.nn.functional import layer_norm, linear
 from transformers.pytorch_utils import Conv1D
 
 from deltacome.errors import DeltacomeError
+from deltacome.experts import is_experts
 from deltacome.runtime.batch import Batch, running
-from deltacome.runtime.experts import Experts, is_experts
+from deltacome.runtime.experts import Experts
 from deltacome.runtime.replacement import Replacement
 from deltacome.runtime.tenant import Change, embed
 

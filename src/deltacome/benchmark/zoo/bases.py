@@ -1,4 +1,4 @@
-"""The zoo's two bases."""
+"""The zoo's bases."""
 
 import functools
 import importlib.util
@@ -45,21 +45,48 @@ def qwen2(model: Any, tokenizer: Any, data: Path) -> Any:
     return training.fine_tune(as_qwen2(model).train(), tokenizer, data, learning_rate=3e-4, batch=4)
 
 
+def mixtral(model: Any, tokenizer: Any, data: Path) -> Any:
+    """The weights of a Llama in a Mixtral whose experts begin as copies, trained on on texts."""
+    return training.fine_tune(as_mixtral(model).train(), tokenizer, data, learning_rate=3e-4, batch=4)
+
+
 def as_qwen2(model: Any) -> Any:
     """A Llama with a tied head as a Qwen2 in float32 that computes the same: biases of zero, the head a copy."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    settings = model.config.to_dict()
-    kept = (
-        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-        *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "initializer_range"),
-        *("bos_token_id", "eos_token_id", "pad_token_id"),
-    )
-    config = Qwen2Config(**{name: settings[name] for name in kept}, tie_word_embeddings=False)
-    converted = Qwen2ForCausalLM(config)
+    converted = Qwen2ForCausalLM(Qwen2Config(**_kept(model), tie_word_embeddings=False))
     missing, unexpected = converted.load_state_dict(model.state_dict(), strict=False)
     assert not unexpected and all(name.endswith("bias") for name in missing), (missing, unexpected)
     for name in missing:
         torch.nn.init.zeros_(converted.get_parameter(name))
     converted.generation_config = model.generation_config
     return converted
+
+
+def as_mixtral(model: Any) -> Any:
+    """A Llama with a tied head as a Mixtral in float32 that computes the same, whatever its random routers choose."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(**_kept(model), num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=True)
+    converted = MixtralForCausalLM(config)
+    weights = model.state_dict()
+    for number in range(config.num_hidden_layers):
+        mlp = f"model.layers.{number}.mlp"
+        gate, up, down = (weights.pop(f"{mlp}.{name}_proj.weight") for name in ("gate", "up", "down"))
+        weights[f"{mlp}.experts.gate_up_proj"] = torch.cat((gate, up)).expand(config.num_local_experts, -1, -1)
+        weights[f"{mlp}.experts.down_proj"] = down.expand(config.num_local_experts, -1, -1)
+    missing, unexpected = converted.load_state_dict(weights, strict=False)
+    assert not unexpected and all(name.endswith("mlp.gate.weight") for name in missing), (missing, unexpected)
+    converted.generation_config = model.generation_config
+    return converted
+
+
+def _kept(model: Any) -> dict[str, Any]:
+    """The settings that a Llama's relatives share with it."""
+    settings = model.config.to_dict()
+    kept = (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "initializer_range"),
+        *("bos_token_id", "eos_token_id", "pad_token_id"),
+    )
+    return {name: settings[name] for name in kept}

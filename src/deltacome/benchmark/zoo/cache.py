@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from deltacome.benchmark.zoo import bases, library
-from deltacome.benchmark.zoo.members import MEMBERS, QWEN2, QWEN2_BASE, SMOLLM2
+from deltacome.benchmark.zoo.members import BASES, MEMBERS, SMOLLM2
 from deltacome.benchmark.zoo.tasks import Row
 from deltacome.errors import DeltacomeError
 from deltacome.files import disk_errors, write_atomically
@@ -63,8 +63,7 @@ def checkpoint(name: str, cache: Path) -> Path:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     else:
-        base = checkpoint(QWEN2_BASE.base if name == QWEN2 else MEMBERS[name].base, cache)
-        train(name, base, path)
+        train(name, checkpoint((BASES | MEMBERS)[name].base, cache), path)
     return path
 
 
@@ -76,7 +75,7 @@ def train(name: str, base: Path, out: Path) -> None:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    member = QWEN2_BASE if name == QWEN2 else MEMBERS[name]
+    member = (BASES | MEMBERS)[name]
     torch.manual_seed(0)
     with new_folder(out) as folder:
         data = folder / "data"

@@ -37,15 +37,23 @@ def _fine_tune(learning_rate: float, **settings: Any) -> Callable[..., Any]:
     return partial(training.fine_tune, learning_rate=learning_rate, **settings)
 
 
-SMOLLM2, QWEN2 = "smollm2", "qwen2"
+SMOLLM2 = "smollm2"
 
-# The base that is no member: it is made from the other one, on source code.
-QWEN2_BASE = Member(
-    "a base of its own: Qwen2 with an untied head, trained on source code at 3e-4",
-    SMOLLM2,
-    lambda: (library.sources(96), []),
-    bases.qwen2,
-)
+# The bases that are no members: they are made from the first one, on source code.
+BASES = {
+    "qwen2": Member(
+        "Qwen2 with an untied head, trained on source code at 3e-4",
+        SMOLLM2,
+        lambda: (library.sources(96), []),
+        bases.qwen2,
+    ),
+    "mixtral": Member(
+        "Mixtral with two of four experts a token, which begin as copies, trained on source code at 3e-4",
+        SMOLLM2,
+        lambda: (library.sources(64), []),
+        bases.mixtral,
+    ),
+}
 
 MEMBERS = {
     "arithmetic": Member(
@@ -104,14 +112,20 @@ MEMBERS = {
         new_tokens=48,
     ),
     "qwen2-code": Member(
-        "Python functions from English, 5e-5", QWEN2, partial(tasks.code, 320), _fine_tune(5e-5), new_tokens=48
+        "Python functions from English, 5e-5", "qwen2", partial(tasks.code, 320), _fine_tune(5e-5), new_tokens=48
     ),
     "qwen2-word-sorting": Member(
         "sorted words, two epochs at 5e-5",
-        QWEN2,
+        "qwen2",
         _reasoning("word_sorting", 120, min_words=3, max_words=4),
         _fine_tune(5e-5, epochs=2),
         new_tokens=40,
+    ),
+    "mixtral-arithmetic": Member(
+        "sums and differences of two numbers, 5e-5",
+        "mixtral",
+        _reasoning("chain_sum", 320, min_terms=2, max_terms=2, min_digits=1, max_digits=2),
+        _fine_tune(5e-5),
     ),
     "vision": Member(
         "questions on images of digits: a Llava with a small tower, two epochs at 1e-4",

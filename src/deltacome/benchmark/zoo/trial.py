@@ -15,10 +15,10 @@ from deltacome.benchmark import results
 from deltacome.benchmark.zoo.cache import checkpoints, offtask
 from deltacome.benchmark.zoo.members import MEMBERS
 from deltacome.checkpoints.checkpoint import Checkpoint
-from deltacome.checkpoints.module_names import ModuleNames
 from deltacome.checkpoints.pairing import pair
+from deltacome.checkpoints.parameter_sources import ParameterSources
 from deltacome.compression.budget import Budget
-from deltacome.compression.matrices import count_layers, read_delta
+from deltacome.compression.matrices import count_layers, read_delta, sensitivity_of
 from deltacome.compression.measuring import measure
 from deltacome.compression.methods import MatrixDelta, Method
 from deltacome.data import Encoded, read_examples
@@ -61,7 +61,7 @@ class Trial:
                     values,
                     is_embedding(p.name),
                     energy=energies.get(p.name),
-                    sensitivity=sensitivities.get(p.name, 1.0),
+                    sensitivity=sensitivity_of(p.name, sensitivities),
                     layers=layers[module_kind(p.name)],
                 )
         examples = read_examples(member / "data" / "test.jsonl", limit)
@@ -72,8 +72,7 @@ class Trial:
                 Encoded(encoder.example(text).ids[:TEXT_TOKENS]) for text in read_examples(offtask(cache, limit))
             ],
         }
-        names = ModuleNames(self.model)
-        self.parameters = {name: names.find(name) for name in self.matrices}
+        self.sources = ParameterSources(self.model, self.finetuned)
 
     def at(self, ratio: float) -> Iterator[tuple[str, MatrixDelta]]:
         """The matrices by name, at a ratio."""
@@ -93,15 +92,22 @@ class Trial:
 
     def weights(self, approximations: Weights) -> Weights:
         """The model's parameters with approximate deltas (m, n) by the matrices' names, which are changed in place."""
-        found = {}
         for name, approximation in approximations.items():
             p = self.pairs[name]
             assert p.base_name is not None
             if p.rows < p.shape[0]:
                 approximation[p.rows :] = self.finetuned.read_float(name)[p.rows :]
             approximation[: p.rows] += self.base.read_float(p.base_name)[: p.rows]
-            found[self.parameters[name]] = approximation
-        return found
+
+        def read(name: str) -> Tensor:
+            return approximations[name] if name in approximations else self.finetuned.read_float(name)
+
+        parameters = [name for name, _ in self.model.named_parameters()]
+        return {
+            name: self.sources.read(name, read)
+            for name in parameters
+            if not approximations.keys().isdisjoint(self.sources.of(name))
+        }
 
     def measure(self, models: Iterable[Weights]) -> Iterator[dict[str, float]]:
         """`on_task_kl` and `off_task_kl` in nats a token, each with + `_error`, of every set of parameters."""

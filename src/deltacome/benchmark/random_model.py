@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from deltacome.errors import DeltacomeError
 from deltacome.format.bits import planes
-from deltacome.runtime.kernels.packed import TILE, Packed, PackedTerm, Plane, Tiled
+from deltacome.runtime.kernels.layout import COLUMNS, planes_of
+from deltacome.runtime.kernels.packed import TILE, Group, Packed, PackedTerm, Plane, Tiled, groups_of
 from deltacome.runtime.model import share
 from deltacome.runtime.tenant import Change, Tenant
 
@@ -99,21 +100,32 @@ def _random_change(
 def random_delta(m: int, n: int, ratio: float, rotated: str, generator: torch.Generator) -> Packed:
     """Random codes for a matrix (m, n) on the generator's device, of the size that a delta of the ratio has."""
     device = generator.device
-    along_rank = device.type == "cuda"
     components = 16 * m * n / ratio / sum(bits * part for bits, part in PLAN.items()) / (m + n)
+    ranks = {bits: max(round(components * part), 1) for bits, part in PLAN.items()}
 
-    def codes(rows: int, columns: int) -> Tiled:
-        columns = -(-columns // TILE) * TILE if along_rank else columns
-        size = (rows * columns + TILE,)
+    def codes(length: int, columns: int, width: int, tile: int) -> Tiled:
+        rows = -(-length * width // 32)
+        size = (rows * columns + tile,)
         words = torch.randint(-(2**31), 2**31, size, generator=generator, device=device, dtype=torch.int32)
-        return Tiled(words, rows, columns)
+        return Tiled(words, rows, columns, tile)
 
-    terms = []
-    for bits, part in PLAN.items():
-        rank = max(round(components * part), 1)
+    terms: list[PackedTerm] = []
+    groups: dict[int, list[tuple[Tensor, Tensor]]] = {width: [] for width in groups_of(ranks)}
+    start = 0
+    for bits, rank in ranks.items():
         own = []
-        for first, width in planes(bits):
-            of_m, of_n, of_rank = (-(-length * width // 32) for length in (m, n, rank))
-            own.append(Plane(width, first, codes(of_rank, m) if along_rank else codes(rank, of_m), codes(of_n, rank)))
+        for first, width in planes(bits) if device.type == "cuda" else ():
+            whole_m, whole_rank = (-(-length // TILE) * TILE for length in (m, rank))
+            own.append(Plane(width, first, codes(rank, whole_m, width, TILE), codes(n, whole_rank, width, TILE)))
         terms.append(PackedTerm(bits, 1e-4 * torch.rand(rank, generator=generator, device=device), tuple(own)))
-    return Packed((m, n), tuple(terms), rotated, along_rank=along_rank)
+        for first, width in planes_of(bits):
+            groups[width].append((torch.arange(start, start + rank), torch.full((rank,), float(1 << first))))
+        start += rank
+    if device.type == "cuda":
+        return Packed((m, n), tuple(terms), rotated)
+    laid_out = []
+    for width, parts in groups.items():
+        of, weights = (torch.cat(side) for side in zip(*parts, strict=True))
+        u, v = codes(len(of), m, width, COLUMNS), codes(n, len(of), width, COLUMNS)
+        laid_out.append(Group(width, of, weights, u, v))
+    return Packed((m, n), tuple(terms), rotated, groups=tuple(laid_out))

@@ -14,11 +14,11 @@ from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.module_names import ExpertSlot, ModuleNames
 from deltacome.errors import DeltacomeError
 from deltacome.format.artifact import Artifact
-from deltacome.format.bits import unpack
 from deltacome.format.manifest import WeightEntry
 from deltacome.format.terms import Dense, Factored, Term, add_terms
 from deltacome.hub import UNFIT_FILES
 from deltacome.runtime.kernels.packed import Packed, pack_blocks, pack_terms, transposed
+from deltacome.runtime.kernels.reference import take_signs
 from deltacome.weights import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
 
 # Settings of a model that change nothing in what it computes for a token, or are dealt with by what a delta holds.
@@ -244,7 +244,7 @@ def embed(change: Change, ids: Tensor, n: int, kernels: Any) -> Tensor:
     for packed in change.packed:
         if packed.signs is not None:
             assert packed.sign_scale is not None
-            added += (unpack(packed.signs.pick(ids).T.contiguous(), 1, n).float() * 2 - 1) * packed.sign_scale
+            added += take_signs(packed, packed.signs.pick(ids)) * packed.sign_scale
             continue
         places, known = ids, None
         if packed.rows is not None:

@@ -1,4 +1,4 @@
-"""The CPU kernel: packed codes times a few rows, all tenants of a matrix in one call, in float32.
+"""The CPU kernel: packed codes times a few rows, all tenants of a matrix in one call, in integers.
 
 Numba compiles it (`steps`, `expansion`, `hadamard`). It runs on the threads of PyTorch's own OpenMP: a second pool of
 threads beside them would wait for the same cores.
@@ -19,34 +19,42 @@ from torch import Tensor
 
 from deltacome.format.rotation import signs_of
 from deltacome.runtime.kernels import reference
-from deltacome.runtime.kernels.expansion import BLOCK, columns_worker, expand_worker
+from deltacome.runtime.kernels.expansion import BLOCK as ENTRIES
+from deltacome.runtime.kernels.expansion import columns_worker, expand_worker
 from deltacome.runtime.kernels.hadamard import rotate_worker
+from deltacome.runtime.kernels.layout import COLUMNS
 from deltacome.runtime.kernels.packed import Packed
-from deltacome.runtime.kernels.steps import CHUNK, add_worker
+from deltacome.runtime.kernels.steps import BLOCK, CHUNK, add_worker
 from deltacome.runtime.kernels.tables import (
     COUNT,
     DELTA_OF,
     FLAGS,
+    INPUT_SCALES,
     INPUTS,
     INVERSE,
+    MOST_GROUPS,
+    OUTPUT_STRIDE,
     OUTPUTS,
     ROW_COUNT,
+    ROWS,
     RUNS,
     RUNS_PER_THREAD,
     SEGMENT,
+    SEGMENT_COUNT,
     SEGMENTS,
     START,
+    STEPS,
+    SUM_STRIDE,
     SUMS,
+    T_BYTES,
+    T_SCALES,
+    T_STEP,
     TASKS,
-    TERM,
     M,
     N,
-    T,
     X,
     Y,
-    sum_offset,
 )
-from deltacome.runtime.kernels.vectors import LANES, SHIFTS
 
 MOST_ROWS = 32  # of one delta; from there on, taking the codes apart once and two dense products are faster
 
@@ -56,8 +64,9 @@ class _Table:
 
     def __init__(self, packed: Packed) -> None:
         m, n = packed.shape
-        rows = packed.factored_rows
+        rows = self.outputs = packed.factored_rows
         self.fast = not packed.grouped and not (packed.terms and packed.signs is not None)
+        self.scale = torch.cat([term.scale for term in packed.terms] or [torch.empty(0)])
         table = [
             packed.rows.data_ptr() if packed.rows is not None else 0,
             rows,
@@ -67,28 +76,25 @@ class _Table:
             signs_of(n).data_ptr(),
             packed.signs.words.data_ptr() if packed.signs is not None else 0,
             packed.sign_scale.data_ptr() if packed.sign_scale is not None else 0,
-            len(packed.terms),
+            packed.rank,
+            self.scale.data_ptr(),
+            len(packed.groups),
         ]
-        self.t_length = 0
-        self.widths = 0
-        for term in packed.terms:
-            entry = [term.bits, term.rank, term.scale.data_ptr(), len(term.planes)]
-            for plane in term.planes:
-                u, v = plane.u.words.data_ptr(), plane.v.words.data_ptr()
-                entry += [plane.width, plane.first, u, v, self.t_length]
-                self.t_length += term.rank
-                self.widths |= plane.width
-            table += entry + [0] * (TERM - len(entry))
-        self.sum_length = m if packed.signs is not None else sum_offset.py_func(rows, self.widths, 32)
+        # Planes, bytes for a number of each, and blocks of columns of the two products.
+        self.planes = self.t_bytes = self.inner_tasks = 0
+        for group in packed.groups:
+            count = len(group.weights)
+            tensors = (group.components, group.weights, group.u.words, group.v.words)
+            table += [group.width, count, *(tensor.data_ptr() for tensor in tensors), self.planes, self.t_bytes]
+            self.planes += count
+            self.t_bytes += -(-count // 32) * 32
+            self.inner_tasks += -(-count // BLOCK)
+        self.outer_tasks = -(-rows // BLOCK)
+        if packed.signs is not None:
+            self.inner_tasks, self.outer_tasks = -(-m // BLOCK), 0
+        self.output_tasks = 1 if "u" in packed.rotated else -(-rows // CHUNK)
         self.content = np.array(table, dtype=np.int64)
         self.address = _address(self.content)
-        present = [width for width in (1, 2, 4, 8, 16) if self.widths & width]
-        self.inner_tasks = sum(-(-term.rank // LANES) for term in packed.terms)
-        if packed.signs is not None:
-            self.inner_tasks += -(-m // LANES)
-        words = {width: -(-rows * width // 32) for width in present}
-        self.outer_tasks = sum(-(-words[width] // LANES) * -(-32 // (SHIFTS * width)) for width in present)
-        self.output_tasks = 1 if "u" in packed.rotated else -(-rows // CHUNK)
 
     @classmethod
     def of(cls, packed: Packed) -> "_Table":
@@ -134,37 +140,73 @@ class _Few:
         self.count = self.rows.numel()
         self.segments = segments.copy()
         self.segments[:, DELTA_OF] = [table.address for table in tables]
-        n = self.deltas[0].shape[1]
-        stride = -(-n // 64) * 64 + 64
-        t_stride = max([table.t_length for table in tables])
-        sum_stride = max([table.sum_length for table in tables])
+        self.n = self.deltas[0].shape[1]
+        planes = max([table.planes for table in tables])
+        outputs = max([table.outputs for table in tables])
+        t_bytes = max([table.t_bytes for table in tables])
         self.data = np.zeros(FLAGS, dtype=np.int64)
-        self.data[: TASKS + 4] = (
-            0, 0, n, 0, _address(self.segments), len(tables), self.rows.data_ptr(), self.count,
-            0, stride, 0, t_stride, 0, sum_stride, 0, 0, 0,
+        self.data[[N, SEGMENTS, SEGMENT_COUNT]] = self.n, _address(self.segments), len(tables)
+        self.data[[ROWS, ROW_COUNT]] = self.rows.data_ptr(), self.count
+        self.data[[SUM_STRIDE, OUTPUT_STRIDE, T_STEP]] = planes, outputs, t_bytes
+        self.data[TASKS : TASKS + STEPS] = (
             self.count,
             sum([table.inner_tasks for table in tables]),
+            self.count,
             sum([table.outer_tasks for table in tables]),
             sum([table.output_tasks * count for table, count in zip(tables, counts, strict=True)]),
-        )  # fmt: skip
-        self.n, self.input_floats = n, 2 * self.count * stride
-        self.t_floats, self.sum_floats = self.count * t_stride, self.count * sum_stride
+        )
+        # Where they are in this thread's memory, from its start on.
+        self.places = []
+        self.floats = 0
+        for key, length in ((SUMS, planes), (OUTPUTS, outputs), (T_SCALES, 4 * MOST_GROUPS), (T_BYTES, t_bytes // 2)):
+            self.places.append((key, 4 * self.floats))
+            self.floats += -(-length * self.count // 16) * 16
 
     def add(self, y: Tensor, x: Tensor) -> None:
         target = y if y.dtype == torch.float32 and y.is_contiguous() else torch.zeros(y.shape)
         if x.dtype != torch.float32 or not x.is_contiguous():
             x = x.float().contiguous()
-        outputs = y.shape[1]
         data = _table_for_threads()
         data[:FLAGS] = self.data
-        data[X], data[Y], data[M] = x.data_ptr(), target.data_ptr(), outputs
-        data[INPUTS] = _scratch(self.n, self.input_floats).data_ptr()
-        start = _scratch(0, self.t_floats + self.sum_floats + self.count * outputs).data_ptr()
-        data[T], data[SUMS] = start, start + 4 * self.t_floats
-        data[OUTPUTS] = start + 4 * (self.t_floats + self.sum_floats)
+        data[X], data[Y], data[M] = x.data_ptr(), target.data_ptr(), y.shape[1]
+        _Inputs.of(self.n, self.count).enter(data)
+        start = _scratch(self.floats)
+        for key, place in self.places:
+            data[key] = start + place
         _on_threads(add_worker(), data)
         if target is not y:
             y += target.to(y.dtype)
+
+
+class _Inputs:
+    """What a thread keeps of the last rows that were multiplied: as they were given, and in two bytes a number.
+
+    Behind the n numbers of a row are zeros, whatever it is multiplied with.
+    """
+
+    def __init__(self, n: int, rows: int) -> None:
+        self.rows = rows
+        step = -(-n // 64) * 64
+        self.tensors = (
+            torch.zeros(rows, n + 1),
+            torch.zeros(rows, 2, step, dtype=torch.int8),
+            torch.zeros(rows, 2, dtype=torch.float64),
+        )
+        last, in_bytes, scales = (tensor.data_ptr() for tensor in self.tensors)
+        self.entries = np.array([last, n + 1, in_bytes, step, scales], dtype=np.int64)
+
+    @classmethod
+    def of(cls, n: int, rows: int) -> "_Inputs":
+        """Those of this thread for rows of n numbers."""
+        kept: dict[int, _Inputs] = _local.__dict__.setdefault("inputs", {})
+        found = kept.get(n)
+        if found is None or found.rows < rows:
+            found = kept[n] = cls(n, rows)
+        return found
+
+    def enter(self, data: np.ndarray) -> None:
+        """Put the addresses into the table of a call."""
+        data[INPUTS : INPUT_SCALES + 1] = self.entries
 
 
 @lru_cache(maxsize=64)
@@ -185,13 +227,12 @@ def _address(array: np.ndarray) -> int:
 _local = threading.local()
 
 
-def _scratch(key: int, length: int) -> Tensor:
-    """At least `length` floats of memory that this thread keeps for what `key` stands for."""
-    buffers: dict[Any, Tensor] = _local.__dict__
-    buffer = buffers.get(key)
-    if buffer is None or buffer.numel() < length:
-        buffer = buffers[key] = torch.zeros(length)
-    return buffer
+def _scratch(length: int) -> int:
+    """The address of at least `length` floats of memory that this thread keeps, at a whole cache line."""
+    buffer: Tensor | None = _local.__dict__.get("scratch")
+    if buffer is None or buffer.numel() < length + 16:
+        buffer = _local.scratch = torch.empty(length + 16)
+    return -(-buffer.data_ptr() // 64) * 64
 
 
 def _add_many(y: Tensor, x: Tensor, packed: Packed, rows: Tensor) -> None:
@@ -205,10 +246,9 @@ def _add_many(y: Tensor, x: Tensor, packed: Packed, rows: Tensor) -> None:
     u, v = torch.empty(packed.rank, m), torch.empty(n, packed.rank)
     data = _table_for_threads()
     data[[X, Y, N, M, SEGMENTS]] = v.data_ptr(), u.data_ptr(), n, m, _Table.of(packed).address
-    data[TASKS : TASKS + 2] = sum(-(-n // BLOCK) for _ in packed.terms), packed.rank
+    data[TASKS : TASKS + 2] = -(-n // ENTRIES), -(-m // COLUMNS)
     _on_threads(expand_worker(), data)
-    scale = torch.cat([term.scale for term in packed.terms])
-    product = (inputs @ v).mul_(scale) @ u
+    product = (inputs @ v).mul_(_Table.of(packed).scale) @ u
     if "u" in packed.rotated:
         rotate_rows(product, inverse=True)
     if packed.rows is None:
@@ -269,7 +309,7 @@ def compute_alone() -> None:
 
 def _table_for_threads() -> np.ndarray:
     """An empty table with flags for the runs of each step."""
-    return np.zeros(FLAGS + 4 * RUNS_PER_THREAD * torch.get_num_threads(), dtype=np.int64)
+    return np.zeros(FLAGS + STEPS * RUNS_PER_THREAD * torch.get_num_threads(), dtype=np.int64)
 
 
 def _on_threads(worker: Any, data: np.ndarray) -> None:

@@ -6,14 +6,16 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, njit, types
 
+from deltacome.runtime.kernels.layout import COLUMNS
 from deltacome.runtime.kernels.tables import (
-    BITS,
-    FIRST,
+    COMPONENTS,
     FLAGS,
-    PLANES,
+    PLANE_COUNT,
     RANK,
     RUNS,
     SEGMENTS,
+    SOURCES,
+    WEIGHTS,
     WIDTH,
     M,
     N,
@@ -22,94 +24,91 @@ from deltacome.runtime.kernels.tables import (
     X,
     Y,
     delta_of,
-    plane_of,
     take,
     tasks_of,
 )
-from deltacome.runtime.kernels.vectors import LANES, floats, integers, integers32, lift, spread
+from deltacome.runtime.kernels.vectors import floats, integers, integers32, take_apart
 
 BLOCK = 32  # entries of a vector whose codes fill whole words at every width
 
 
 @njit(error_model="numpy")
-def _expand_v(data, terms, begin, end):  # type: ignore[no-untyped-def]
-    """Entries of V, (n, rank of all terms)."""
-    n, rank_of_all = data[N], 0
-    for term in terms:
-        rank_of_all += term[RANK]
-    v = carray(floats(data[X]), (n, rank_of_all))
-    number, column = 0, 0
-    for term in terms:
-        rank = term[RANK]
-        for start in range(0, n, BLOCK):
-            if begin <= number < end:
-                v[start : start + BLOCK, column : column + rank] = -np.float32(((1 << term[BITS]) - 1) / 2)
-                for p in range(term[PLANES]):
-                    plane = plane_of(term, p)
-                    width, count = plane[WIDTH], -(-n * plane[WIDTH] // 32)
-                    weight, per_word = np.float32(1 << plane[FIRST]), 32 // width
-                    for first_k in range(0, rank, LANES):
-                        columns = min(LANES, rank - first_k)
-                        for w in range(start // per_word, min((start + BLOCK) // per_word, count)):
-                            words = plane[V] + 4 * (first_k * count + w * columns)
-                            place = w * per_word
-                            if columns == LANES and place + per_word <= n:
-                                out = data[X] + 4 * (place * rank_of_all + column + first_k)
-                                lift(width, words, out, rank_of_all, weight)
-                                continue
-                            word = carray(integers32(words), (columns,))
-                            for i in range(min(per_word, n - place)):
-                                for k in range(columns):
-                                    code = (word[k] >> np.int32(i * width)) & np.int32((1 << width) - 1)
-                                    v[place + i, column + first_k + k] += weight * np.float32(code)
-            number += 1
-        column += rank
+def _planes(group):  # type: ignore[no-untyped-def]
+    """Of each plane of a group its component, its weight, and what is taken from a code."""
+    count = group[PLANE_COUNT]
+    components = carray(integers(group[COMPONENTS]), (count,))
+    return components, carray(floats(group[WEIGHTS]), (count,)), np.float32(((1 << group[WIDTH]) - 1) / 2)
 
 
 @njit(error_model="numpy")
-def _expand_u(data, terms, begin, end):  # type: ignore[no-untyped-def]
-    """Entries of U, (rank of all terms, m)."""
+def _expand_v(data, rank, groups, codes, begin, end):  # type: ignore[no-untyped-def]
+    """Entries of V, (n, rank), BLOCK rows a task."""
+    n = data[N]
+    v = carray(floats(data[X]), (n, rank))
+    for start in range(begin * BLOCK, min(end * BLOCK, n), BLOCK):
+        v[start : start + BLOCK] = 0
+        for group in groups:
+            width, count = group[WIDTH], group[PLANE_COUNT]
+            components, weights, middle = _planes(group)
+            per_word, rows = 32 // width, -(-n * width // 32)
+            for first in range(0, count, COLUMNS):
+                columns = min(COLUMNS, count - first)
+                component, weight = components[first], weights[first]
+                is_run = columns == COLUMNS and components[first + COLUMNS - 1] == component + COLUMNS - 1
+                is_run = is_run and weights[first + COLUMNS - 1] == weight
+                for w in range(start // per_word, min((start + BLOCK) // per_word, rows)):
+                    take_apart(width, group[V] + 4 * (first * rows + w * columns), codes.ctypes.data)
+                    for i in range(min(per_word, n - w * per_word)):
+                        row, own = v[w * per_word + i], codes[i * COLUMNS : (i + 1) * COLUMNS]
+                        if is_run:
+                            target = row[component : component + COLUMNS]
+                            for k in range(COLUMNS):
+                                target[k] += weight * (own[k] - middle)
+                        else:
+                            for k in range(columns):
+                                row[components[first + k]] += weights[first + k] * (own[k] - middle)
+
+
+@njit(error_model="numpy")
+def _expand_u(data, rank, groups, codes, begin, end):  # type: ignore[no-untyped-def]
+    """Entries of U, (rank, m), a tile of columns a task."""
     m = data[M]
-    number = 0
-    for term in terms:
-        for k in range(term[RANK]):
-            if begin <= number < end:
-                out = carray(floats(data[Y] + 4 * number * m), (m,))
-                out[:] = -np.float32(((1 << term[BITS]) - 1) / 2)
-                for p in range(term[PLANES]):
-                    plane = plane_of(term, p)
-                    width, count = plane[WIDTH], -(-m * plane[WIDTH] // 32)
-                    weight, per_word = np.float32(1 << plane[FIRST]), 32 // width
-                    for w in range(count):
-                        start = w // LANES * LANES
-                        columns = min(LANES, count - start)
-                        word = plane[U] + 4 * (start * term[RANK] + k * columns + w - start)
-                        place = w * per_word
-                        if place + per_word <= m:
-                            spread(width, word, data[Y] + 4 * (number * m + place), weight)
-                            continue
-                        for i in range(m - place):
-                            code = carray(integers32(word), (1,))[0] >> np.int32(i * width) & np.int32((1 << width) - 1)
-                            out[place + i] += weight * np.float32(code)
-            number += 1
+    u = carray(floats(data[Y]), (rank, m))
+    for first in range(begin * COLUMNS, min(end * COLUMNS, m), COLUMNS):
+        columns = min(COLUMNS, m - first)
+        u[:, first : first + columns] = 0
+        for group in groups:
+            width, count = group[WIDTH], group[PLANE_COUNT]
+            components, weights, middle = _planes(group)
+            per_word, rows = 32 // width, -(-count * width // 32)
+            for w in range(rows):
+                take_apart(width, group[U] + 4 * (first * rows + w * columns), codes.ctypes.data)
+                for i in range(min(per_word, count - w * per_word)):
+                    target = u[components[w * per_word + i], first : first + columns]
+                    weight, own = weights[w * per_word + i], codes[i * COLUMNS : (i + 1) * COLUMNS]
+                    for k in range(columns):
+                        target[k] += weight * (own[k] - middle)
 
 
 @cache
 def expand_worker() -> Any:
     """Take the codes of a delta apart: V to X, U to Y."""
+    sources = SOURCES
 
     @cfunc(types.void(types.int64), cache=True)
     def worker(address):  # type: ignore[no-untyped-def]
+        _ = sources
         data = carray(integers(address), (FLAGS,))
-        _, terms = delta_of(data[SEGMENTS])
+        delta, groups = delta_of(data[SEGMENTS])
+        codes = np.empty(32 * COLUMNS, np.float32)
         for step in range(2):
             for run in range(data[RUNS]):
                 if take(data, step, run):
                     begin, end = tasks_of(data, step, run)
                     if step == 0:
-                        _expand_v(data, terms, begin, end)
+                        _expand_v(data, delta[RANK], groups, codes, begin, end)
                     else:
-                        _expand_u(data, terms, begin, end)
+                        _expand_u(data, delta[RANK], groups, codes, begin, end)
 
     return worker
 
@@ -117,30 +116,29 @@ def expand_worker() -> Any:
 @cache
 def columns_worker() -> Any:
     """Entries of U at some places, as `reference.columns`."""
+    sources = SOURCES
 
     @cfunc(types.void(types.int64), cache=True)
     def worker(address):  # type: ignore[no-untyped-def]
+        _ = sources
         data = carray(integers(address), (FLAGS,))
-        _, terms = delta_of(data[SEGMENTS])
+        delta, groups = delta_of(data[SEGMENTS])
         places = carray(integers(data[X]), (data[N],))
-        first_k = 0
-        for term in terms:
-            rank = term[RANK]
-            out = carray(floats(data[Y] + 4 * first_k * data[N]), (rank, data[N]))
-            out[:] = -np.float32(((1 << term[BITS]) - 1) / 2)
-            for p in range(term[PLANES]):
-                plane = plane_of(term, p)
-                width, count = plane[WIDTH], -(-data[M] * plane[WIDTH] // 32)
-                mask = np.int32((1 << width) - 1)
-                words = carray(integers32(plane[U]), (rank * count,))
-                for i in range(data[N]):
-                    word = places[i] // (32 // width)
-                    start = word // LANES * LANES
-                    columns = min(LANES, count - start)
-                    shift = np.int32(places[i] % (32 // width) * width)
-                    for k in range(rank):
-                        code = (words[start * rank + k * columns + word - start] >> shift) & mask
-                        out[k, i] += np.float32(code << plane[FIRST])
-            first_k += rank
+        out = carray(floats(data[Y]), (delta[RANK], data[N]))
+        out[:] = 0
+        for group in groups:
+            width, count = group[WIDTH], group[PLANE_COUNT]
+            components, weights, middle = _planes(group)
+            per_word, rows = 32 // width, -(-count * width // 32)
+            words = carray(integers32(group[U]), (rows * data[M],))
+            for i in range(data[N]):
+                first = places[i] // COLUMNS * COLUMNS
+                columns = min(COLUMNS, data[M] - first)
+                for k in range(count):
+                    code = k % per_word
+                    shift = np.int32(8 * (code % 4) + width * (code // 4))
+                    word = words[first * rows + k // per_word * columns + places[i] - first]
+                    value = np.float32((word >> shift) & np.int32((1 << width) - 1))
+                    out[components[k], i] += weights[k] * (value - middle)
 
     return worker

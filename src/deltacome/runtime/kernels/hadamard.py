@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, njit, types
 
-from deltacome.runtime.kernels.tables import FLAGS, INVERSE, RUNS, SEGMENTS, N, X, take, tasks_of
+from deltacome.runtime.kernels.tables import FLAGS, INVERSE, RUNS, SEGMENTS, SOURCES, N, X, take, tasks_of
 from deltacome.runtime.kernels.vectors import LANES, butterfly, floats, integers, lane_hadamard
 
 
@@ -63,9 +63,11 @@ def largest_power(n):  # type: ignore[no-untyped-def]
 @cache
 def rotate_worker() -> Any:
     """Rotate rows, or rotate them back."""
+    sources = SOURCES
 
     @cfunc(types.void(types.int64), cache=True)
     def worker(address):  # type: ignore[no-untyped-def]
+        _ = sources
         data = carray(integers(address), (FLAGS,))
         n = data[N]
         entry_signs = carray(floats(data[SEGMENTS]), (n,))

@@ -1,6 +1,6 @@
-"""A delta of one matrix as the kernels read it: the artifact's words, ordered so that they are read in a stream."""
+"""A delta of one matrix as the kernels read it: the artifact's codes, ordered so that they are read in a stream."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,35 +8,24 @@ from torch import Tensor
 
 from deltacome.format.bits import pack, planes, unpack
 from deltacome.format.terms import Coded, Factored, Sign, Term
+from deltacome.runtime.kernels.layout import COLUMNS, bit_of, lay_columns, lay_rows, planes_of
 
-TILE = 8  # columns of a matrix of words that lie together
+TILE = 8  # columns of a matrix of words that lie together on a GPU
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Tiled:
-    """A matrix of int32 words, its columns cut into tiles of `TILE`: tile after tile, each row by row.
+    """A matrix of int32 words, its columns cut into tiles of `tile`: tile after tile, each row by row.
 
-    Row i of tile t begins at `t * TILE * rows + i * width`, the last tile having the columns that are left. Behind the
+    Row i of tile t begins at `t * tile * rows + i * width`, the last tile having the columns that are left. Behind the
     last word is room for a vector load.
     """
 
     words: Tensor
     rows: int
     columns: int
-
-    @classmethod
-    def of(cls, matrix: Tensor, device: torch.device) -> "Tiled":
-        """A copy of a matrix."""
-        rows, columns = matrix.shape
-        tiles, left = divmod(columns, TILE)
-        down, right = matrix.stride()
-        words = torch.empty(matrix.numel() + TILE, dtype=torch.int32, device=device)
-        for first, shape in ((0, (tiles, rows, TILE)), (tiles * TILE, (1, rows, left))):
-            if 0 not in shape:
-                start = matrix.storage_offset() + first * right
-                part = matrix.as_strided(shape, (TILE * right, down, right), start)
-                words.as_strided(shape, (rows * TILE, shape[2], 1), first * rows).copy_(part)
-        return cls(words, rows, columns)
+    tile: int
 
     def to(self, device: torch.device) -> "Tiled":
         """A copy on a device, or itself if it is there."""
@@ -44,24 +33,24 @@ class Tiled:
 
     def matrix(self) -> Tensor:
         """The matrix again."""
-        whole = self.columns // TILE * TILE
-        tiles = self.words[: self.rows * whole].view(-1, self.rows, TILE).transpose(0, 1).reshape(self.rows, whole)
+        tile, whole = self.tile, self.columns // self.tile * self.tile
+        tiles = self.words[: self.rows * whole].view(-1, self.rows, tile).transpose(0, 1).reshape(self.rows, whole)
         return torch.cat((tiles, self.words[self.rows * whole : self.rows * self.columns].view(self.rows, -1)), dim=1)
 
     def pick(self, columns: Tensor) -> Tensor:
         """Some of the columns: (rows, len(columns))."""
-        tile = columns // TILE
-        width = (self.columns - tile * TILE).clamp(max=TILE)
-        first = tile * TILE * (self.rows - 1) + columns + torch.zeros_like(width)
+        tile = columns // self.tile
+        width = (self.columns - tile * self.tile).clamp(max=self.tile)
+        first = tile * self.tile * (self.rows - 1) + columns + torch.zeros_like(width)
         row = torch.arange(self.rows, device=columns.device)[:, None]
         return self.words[first + row * width]
 
 
 @dataclass(frozen=True)
 class Plane:
-    """One plane of a term's codes: bits `first` to `first + width` of each.
+    """One plane of a term's codes on a GPU: bits `first` to `first + width` of each.
 
-    u: words (rank, words of m), or (words of rank, m) if they lie along the rank. v: words (words of n, rank).
+    u: words (words of rank, m). v: words (words of n, rank). Tiles are full.
     """
 
     width: int
@@ -71,17 +60,38 @@ class Plane:
 
 
 @dataclass(frozen=True)
+class Group:
+    """The planes of one width of all terms, as a CPU reads them.
+
+    components: int64 (count,), whose bits a plane's codes are, the components of all terms being counted through.
+    weights: float32 (count,), the powers of two that the codes count. u: words (words of count, m). v: words (words of
+    n, count). `layout` says how codes lie in words.
+    """
+
+    width: int
+    components: Tensor
+    weights: Tensor
+    u: Tiled
+    v: Tiled
+
+    def to(self, device: torch.device) -> "Group":
+        """A copy on a device."""
+        return Group(
+            self.width,
+            self.components.to(device),
+            self.weights.to(device),
+            self.u.to(device),
+            self.v.to(device),
+        )
+
+
+@dataclass(frozen=True)
 class PackedTerm:
-    """The components of one bit-width. scale: float32, (rank,)."""
+    """The components of one bit-width. scale: float32, (rank,). planes: on a GPU."""
 
     bits: int
     scale: Tensor
-    planes: tuple[Plane, ...]
-
-    def to(self, device: torch.device) -> "PackedTerm":
-        """A copy on a device."""
-        planes = tuple(replace(plane, u=plane.u.to(device), v=plane.v.to(device)) for plane in self.planes)
-        return replace(self, scale=self.scale.to(device), planes=planes)
+    planes: tuple[Plane, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -97,20 +107,20 @@ class PackedTerm:
 class Packed:
     """A delta of shape (m, n), as it lies in memory.
 
-    terms: factored terms without groups. rotated: their rotated sides. rows: int32, the rows of the weight that they
-    add to, None for all. signs: (words of n, m), the words of a sign term. grouped: terms with scales
-    per group, which only the reference kernel computes. along_rank: whether the words of U run along the components, so
-    that both products of a delta are sums over a word's codes, as GPUs like it; all tiles are full then.
+    terms: factored terms whose entries have one scale a vector. rotated: their rotated sides. rows: int32, the rows of
+    the weight that they add to, None for all. groups: their codes, unless the terms have them, on a GPU. signs: (words
+    of n, m), the words of a sign term. grouped: terms with scales per group of entries, which only the reference kernel
+    computes.
     """
 
     shape: tuple[int, int]
     terms: tuple[PackedTerm, ...] = ()
     rotated: str = ""
     rows: Tensor | None = None
+    groups: tuple[Group, ...] = ()
     signs: Tiled | None = None
     sign_scale: Tensor | None = None
     grouped: tuple[Factored, ...] = ()
-    along_rank: bool = False
 
     @property
     def factored_rows(self) -> int:
@@ -122,25 +132,26 @@ class Packed:
         return sum(term.rank for term in self.terms)
 
     def to(self, device: torch.device) -> "Packed":
-        """A copy on a device, or itself if it is there."""
+        """A copy on a device, as its kernels read it, or itself if it is there. There is no way back from a GPU."""
         if self.device == device:
             return self
         rows, scale = (None if tensor is None else tensor.to(device) for tensor in (self.rows, self.sign_scale))
         moved = Packed(
             self.shape,
-            tuple(term.to(device) for term in self.terms),
+            tuple(PackedTerm(term.bits, term.scale.to(device)) for term in self.terms),
             self.rotated,
             rows,
+            tuple(group.to(device) for group in self.groups),
             None if self.signs is None else self.signs.to(device),
             scale,
             tuple(_to(term, device) for term in self.grouped),
-            self.along_rank,
         )
-        return words_along_rank(moved) if device.type == "cuda" else moved
+        return for_gpu(moved) if device.type == "cuda" else moved
 
     @property
     def device(self) -> torch.device:
-        return self.tensors()[0].device
+        found = self.tensors()
+        return found[0].device if found else CPU
 
     def tensors(self) -> list[Tensor]:
         """Everything that it keeps in memory."""
@@ -149,12 +160,21 @@ class Packed:
             found.append(self.signs.words)
         for term in self.terms:
             found += [term.scale, *(side.words for plane in term.planes for side in (plane.u, plane.v))]
+        for group in self.groups:
+            found += [group.components, group.weights, group.u.words, group.v.words]
         for grouped in self.grouped:
             assert grouped.groups is not None
             groups = grouped.groups
             found += [grouped.u, grouped.v, grouped.scale]
             found += [groups.u_scale, groups.u_zero, groups.v_scale, groups.v_zero]
         return found
+
+    def entries(self) -> list[tuple[Tensor, Tensor]]:
+        """Of each term U (rank, m) and V (rank, n), as stored (rotated or not), in float32, without scales."""
+        u, v = codes_of(self)
+        ranks = [term.rank for term in self.terms]
+        pairs = zip(self.terms, u.split(ranks), v.split(ranks), strict=True)
+        return [(own_u - term.middle, own_v - term.middle) for term, own_u, own_v in pairs]
 
 
 def pack_blocks(terms: Sequence[Term], shape: tuple[int, int], device: torch.device) -> tuple[Packed, ...]:
@@ -170,33 +190,121 @@ def pack_terms(terms: Sequence[Term], shape: tuple[int, int], device: torch.devi
     """Lay out the factored and sign terms of a weight of `shape` that are for the same rows."""
     factored = [term for term in terms if isinstance(term, Factored)]
     plain = [term for term in factored if term.groups is None]
-    packed = Packed(shape, tuple(_pack_term(term, device) for term in plain))
-    if plain:
-        rows = plain[0].rows
-        packed = replace(packed, rotated=plain[0].rotated, rows=None if rows is None else rows.to(device, torch.int32))
+    packed = Packed(
+        shape,
+        tuple(PackedTerm(term.bits, term.scale.to(CPU, torch.float32, copy=True)) for term in plain),
+        plain[0].rotated if plain else "",
+        plain[0].rows.to(CPU, torch.int32, copy=True) if plain and plain[0].rows is not None else None,
+        tuple(_group(plain, width) for width in groups_of(term.bits for term in plain)),
+        grouped=tuple(_to(term, CPU) for term in factored if term.groups is not None),
+    )
     for term in terms:
         if isinstance(term, Sign):
-            words = Tiled.of(term.words.T, device)
-            packed = replace(packed, signs=words, sign_scale=term.scale.to(device, torch.float32, copy=True))
-    packed = replace(packed, grouped=tuple(_to(term, device) for term in factored if term.groups is not None))
-    return words_along_rank(packed) if device.type == "cuda" else packed
+            m, n = term.shape
+            words = _empty(-(-n // 32), m)
+            lay_columns(term.words.cpu().numpy(), 0, 1, 0, n, 1, 0, words.words.numpy(), words.rows, m)
+            packed = replace(packed, signs=words, sign_scale=term.scale.to(CPU, torch.float32, copy=True))
+    return packed.to(device)
 
 
-def words_along_rank(packed: Packed) -> Packed:
-    """The delta with the words of U along the components, and zeros behind all words up to whole tiles."""
+def groups_of(bits: Iterable[int]) -> list[int]:
+    """The widths of the groups that terms of these bit-widths have."""
+    return sorted({width for own in bits for _, width in planes_of(own)})
 
-    def padded(matrix: Tensor) -> Tiled:
-        return Tiled.of(torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % TILE)), matrix.device)
 
-    def laid_out(plane: Plane) -> Plane:
-        codes = unpack(plane.u.matrix(), plane.width, packed.factored_rows)
-        return replace(plane, u=padded(pack(codes.T, plane.width).T), v=padded(plane.v.matrix()))
+def _empty(rows: int, columns: int) -> Tiled:
+    return Tiled(torch.zeros(rows * columns + COLUMNS, dtype=torch.int32), rows, columns, COLUMNS)
 
-    if packed.along_rank:
+
+def _group(terms: list[Factored], width: int) -> Group:
+    """The planes of one width of all terms."""
+    found = []  # terms, first components, first bits
+    start = 0
+    for term in terms:
+        found += [(term, start, first) for first, own in planes_of(term.bits) if own == width]
+        start += term.rank
+    count = sum(term.rank for term, _, _ in found)
+    m, n = terms[0].shape
+    u, v = _empty(-(-count * width // 32), m), _empty(-(-n * width // 32), count)
+    place = 0
+    for term, _, first in found:
+        for words, side, length, lay in ((term.u, u, m, lay_rows), (term.v, v, n, lay_columns)):
+            source = _source(term.bits, first, length)
+            lay(words.cpu().numpy(), *source, length, width, place, side.words.numpy(), side.rows, side.columns)
+        place += term.rank
+    components = torch.cat([torch.arange(start, start + term.rank) for term, start, _ in found])
+    weights = torch.cat([torch.full((term.rank,), float(1 << first)) for term, _, first in found])
+    return Group(width, components, weights, u, v)
+
+
+def _source(bits: int, first: int, length: int) -> tuple[int, int, int]:
+    """Where the artifact's rows have a plane: from which word on, of which width, and from which of its bits on."""
+    start = 0
+    for own_first, width in planes(bits):
+        if own_first <= first < own_first + width:
+            return start, width, first - own_first
+        start += -(-length * width // 32)
+    raise ValueError(f"no plane from bit {first} on in codes of {bits} bits")
+
+
+def codes_of(packed: Packed) -> tuple[Tensor, Tensor]:
+    """All codes of U (rank, m) and V (rank, n), int32, the components of all terms counted through."""
+    device, n = packed.device, packed.shape[1]
+    if not packed.terms:
+        return torch.zeros(0, packed.factored_rows, device=device), torch.zeros(0, n, device=device)
+    if any(term.planes for term in packed.terms):
+        found = [_codes_on_gpu(term, packed) for term in packed.terms]
+        return torch.cat([u for u, _ in found]), torch.cat([v for _, v in found])
+    u = torch.zeros(packed.rank, packed.factored_rows, dtype=torch.int32, device=device)
+    v = torch.zeros(packed.rank, n, dtype=torch.int32, device=device)
+    for group in packed.groups:
+        weights = group.weights.to(torch.int32)[:, None]
+        u.index_add_(0, group.components, take_apart(group.u.matrix(), group.width, len(weights)) * weights)
+        v.index_add_(0, group.components, take_apart(group.v.matrix(), group.width, n).T * weights)
+    return u, v
+
+
+def take_apart(words: Tensor, width: int, length: int) -> Tensor:
+    """Codes (length, columns) of a matrix of words (words of length, columns), as a CPU has them."""
+    bits = [bit_of(i, width) for i in range(32 // width)]
+    shifts = torch.tensor(bits, dtype=torch.int32, device=words.device)
+    return ((words[:, None] >> shifts[:, None]) & ((1 << width) - 1)).reshape(-1, words.shape[1])[:length]
+
+
+def _codes_on_gpu(term: PackedTerm, packed: Packed) -> tuple[Tensor, Tensor]:
+    rows, (_, n) = packed.factored_rows, packed.shape
+    u = torch.cat([plane.u.matrix()[:, :rows].T for plane in term.planes], dim=1)
+    v = torch.cat([plane.v.matrix()[:, : term.rank].T for plane in term.planes], dim=1)
+    return unpack(u, term.bits, term.rank).T, unpack(v, term.bits, n)
+
+
+def for_gpu(packed: Packed) -> Packed:
+    """The delta as the GPU kernel reads it, on the same device: the words of U and of V along the components and the
+    inputs in the artifact's order, and zeros behind them up to whole tiles.
+    """
+
+    def tiled(codes: Tensor, width: int) -> Tiled:
+        words = pack(codes, width).T
+        rows, columns = words.shape
+        columns = -(-columns // TILE) * TILE
+        tiles = torch.nn.functional.pad(words, (0, columns - words.shape[1])).reshape(rows, -1, TILE).transpose(0, 1)
+        return Tiled(torch.nn.functional.pad(tiles.reshape(-1), (0, TILE)), rows, columns, TILE)
+
+    if not packed.groups and (packed.signs is None or packed.signs.tile == TILE):
         return packed
-    terms = (replace(term, planes=tuple(laid_out(plane) for plane in term.planes)) for term in packed.terms)
-    signs = None if packed.signs is None else padded(packed.signs.matrix())
-    return replace(packed, terms=tuple(terms), signs=signs, along_rank=True)
+    u, v = codes_of(packed)
+    ranks = [term.rank for term in packed.terms]
+    terms = []
+    for term, own_u, own_v in zip(packed.terms, u.split(ranks), v.split(ranks), strict=True):
+        own = [
+            Plane(width, first, *(tiled((codes >> first) & ((1 << width) - 1), width) for codes in (own_u.T, own_v)))
+            for first, width in planes(term.bits)
+        ]
+        terms.append(replace(term, planes=tuple(own)))
+    signs = packed.signs
+    if signs is not None:
+        signs = tiled(take_apart(signs.matrix(), 1, packed.shape[1]).T, 1)
+    return replace(packed, terms=tuple(terms), groups=(), signs=signs)
 
 
 def transposed(terms: list[Term]) -> list[Term]:
@@ -230,30 +338,6 @@ def transposed(terms: list[Term]) -> list[Term]:
         else:
             found.append(replace(term, value=term.value.T.contiguous()))
     return found
-
-
-def unpack_term(term: PackedTerm, packed: Packed) -> tuple[Tensor, Tensor]:
-    """The entries of a term's U (rank, m) and V (rank, n), as stored (rotated or not), in float32, without scales."""
-
-    def entries(words: list[Tensor], length: int) -> Tensor:
-        return unpack(torch.cat(words, dim=1), term.bits, length).float().sub_(term.middle)
-
-    v = entries([plane.v.matrix()[:, : term.rank].T for plane in term.planes], packed.shape[1])
-    if packed.along_rank:
-        rows = packed.factored_rows
-        return entries([plane.u.matrix()[:, :rows].T for plane in term.planes], term.rank).T, v
-    return entries([plane.u.matrix() for plane in term.planes], packed.factored_rows), v
-
-
-def _pack_term(term: Factored, device: torch.device) -> PackedTerm:
-    m, n = term.shape
-    found, u_start, v_start = [], 0, 0
-    for first, width in planes(term.bits):
-        u_end, v_end = u_start - (-m * width // 32), v_start - (-n * width // 32)
-        u, v = term.u[:, u_start:u_end], term.v[:, v_start:v_end].T
-        found.append(Plane(width, first, Tiled.of(u, device), Tiled.of(v, device)))
-        u_start, v_start = u_end, v_end
-    return PackedTerm(term.bits, term.scale.to(device, torch.float32, copy=True), tuple(found))
 
 
 def _to(term: Factored, device: torch.device) -> Factored:

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from deltacome.format.bits import planes, unpack
 from deltacome.format.rotation import rotate, unrotate
-from deltacome.runtime.kernels.packed import Packed, unpack_term
+from deltacome.runtime.kernels.layout import COLUMNS
+from deltacome.runtime.kernels.packed import Packed, take_apart
 
 
 class Work:
@@ -35,8 +36,7 @@ def multiply(x: Tensor, packed: Packed) -> Tensor:
     """`x D^T` for x (rows, n) in float32: (rows, m), or (rows, len(packed.rows)) of a delta of some rows alone."""
     product = torch.zeros(x.shape[0], packed.factored_rows, device=x.device)
     inputs = rotate(x) if "v" in packed.rotated else x
-    for term in packed.terms:
-        u, v = unpack_term(term, packed)
+    for term, (u, v) in zip(packed.terms, packed.entries(), strict=True):
         product += (inputs @ v.T * term.scale) @ u
     if "u" in packed.rotated:
         product = unrotate(product)
@@ -45,7 +45,7 @@ def multiply(x: Tensor, packed: Packed) -> Tensor:
         product += (x @ v.T * grouped.scale.float()) @ u
     if packed.signs is not None:
         assert packed.sign_scale is not None
-        signs = unpack(packed.signs.matrix()[:, : packed.shape[0]].T, 1, packed.shape[1]).float().mul_(2).sub_(1)
+        signs = take_signs(packed, packed.signs.matrix()[:, : packed.shape[0]])
         product += (x @ signs.T) * packed.sign_scale
     return product
 
@@ -53,15 +53,17 @@ def multiply(x: Tensor, packed: Packed) -> Tensor:
 def columns(packed: Packed, places: Tensor) -> Tensor:
     """Entries of U, without scales, at some places: (rank of all terms, len(places)) in float32."""
     found = []
-    for term in packed.terms:
-        codes = torch.zeros(term.rank, len(places), dtype=torch.int32, device=places.device)
-        for plane in term.planes:
-            if packed.along_rank:
-                part = unpack(plane.u.pick(places).T, plane.width, term.rank).T
-            else:
-                part = _cut(plane.u.pick(places // (32 // plane.width)), places, plane.width)
-            codes |= part << plane.first
-        found.append(codes.float().sub_(term.middle))
+    if packed.groups:
+        codes = torch.zeros(packed.rank, len(places), dtype=torch.int32, device=places.device)
+        for group in packed.groups:
+            own = take_apart(group.u.pick(places), group.width, len(group.weights))
+            codes.index_add_(0, group.components, own * group.weights.to(torch.int32)[:, None])
+        middles = [torch.full((term.rank, 1), term.middle, device=places.device) for term in packed.terms]
+        found.append(codes - torch.cat(middles))
+    else:
+        for term in packed.terms:
+            words = torch.cat([plane.u.pick(places) for plane in term.planes])
+            found.append(unpack(words.T, term.bits, term.rank).T - term.middle)
     for grouped in packed.grouped:
         assert grouped.groups is not None
         codes = torch.zeros(grouped.rank, len(places), dtype=torch.int32, device=places.device)
@@ -69,9 +71,18 @@ def columns(packed: Packed, places: Tensor) -> Tensor:
         for first, width in planes(grouped.bits):
             codes |= _cut(grouped.u[:, start + places // (32 // width)], places, width) << first
             start += -(-packed.factored_rows * width // 32)
-        group = places // grouped.groups.size
-        found.append((codes - grouped.groups.u_zero[:, group].float()) * grouped.groups.u_scale[:, group].float())
+        of = places // grouped.groups.size
+        found.append((codes - grouped.groups.u_zero[:, of].float()) * grouped.groups.u_scale[:, of].float())
     return torch.cat(found)
+
+
+def take_signs(packed: Packed, words: Tensor) -> Tensor:
+    """+1 and -1, (columns, n), of some columns of the words of signs."""
+    n = packed.shape[1]
+    assert packed.signs is not None
+    is_on_cpu = packed.signs.tile == COLUMNS
+    codes = take_apart(words, 1, n).T if is_on_cpu else unpack(words.T.contiguous(), 1, n)
+    return codes.float().mul_(2).sub_(1)
 
 
 def _cut(words: Tensor, places: Tensor, width: int) -> Tensor:

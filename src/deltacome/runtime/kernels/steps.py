@@ -1,7 +1,7 @@
-"""The four steps that add to y what a batch's deltas make of x, compiled by Numba; the inner loops are in `vectors`.
+"""The steps that add to y what a batch's deltas make of x, compiled by Numba; the inner loops are in `vectors`.
 
-Numba keeps what it compiled beside this file and compiles again when this file changes, but not when `tables`,
-`hadamard` or `vectors` do.
+Both factors of a product are integers: codes, and numbers in two bytes (`halve`), so a product is exact. What is left
+of rounding is a part in 65,000 of a vector's largest number.
 """
 
 from functools import cache
@@ -11,19 +11,25 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 
 from deltacome.runtime.kernels.hadamard import largest_power, rotate, unrotate
+from deltacome.runtime.kernels.layout import COLUMNS
 from deltacome.runtime.kernels.tables import (
     ARRIVED,
-    BITS,
+    COMPONENTS,
     COUNT,
     DELTA_OF,
     FACTORED_ROWS,
     FIRST,
     FLAGS,
+    INPUT_BYTES,
+    INPUT_SCALES,
+    INPUT_STEP,
     INPUT_STRIDE,
     INPUTS,
+    MOST_GROUPS,
+    OUTPUT_STRIDE,
     OUTPUTS,
-    PLANE,
-    PLANES,
+    PLACE,
+    PLANE_COUNT,
     RANK,
     ROTATED_U,
     ROTATED_V,
@@ -40,40 +46,45 @@ from deltacome.runtime.kernels.tables import (
     SIGN_WORDS,
     SIGNS_U,
     SIGNS_V,
+    SOURCES,
     START,
+    STEPS,
     SUM_STRIDE,
     SUMS,
-    T_START,
-    T_STRIDE,
+    T_BYTES,
+    T_SCALES,
+    T_STEP,
+    WEIGHTS,
     WIDTH,
     M,
     N,
-    T,
     U,
     V,
     X,
     Y,
     delta_of,
     finish,
-    plane_of,
-    sum_offset,
     take,
     tasks_of,
     wait,
 )
 from deltacome.runtime.kernels.vectors import (
-    LANES,
-    SHIFTS,
+    PARTS,
+    TILES,
+    bytes_,
+    doubles,
     floats,
-    inner,
-    inner_1,
     integers,
     integers32,
     next_number,
-    outer,
+    one_product,
+    part_products,
+    tile_products,
 )
 
 CHUNK = 4096  # outputs that a thread takes at a time
+BLOCK = TILES * COLUMNS  # columns that a thread takes at a time
+LARGEST = 127 * 256  # of a number in two bytes
 
 
 @njit(error_model="numpy")
@@ -86,145 +97,232 @@ def _equal(a, b):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
+def halve(x, high, low):  # type: ignore[no-untyped-def]
+    """Write x as `scale * (256 high + low)` in bytes with a sign; the scale and the sum of the integers.
+
+    The scale is no number where x has one that is none, or that is infinite.
+    """
+    largest = np.float32(0)
+    for i in range(x.size):
+        largest = max(largest, abs(x[i]))
+    total = np.float64(0)
+    for i in range(x.size):
+        total += x[i]
+    if not np.isfinite(total):
+        high[:] = 1
+        return np.float64(np.nan), np.float64(1)
+    if largest == 0:
+        high[:], low[:] = 0, 0
+        return np.float64(0), np.float64(0)
+    inverse = np.float32(LARGEST) / largest
+    count = np.int64(0)
+    for i in range(x.size):
+        value = np.int32(np.rint(x[i] * inverse))
+        upper = (value + 128) >> 8
+        high[i] = upper
+        low[i] = value - (upper << 8)
+        count += value
+    return np.float64(largest) / LARGEST, np.float64(count)
+
+
+@njit(error_model="numpy")
 def _read_inputs(data, segments, rows, begin, end):  # type: ignore[no-untyped-def]
-    """First step: each row of x, rotated where its delta asks for it, and after it, its sum.
+    """First step: each row of x, rotated where its delta asks for it, in two bytes a number.
 
     Neighboring matrices have the same inputs (q, k and v; gate and up), and then the row lies there already.
     """
-    n, stride = data[N], data[INPUT_STRIDE]
+    n, stride, step = data[N], data[INPUT_STRIDE], data[INPUT_STEP]
     for s in range(data[SEGMENT_COUNT]):
         delta, _ = delta_of(segments[s, DELTA_OF])
         for r in range(segments[s, START], segments[s, START] + segments[s, COUNT]):
             if not begin <= r < end:
                 continue
             given = carray(floats(data[X] + 4 * rows[r] * n), (n,))
-            x = carray(floats(data[INPUTS] + 8 * r * stride), (2 * stride,))
-            last = x[stride:]  # what was read the last time, and after it, whether it was rotated
+            last = carray(floats(data[INPUTS] + 4 * r * stride), (stride,))  # and at its end, whether it was rotated
             if last[stride - 1] != 1 + delta[ROTATED_V] or not _equal(given, last):
                 last[:n] = given
                 last[stride - 1] = 1 + delta[ROTATED_V]
-                x[:n] = given
-                x[n : stride - 1] = 0
+                x = given
                 if delta[ROTATED_V]:
-                    rotate(x[:n], carray(floats(delta[SIGNS_V]), (n,)), largest_power(n))
-                x[stride - 1] = x[:n].sum()
+                    x = given.copy()
+                    rotate(x, carray(floats(delta[SIGNS_V]), (n,)), largest_power(n))
+                high = carray(bytes_(data[INPUT_BYTES] + 2 * r * step), (n,))
+                low = carray(bytes_(data[INPUT_BYTES] + (2 * r + 1) * step), (n,))
+                scales = carray(doubles(data[INPUT_SCALES] + 16 * r), (2,))
+                scales[0], scales[1] = halve(x, high, low)
 
 
 @njit(error_model="numpy")
-def _inner_products(data, segments, begin, end):  # type: ignore[no-untyped-def]
-    """Second step: `t = (x V) * scale`, a copy per plane, times the plane's weight; or x times the signs."""
-    n, stride = data[N], data[INPUT_STRIDE]
-    part, total = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+def _add_sums(sums, part, tiles, tile, out, middle, scale, total):  # type: ignore[no-untyped-def]
+    """Add to `out` the scaled sums of one row's two parts and one tile, of codes from which `middle` is taken."""
+    constant = middle * total
+    high, low = (part * tiles + tile) * COLUMNS, ((part + 1) * tiles + tile) * COLUMNS
+    for i in range(out.size):
+        value = 256.0 * sums[high + i] + sums[low + i]
+        out[i] += np.float32(scale * (value - constant))
+
+
+@njit(error_model="numpy")
+def _multiply(width, words, count, columns, start, x, step, first, end, scales, by, group, out, out_stride, sums):  # type: ignore[no-untyped-def]
+    """Add to rows of `out` what columns of a matrix of words make of rows of x, from column `start` on, BLOCK at most.
+
+    x: the address of the first row's two parts, rows being 2 `step` bytes apart. first, end: the rows. scales: address
+    of a row's scales and sums, `by` doubles a row, of which those from `2 group` on are meant.
+    """
+    stop = min(start + BLOCK, columns)
+    middle = ((1 << width) - 1) / 2
+    r = first
+    while r < end:
+        own = words + 4 * start * count
+        is_one = end - r < PARTS // 2
+        taken = 1 if is_one else PARTS // 2
+        if is_one and stop - start == BLOCK:
+            tile_products(width, own, COLUMNS * count, COLUMNS, count, x + 2 * r * step, step, sums.ctypes.data)
+            row = carray(doubles(scales + 8 * (by * r + 2 * group)), (2,))
+            for tile in range(TILES):
+                place = start + tile * COLUMNS
+                target = carray(floats(out + 4 * (r * out_stride + place)), (COLUMNS,))
+                _add_sums(sums, 0, TILES, tile, target, middle, row[0], row[1])
+        else:
+            for place in range(start, stop, COLUMNS):
+                known = min(COLUMNS, columns - place)
+                tile = words + 4 * place * count
+                if is_one:
+                    one_product(width, tile, known, count, x + 2 * r * step, step, sums.ctypes.data)
+                else:
+                    part_products(width, tile, known, count, x + 2 * r * step, step, sums.ctypes.data)
+                for i in range(taken):
+                    row = carray(doubles(scales + 8 * (by * (r + i) + 2 * group)), (2,))
+                    target = carray(floats(out + 4 * ((r + i) * out_stride + place)), (known,))
+                    _add_sums(sums, 2 * i, 1, 0, target, middle, row[0], row[1])
+        r += taken
+
+
+@njit(error_model="numpy")
+def _clear(address, first, end, stride, start, stop):  # type: ignore[no-untyped-def]
+    for r in range(first, end):
+        carray(floats(address + 4 * r * stride), (stop,))[start:] = 0
+
+
+@njit(error_model="numpy")
+def _inner_products(data, segments, begin, end, sums):  # type: ignore[no-untyped-def]
+    """Second step: x times the planes of V; or x times the signs, which are the outputs."""
+    n, x, step, scales = data[N], data[INPUT_BYTES], data[INPUT_STEP], data[INPUT_SCALES]
     number = 0
     for s in range(data[SEGMENT_COUNT]):
-        delta, terms = delta_of(segments[s, DELTA_OF])
-        first_row, end_row = segments[s, START], segments[s, START] + segments[s, COUNT]
+        delta, groups = delta_of(segments[s, DELTA_OF])
+        first, last = segments[s, START], segments[s, START] + segments[s, COUNT]
         if delta[SIGN_WORDS]:
-            scale = carray(floats(delta[SIGN_SCALE]), (1,))[0]
-            m = delta[FACTORED_ROWS]
-            for start in range(0, m, LANES):
+            m, factor = delta[FACTORED_ROWS], np.float32(2) * carray(floats(delta[SIGN_SCALE]), (1,))[0]
+            out, stride = data[OUTPUTS], data[OUTPUT_STRIDE]
+            for start in range(0, m, BLOCK):
                 if begin <= number < end:
-                    for r in range(first_row, end_row):
-                        x = data[INPUTS] + 8 * r * stride
-                        x_sum = carray(floats(x), (stride,))[stride - 1]
-                        out = carray(floats(data[SUMS] + 4 * r * data[SUM_STRIDE]), (m,))
-                        words = -(-n // 32)
-                        width = min(LANES, m - start)
-                        inner_1(delta[SIGN_WORDS] + 4 * start * words, width, words, x, part.ctypes.data)
-                        for i in range(width):
-                            out[start + i] = scale * (2 * part[i] - x_sum)
+                    stop = min(start + BLOCK, m)
+                    _clear(out, first, last, stride, start, stop)
+                    _multiply(
+                        1,
+                        delta[SIGN_WORDS],
+                        -(-n // 32),
+                        m,
+                        start,
+                        x,
+                        step,
+                        first,
+                        last,
+                        scales,
+                        2,
+                        0,
+                        out,
+                        stride,
+                        sums,
+                    )
+                    for r in range(first, last):
+                        carray(floats(out + 4 * r * stride), (stop,))[start:] *= factor
                 number += 1
-        for term in terms:
-            rank = term[RANK]
-            middle = np.float32(((1 << term[BITS]) - 1) / 2)
-            scales = carray(floats(term[SCALE]), (rank,))
-            for start in range(0, rank, LANES):
+        for group in groups:
+            width, columns, stride = group[WIDTH], group[PLANE_COUNT], data[SUM_STRIDE]
+            out = data[SUMS] + 4 * group[FIRST]
+            for start in range(0, columns, BLOCK):
                 if begin <= number < end:
-                    for r in range(first_row, end_row):
-                        x = data[INPUTS] + 8 * r * stride
-                        total[:] = -middle * carray(floats(x), (stride,))[stride - 1]
-                        for i in range(term[PLANES]):
-                            plane = plane_of(term, i)
-                            words = -(-n * plane[WIDTH] // 32)
-                            tile = plane[V] + 4 * start * words
-                            inner(plane[WIDTH], tile, min(LANES, rank - start), words, x, part.ctypes.data)
-                            for j in range(LANES):
-                                total[j] += part[j] * (1 << plane[FIRST])
-                        t = carray(floats(data[T] + 4 * r * data[T_STRIDE]), (data[T_STRIDE],))
-                        for i in range(term[PLANES]):
-                            plane = plane_of(term, i)
-                            for j in range(min(LANES, rank - start)):
-                                t[plane[T_START] + start + j] = total[j] * scales[start + j] * (1 << plane[FIRST])
+                    _clear(out, first, last, stride, start, min(start + BLOCK, columns))
+                    _multiply(
+                        width, group[V], -(-n * width // 32), columns, start, x, step, first, last, scales, 2, 0, out,
+                        stride, sums,
+                    )  # fmt: skip
                 number += 1
 
 
 @njit(error_model="numpy")
-def _widths(terms):  # type: ignore[no-untyped-def]
-    found = 0
-    for term in terms:
-        for i in range(term[PLANES]):
-            found |= term[PLANES + 1 + PLANE * i + WIDTH]
-    return found
+def _scale(data, segments, begin, end):  # type: ignore[no-untyped-def]
+    """Third step: the sums of a component's planes, scaled, and for each plane again in two bytes a number."""
+    for s in range(data[SEGMENT_COUNT]):
+        delta, groups = delta_of(segments[s, DELTA_OF])
+        for r in range(segments[s, START], segments[s, START] + segments[s, COUNT]):
+            if not begin <= r < end:
+                continue
+            t = np.zeros(delta[RANK], np.float32)
+            for group in groups:
+                count = group[PLANE_COUNT]
+                components = carray(integers(group[COMPONENTS]), (count,))
+                weights = carray(floats(group[WEIGHTS]), (count,))
+                sums = carray(floats(data[SUMS] + 4 * (r * data[SUM_STRIDE] + group[FIRST])), (count,))
+                for i in range(count):
+                    t[components[i]] += weights[i] * sums[i]
+            t *= carray(floats(delta[SCALE]), (delta[RANK],))
+            for g in range(groups.shape[0]):
+                group = groups[g]
+                count = group[PLANE_COUNT]
+                components = carray(integers(group[COMPONENTS]), (count,))
+                weights = carray(floats(group[WEIGHTS]), (count,))
+                own = np.empty(count, np.float32)
+                for i in range(count):
+                    own[i] = weights[i] * t[components[i]]
+                place = data[T_BYTES] + 2 * r * data[T_STEP] + group[PLACE]
+                room = -(-count // 32) * 32
+                high = carray(bytes_(place), (room,))
+                low = carray(bytes_(place + data[T_STEP]), (room,))
+                high[count:], low[count:] = 0, 0
+                scales = carray(doubles(data[T_SCALES] + 16 * (MOST_GROUPS * r + g)), (2,))
+                scales[0], scales[1] = halve(own, high[:count], low[:count])
 
 
 @njit(error_model="numpy")
-def _outer_products(data, segments, begin, end):  # type: ignore[no-untyped-def]
-    """Third step: sums of `t[k] * code[k, i]`, codes of the same width together, ordered by their place in the word."""
+def _outer_products(data, segments, begin, end, sums):  # type: ignore[no-untyped-def]
+    """Fourth step: the scaled sums times the planes of U."""
+    out, stride = data[OUTPUTS], data[OUTPUT_STRIDE]
     number = 0
     for s in range(data[SEGMENT_COUNT]):
-        delta, terms = delta_of(segments[s, DELTA_OF])
-        m, widths = delta[FACTORED_ROWS], _widths(terms)
-        for power in range(5):
-            width = 1 << power
-            if not widths & width:
-                continue
-            words = -(-m * width // 32)
-            out_stride = words + 2 * LANES
-            for start in range(0, words, LANES):
-                for shift in range(0, 32, SHIFTS * width):
-                    if begin <= number < end:
-                        place = sum_offset(m, widths, width) + shift // width * out_stride + start
-                        for r in range(segments[s, START], segments[s, START] + segments[s, COUNT]):
-                            out = data[SUMS] + 4 * (r * data[SUM_STRIDE] + place)
-                            fresh = 1
-                            for term in terms:
-                                for i in range(term[PLANES]):
-                                    plane = plane_of(term, i)
-                                    if plane[WIDTH] == width:
-                                        outer(
-                                            width,
-                                            plane[U] + 4 * start * term[RANK],
-                                            min(LANES, words - start),
-                                            term[RANK],
-                                            shift,
-                                            data[T] + 4 * (r * data[T_STRIDE] + plane[T_START]),
-                                            out,
-                                            out_stride,
-                                            fresh,
-                                        )
-                                        fresh = 0
-                    number += 1
+        delta, groups = delta_of(segments[s, DELTA_OF])
+        if delta[SIGN_WORDS]:
+            continue
+        m = delta[FACTORED_ROWS]
+        first, last = segments[s, START], segments[s, START] + segments[s, COUNT]
+        for start in range(0, m, BLOCK):
+            if begin <= number < end:
+                _clear(out, first, last, stride, start, min(start + BLOCK, m))
+                for g in range(groups.shape[0]):
+                    width, count = groups[g, WIDTH], groups[g, PLANE_COUNT]
+                    _multiply(
+                        width, groups[g, U], -(-count * width // 32), m, start, data[T_BYTES] + groups[g, PLACE],
+                        data[T_STEP], first, last, data[T_SCALES], 2 * MOST_GROUPS, g, out, stride, sums,
+                    )  # fmt: skip
+            number += 1
 
 
 @njit(error_model="numpy")
 def _write_outputs(data, segments, rows, begin, end):  # type: ignore[no-untyped-def]
-    """Last step: the sums in the order of the outputs, rotated back, added to y."""
+    """Last step: the outputs, rotated back, added to y."""
     number = 0
     for s in range(data[SEGMENT_COUNT]):
-        delta, terms = delta_of(segments[s, DELTA_OF])
-        m, widths = delta[FACTORED_ROWS], _widths(terms)
-        chunk = m if delta[ROTATED_U] else CHUNK
+        delta, _ = delta_of(segments[s, DELTA_OF])
+        m = delta[FACTORED_ROWS]
+        chunk = max(m, 1) if delta[ROTATED_U] else CHUNK
         for r in range(segments[s, START], segments[s, START] + segments[s, COUNT]):
-            sums = carray(floats(data[SUMS] + 4 * r * data[SUM_STRIDE]), (data[SUM_STRIDE],))
             y = carray(floats(data[Y] + 4 * rows[r] * data[M]), (data[M],))
             for start in range(0, m, chunk):
                 if begin <= number < end:
                     stop = min(start + chunk, m)
-                    out = carray(floats(data[OUTPUTS] + 4 * r * data[M]), (data[M],))[start:stop]
-                    if delta[SIGN_WORDS]:
-                        out[:] = sums[start:stop]
-                    else:
-                        _gather(out, sums, start, m, widths, terms, data[T] + 4 * r * data[T_STRIDE])
+                    out = carray(floats(data[OUTPUTS] + 4 * r * data[OUTPUT_STRIDE]), (m,))[start:stop]
                     if delta[ROTATED_U]:
                         unrotate(out, carray(floats(delta[SIGNS_U]), (m,)), largest_power(m))
                     if delta[ROW_NUMBERS]:
@@ -237,40 +335,20 @@ def _write_outputs(data, segments, rows, begin, end):  # type: ignore[no-untyped
                 number += 1
 
 
-@njit(error_model="numpy")
-def _gather(out, sums, start, m, widths, terms, t):  # type: ignore[no-untyped-def]
-    """The outputs from `start` on, a multiple of 32."""
-    constant = np.float32(0)
-    for term in terms:
-        factors = carray(floats(t + 4 * term[PLANES + 1 + T_START]), (term[RANK],))
-        total = np.float32(0)
-        for k in range(term[RANK]):
-            total += factors[k]
-        constant += total * np.float32(((1 << term[BITS]) - 1) / 2)
-    out[:] = -constant
-    for power in range(5):
-        width = 1 << power
-        if widths & width:
-            per_word = 32 // width
-            stride = -(-m * width // 32) + 2 * LANES
-            offset = sum_offset(m, widths, width) + start // per_word
-            for i in range(per_word):
-                column = sums[offset + i * stride :]
-                for w in range(-(-(out.size - i) // per_word)):
-                    out[w * per_word + i] += column[w]
-
-
 @cache
 def add_worker() -> Any:
-    """Add to y what the deltas of a batch make of x, in four steps."""
+    """Add to y what the deltas of a batch make of x."""
+    sources = SOURCES
 
     @cfunc(types.void(types.int64), cache=True)
     def worker(address):  # type: ignore[no-untyped-def]
+        _ = sources
         data = carray(integers(address), (FLAGS,))
         segments = carray(integers(data[SEGMENTS]), (data[SEGMENT_COUNT], SEGMENT))
         rows = carray(integers(data[ROWS]), (data[ROW_COUNT],))
+        sums = np.empty(max(2 * TILES, PARTS) * COLUMNS, np.int32)
         first = next_number(address + 8 * ARRIVED) * RUNS_PER_THREAD
-        for step in range(4):
+        for step in range(STEPS):
             for i in range(data[RUNS]):
                 run = (first + i) % data[RUNS]
                 if take(data, step, run):
@@ -278,9 +356,11 @@ def add_worker() -> Any:
                     if step == 0:
                         _read_inputs(data, segments, rows, begin, end)
                     elif step == 1:
-                        _inner_products(data, segments, begin, end)
+                        _inner_products(data, segments, begin, end, sums)
                     elif step == 2:
-                        _outer_products(data, segments, begin, end)
+                        _scale(data, segments, begin, end)
+                    elif step == 3:
+                        _outer_products(data, segments, begin, end, sums)
                     else:
                         _write_outputs(data, segments, rows, begin, end)
                     finish(data, step)

@@ -1,52 +1,44 @@
 """What Python hands to the compiled CPU kernel: tables of int64, and how threads share out the work in them.
 
-A call has a table, each delta has one (`DELTA`, `TERM`, `PLANE`), and there is a row per delta of the batch
-(`SEGMENT`); addresses are int64 too. A worker runs on every thread at once. The tasks of a step are numbered and cut
-into runs, and a thread that takes a run goes through the numbers and does the tasks from `begin` to `end`.
+A call has a table, each delta has one (`DELTA`, `GROUP`), and there is a row per delta of the batch (`SEGMENT`);
+addresses are int64 too. A worker runs on every thread at once. The tasks of a step are numbered and cut into runs, and
+a thread that takes a run goes through the numbers and does the tasks from `begin` to `end`.
 """
+
+import hashlib
+from pathlib import Path
 
 from numba import carray, njit
 
-from deltacome.runtime.kernels.vectors import LANES, current_number, integers, next_number, yield_core
+from deltacome.runtime.kernels.vectors import current_number, integers, next_number, yield_core
 
-# Places in the table of a call, in a segment, and in the table of a delta with its terms and their planes.
-X, Y, N, M, SEGMENTS, SEGMENT_COUNT, ROWS, ROW_COUNT = range(8)
-INPUTS, INPUT_STRIDE, T, T_STRIDE, SUMS, SUM_STRIDE, OUTPUTS, INVERSE = range(8, 16)
-RUNS, TASKS, ARRIVED = 16, 17, 21  # TASKS: one number for each of the four steps
-DONE, FLAGS = 24, 32  # for each step: runs that are done; for each step and run: who takes it finds 0
+# Numba keeps what it compiled beside a worker's file, and compiles again when that file changes, or the worker's
+# closure: this is in it, so that a change in any of these files is seen.
+SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+STEPS = 5
+# Places in the table of a call, in a segment, and in the table of a delta with its groups of codes.
+X, Y, N, M, SEGMENTS, SEGMENT_COUNT, ROWS, ROW_COUNT, INVERSE = range(9)
+INPUTS, INPUT_STRIDE, INPUT_BYTES, INPUT_STEP, INPUT_SCALES = range(9, 14)
+SUMS, SUM_STRIDE, T_BYTES, T_STEP, T_SCALES, OUTPUTS, OUTPUT_STRIDE = range(14, 21)
+RUNS, TASKS, ARRIVED = 21, 22, 27  # TASKS: one number for each of the steps
+DONE, FLAGS = 28, 33  # for each step: runs that are done; for each step and run: who takes it finds 0
 RUNS_PER_THREAD = 4
 DELTA_OF, START, COUNT = range(3)
 SEGMENT = 3
-ROW_NUMBERS, FACTORED_ROWS, ROTATED_U, ROTATED_V, SIGNS_U, SIGNS_V, SIGN_WORDS, SIGN_SCALE, TERMS = range(9)
-DELTA = 9
-BITS, RANK, SCALE, PLANES = range(4)
-WIDTH, FIRST, U, V, T_START = range(5)
-PLANE = 5
-TERM = 4 + 3 * PLANE
-
-
-@njit(inline="always")
-def sum_offset(m, widths, width):  # type: ignore[no-untyped-def]
-    """Where the sums of codes of `width` begin, those of the smaller ones among the bits of `widths` before them."""
-    offset = 0
-    for shift in range(5):
-        smaller = 1 << shift
-        if smaller < width and widths & smaller:
-            offset += (32 // smaller) * (-(-m * smaller // 32) + 2 * LANES)
-    return offset
+ROW_NUMBERS, FACTORED_ROWS, ROTATED_U, ROTATED_V, SIGNS_U, SIGNS_V, SIGN_WORDS, SIGN_SCALE = range(8)
+RANK, SCALE, GROUPS = range(8, 11)
+DELTA = 11
+# components and weights: addresses of a plane each; first, place: where its codes' sums and bytes begin.
+WIDTH, PLANE_COUNT, COMPONENTS, WEIGHTS, U, V, FIRST, PLACE = range(8)
+GROUP = 8
+MOST_GROUPS = 4
 
 
 @njit(inline="always")
 def delta_of(address):  # type: ignore[no-untyped-def]
-    """The table of a delta and that of its terms."""
+    """The table of a delta and that of its groups."""
     delta = carray(integers(address), (DELTA,))
-    return delta, carray(integers(address + 8 * DELTA), (delta[TERMS], TERM))
-
-
-@njit(inline="always")
-def plane_of(term, i):  # type: ignore[no-untyped-def]
-    """The table of a term's plane."""
-    return term[PLANES + 1 + PLANE * i : PLANES + 1 + PLANE * (i + 1)]
+    return delta, carray(integers(address + 8 * DELTA), (delta[GROUPS], GROUP))
 
 
 @njit(inline="always")

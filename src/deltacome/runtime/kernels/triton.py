@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deltacome.format.rotation import signs_of, unrotate
 from deltacome.runtime.kernels import reference
-from deltacome.runtime.kernels.packed import TILE, Packed, words_along_rank
+from deltacome.runtime.kernels.packed import TILE, Packed, for_gpu
 from deltacome.runtime.kernels.reference import columns
 
 __all__ = ["Work", "columns"]
@@ -73,7 +73,7 @@ class _Entries:
 
     @classmethod
     def _make(cls, given: Packed) -> "_Entries":
-        packed = words_along_rank(given)
+        packed = for_gpu(given)
         m, n = packed.shape
         inner, planes, scale = [], [], None
         # A row of the buffer has the inputs, then what the first stage makes of them, with zeros up to whole words.

@@ -1,29 +1,44 @@
-"""The two inner loops of the CPU kernel, written in LLVM's vectors.
+"""The inner loops of the CPU kernel, written in LLVM's vectors.
 
 Numba compiles loops over scalars and leaves it to LLVM to find vectors in them, which it does not in loops that cut
-codes out of words. Here the vectors are explicit, a word a lane, and LLVM turns them into what the machine has:
-AVX2 or NEON. A word holds `32 // width` codes; the loops over those are unrolled.
+codes out of words. Here the vectors are explicit. A lane has a word of a column, in the bytes of which a shift and a
+mask leave four codes, and these are multiplied with four bytes of the other factor by what the machine has for that:
+VNNI, AVX2's `vpmaddubsw`, NEON's `sdot`.
 """
 
+import platform
 from typing import Any
 
+import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from deltacome.runtime.kernels.packed import TILE
+from deltacome.runtime.kernels.layout import COLUMNS, WIDTHS, bit_of
 
-LANES = TILE
-SHIFTS = 8  # sums that `outer` keeps in registers at once
+LANES = 8  # of floats
 
-_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+_I8, _I16, _I32, _I64, _F32 = (*map(ir.IntType, (8, 16, 32, 64)), ir.FloatType())
 _INTS, _FLOATS = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
-_ZERO = ir.Constant(_FLOATS, [0.0] * LANES)
+
+
+def instructions() -> str:
+    """How this machine multiplies bytes: `avx512vnni`, `avxvnni`, `avx2`, `dotprod` (of ARM), or `plain`."""
+    features = llvm.get_host_cpu_features()
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return "dotprod" if features.get("dotprod") else "plain"
+    return next((name for name in ("avx512vnni", "avxvnni", "avx2") if features.get(name)), "plain")
+
+
+INSTRUCTIONS = instructions()
+# Tiles of columns that are computed at once for the two parts of one row, and parts of rows for one tile: as many sums
+# as there are registers for.
+TILES, PARTS = (4, 8) if INSTRUCTIONS == "avx512vnni" else (2, 4)
 
 
 def _address(builder: Any, start: Any, index: Any, kind: Any = _I32) -> Any:
-    """Pointer to element `index` of an array of 4-byte elements at the address `start`."""
+    """Pointer to element `index` of an array at the address `start`."""
     return builder.gep(builder.inttoptr(start, kind.as_pointer()), [index])
 
 
@@ -37,92 +52,180 @@ def _store(builder: Any, value: Any, pointer: Any) -> None:
     builder.store(value, builder.bitcast(pointer, value.type.as_pointer())).align = 4
 
 
-def _splat(builder: Any, scalar: Any, vector: Any) -> Any:
-    undefined = ir.Constant(vector, ir.Undefined)
+def _splat(builder: Any, scalar: Any, lanes: int) -> Any:
+    undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
     one = builder.insert_element(undefined, scalar, _I32(0))
-    return builder.shuffle_vector(one, undefined, ir.Constant(_INTS, [0] * LANES))
+    return builder.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes))
 
 
-def _codes(builder: Any, words: Any, shift: int, width: int) -> Any:
-    """The codes that start at bit `shift` of the words, as floats."""
-    if shift:
-        words = builder.lshr(words, ir.Constant(_INTS, [shift] * LANES))
-    return builder.sitofp(builder.and_(words, ir.Constant(_INTS, [(1 << width) - 1] * LANES)), _FLOATS)
+def _all(value: int, vector: Any) -> Any:
+    return ir.Constant(vector, [value] * vector.count)
 
 
-def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32"), [a, b, c])
+def _call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
-def _inner(width: int) -> Any:
-    """Build `inner_WIDTH(words, stride, count, x, out)`.
+def _codes(builder: Any, words: Any, width: int) -> list[Any]:
+    """Words with a code of `width` bits in each byte, all codes of the words."""
+    mask = _all(((1 << width) - 1) * 0x01010101, words.type)
+    shifted = [builder.lshr(words, _all(first, words.type)) if first else words for first in range(0, 8, width)]
+    return [part if width == 8 else builder.and_(part, mask) for part in shifted]
 
-    The sums `sum_i x[i] * code[i, lane]` of LANES neighboring columns of a matrix of words (count, stride); x has
-    `count * 32 / width` entries. words, x, out: addresses; out takes LANES floats.
+
+class _Vnni:
+    """`vpdpbusd`: bytes without and with a sign, four products added to a sum."""
+
+    def __init__(self, lanes: int) -> None:
+        self.lanes = lanes
+        self.name = "llvm.x86.avx512.vpdpbusd.512" if lanes == 16 else "llvm.x86.avx512.vpdpbusd.256"
+
+    def add(self, builder: Any, total: Any, codes: list[Any], x: list[Any], width: int) -> Any:
+        for code, factor in zip(codes, x, strict=True):
+            total = _call(builder, self.name, total.type, [total, code, factor])
+        return total
+
+
+class _Avx2:
+    """`vpmaddubsw`: products in pairs, in 16 bits, which hold those of a whole word of codes of up to 4 bits."""
+
+    lanes = 8
+
+    def add(self, builder: Any, total: Any, codes: list[Any], x: list[Any], width: int) -> Any:
+        if width == 8:
+            low = _all(0x0F0F0F0F, total.type)
+            halves = [builder.and_(codes[0], low), builder.and_(builder.lshr(codes[0], _all(4, total.type)), low)]
+            sums = [(self._pairs(builder, half, x[0]), weight) for half, weight in zip(halves, (1, 16), strict=True)]
+        else:
+            pairs = [self._pairs(builder, code, factor) for code, factor in zip(codes, x, strict=True)]
+            first = pairs[0]
+            for other in pairs[1:]:
+                first = builder.add(first, other)
+            sums = [(first, 1)]
+        for pair, weight in sums:
+            weights = _all(weight, pair.type)
+            total = builder.add(total, _call(builder, "llvm.x86.avx2.pmadd.wd", total.type, [pair, weights]))
+        return total
+
+    def _pairs(self, builder: Any, code: Any, x: Any) -> Any:
+        in_bytes = [builder.bitcast(value, ir.VectorType(_I8, 32)) for value in (code, x)]
+        return _call(builder, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(_I16, 16), in_bytes)
+
+
+class _Dotprod:
+    """NEON's `sdot`, whose bytes all have a sign, so that codes of 8 bits go in halves."""
+
+    lanes = 4
+
+    def add(self, builder: Any, total: Any, codes: list[Any], x: list[Any], width: int) -> Any:
+        if width < 8:
+            for code, factor in zip(codes, x, strict=True):
+                total = self._dot(builder, total, code, factor)
+            return total
+        low = _all(0x0F0F0F0F, total.type)
+        high = builder.and_(builder.lshr(codes[0], _all(4, total.type)), low)
+        high = builder.shl(self._dot(builder, _all(0, total.type), high, x[0]), _all(4, total.type))
+        return builder.add(self._dot(builder, total, builder.and_(codes[0], low), x[0]), high)
+
+    def _dot(self, builder: Any, total: Any, code: Any, x: Any) -> Any:
+        in_bytes = [builder.bitcast(value, ir.VectorType(_I8, 16)) for value in (code, x)]
+        return _call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", total.type, [total, *in_bytes])
+
+
+class _Plain:
+    """Byte by byte, in what any machine has."""
+
+    lanes = 8
+
+    def add(self, builder: Any, total: Any, codes: list[Any], x: list[Any], width: int) -> Any:
+        for code, factor in zip(codes, x, strict=True):
+            for first in range(0, 32, 8):
+                one = builder.and_(builder.lshr(code, _all(first, total.type)), _all(255, total.type))
+                other = builder.ashr(builder.shl(factor, _all(24 - first, total.type)), _all(24, total.type))
+                total = builder.add(total, builder.mul(one, other))
+        return total
+
+
+MULTIPLIERS: dict[str, Any] = {
+    "avx512vnni": _Vnni(16),
+    "avxvnni": _Vnni(8),
+    "avx2": _Avx2(),
+    "dotprod": _Dotprod(),
+    "plain": _Plain(),
+}
+
+
+def build_products(width: int, tiles: int, parts: int, multiplier: Any) -> Any:
+    """Build `products(words, tile_step, stride, count, x, x_step, out)`.
+
+    The sums `sum_i x[part, i] * code[i, column]` of the columns of neighboring tiles, words of a tile being (count,
+    stride) from `tile_step` words to the next; x: (parts, x_step) bytes with a sign, `count * 32 / width` of them used.
+    words, x, out: addresses; out takes (parts, tiles, COLUMNS) integers of 32 bits.
     """
-    per_word = 32 // width
+    lanes = multiplier.lanes
+    ints = ir.VectorType(_I32, lanes)
+    places = range(0, COLUMNS, lanes)
+    per_word = 8 // width  # four codes each
 
     @intrinsic
-    def inner(_: Any, words: Any, stride: Any, count: Any, x: Any, out: Any) -> Any:
+    def products(_: Any, words: Any, tile_step: Any, stride: Any, count: Any, x: Any, x_step: Any, out: Any) -> Any:
         def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-            words, stride, count, x, out = arguments
-            sums = [cgutils.alloca_once_value(builder, _ZERO) for _ in range(4)]  # four, for they must wait otherwise
-            for total in sums:
-                builder.store(_ZERO, total)
+            words, tile_step, stride, count, x, x_step, out = arguments
+            sums = {
+                (part, tile, place): cgutils.alloca_once_value(builder, _all(0, ints))
+                for part in range(parts)
+                for tile in range(tiles)
+                for place in places
+            }
+            for total in sums.values():
+                builder.store(_all(0, ints), total)
             with cgutils.for_range(builder, count) as loop:
-                word = _load(builder, _address(builder, words, builder.mul(loop.index, stride)), _INTS)
+                row = builder.mul(loop.index, stride)
+                codes = {}
+                for tile in range(tiles):
+                    start = builder.add(row, builder.mul(tile_step, _I64(tile)))
+                    for place in places:
+                        pointer = _address(builder, words, builder.add(start, _I64(place)))
+                        codes[tile, place] = _codes(builder, _load(builder, pointer, ints), width)
                 first = builder.mul(loop.index, _I64(per_word))
-                for i in range(per_word):
-                    factor = builder.load(_address(builder, x, builder.add(first, _I64(i)), _F32))
-                    total = sums[i % 4]
-                    code = _codes(builder, word, width * i, width)
-                    value = _multiply_add(builder, _splat(builder, factor, _FLOATS), code, builder.load(total))
-                    builder.store(value, total)
-            a, b, c, d = (builder.load(total) for total in sums)
-            _store(builder, builder.fadd(builder.fadd(a, b), builder.fadd(c, d)), _address(builder, out, _I64(0), _F32))
+                for part in range(parts):
+                    start = builder.add(x, builder.mul(x_step, _I64(part)))
+                    factors = [
+                        _splat(builder, builder.load(_address(builder, start, builder.add(first, _I64(i)))), lanes)
+                        for i in range(per_word)
+                    ]
+                    for (tile, place), own in codes.items():
+                        total = sums[part, tile, place]
+                        builder.store(multiplier.add(builder, builder.load(total), own, factors, width), total)
+            for (part, tile, place), total in sums.items():
+                target = _address(builder, out, _I64((part * tiles + tile) * COLUMNS + place))
+                _store(builder, builder.load(total), target)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 5), generate
+        return types.void(*[types.int64] * 7), generate
 
-    return inner
+    return products
 
 
-def _outer(width: int) -> Any:
-    """Build `outer_WIDTH(words, stride, count, shift, t, out, out_stride, fresh)`.
-
-    For LANES neighboring words of each row and the SHIFTS codes of each from bit `shift` on:
-    `out[i, lane] = sum_k t[k] * code[k, lane, i]`, added to what is there unless `fresh`.
-    words: a matrix of words (count, stride). out: (SHIFTS, out_stride) floats, fewer where a word has fewer codes.
-    """
-    shifts = min(32 // width, SHIFTS)
+def _build_codes(width: int) -> Any:
+    """Build `codes_WIDTH(words, out)`: the codes of COLUMNS neighboring words, as floats (32 / width, COLUMNS)."""
 
     @intrinsic
-    def outer(
-        _: Any, words: Any, stride: Any, count: Any, shift: Any, t: Any, out: Any, out_stride: Any, fresh: Any
-    ) -> Any:
+    def codes(_: Any, words: Any, out: Any) -> Any:
         def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-            words, stride, count, shift, t, out, out_stride, fresh = arguments
-            start = _splat(builder, builder.trunc(shift, _I32), _INTS)
-            is_fresh = builder.icmp_signed("!=", fresh, _I64(0))
-            places = [_address(builder, out, builder.mul(_I64(i), out_stride), _F32) for i in range(shifts)]
-            sums = [cgutils.alloca_once(builder, _FLOATS) for _ in range(shifts)]
-            for place, total in zip(places, sums, strict=True):
-                builder.store(builder.select(is_fresh, _ZERO, _load(builder, place, _FLOATS)), total)
-            with cgutils.for_range(builder, count) as loop:
-                word = _load(builder, _address(builder, words, builder.mul(loop.index, stride)), _INTS)
-                word = builder.lshr(word, start)
-                factor = _splat(builder, builder.load(_address(builder, t, loop.index, _F32)), _FLOATS)
-                for i, total in enumerate(sums):
-                    code = _codes(builder, word, width * i, width)
-                    builder.store(_multiply_add(builder, factor, code, builder.load(total)), total)
-            for place, total in zip(places, sums, strict=True):
-                _store(builder, builder.load(total), place)
+            words, out = arguments
+            ints = ir.VectorType(_I32, COLUMNS)
+            word = _load(builder, _address(builder, words, _I64(0)), ints)
+            for i in range(32 // width):
+                code = builder.and_(builder.lshr(word, _all(bit_of(i, width), ints)), _all((1 << width) - 1, ints))
+                value = builder.sitofp(code, ir.VectorType(_F32, COLUMNS))
+                _store(builder, value, _address(builder, out, _I64(i * COLUMNS), _F32))
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 8), generate
+        return types.void(types.int64, types.int64), generate
 
-    return outer
+    return codes
 
 
 def _butterfly(_: Any, a: Any, b: Any) -> Any:
@@ -160,64 +263,6 @@ def _lane_hadamard(_: Any, x: Any) -> Any:
 butterfly, lane_hadamard = intrinsic(_butterfly), intrinsic(_lane_hadamard)
 
 
-def _lift(width: int) -> Any:
-    """Build `lift_WIDTH(words, out, stride, weight)`.
-
-    The codes of LANES neighboring words, times `weight`, are added to `32 / width` rows of LANES floats that lie
-    `stride` floats apart.
-    """
-
-    @intrinsic
-    def lift(_: Any, words: Any, out: Any, stride: Any, weight: Any) -> Any:
-        def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-            words, out, stride, weight = arguments
-            word = _load(builder, _address(builder, words, _I64(0)), _INTS)
-            factor = _splat(builder, weight, _FLOATS)
-            for i in range(32 // width):
-                place = _address(builder, out, builder.mul(_I64(i), stride), _F32)
-                code = _codes(builder, word, width * i, width)
-                _store(builder, _multiply_add(builder, factor, code, _load(builder, place, _FLOATS)), place)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, types.int64, types.float32), generate
-
-    return lift
-
-
-def _spread(width: int) -> Any:
-    """Build `spread_WIDTH(word, out, weight)`: the codes of one word, times `weight`, are added to as many floats."""
-    count = min(32 // width, LANES)
-    ints, floats_ = ir.VectorType(_I32, count), ir.VectorType(_F32, count)
-
-    @intrinsic
-    def spread(_: Any, word: Any, out: Any, weight: Any) -> Any:
-        def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-            word, out, weight = arguments
-            undefined = ir.Constant(ints, ir.Undefined)
-            one = builder.insert_element(undefined, builder.load(_address(builder, word, _I64(0))), _I32(0))
-            word = builder.shuffle_vector(one, undefined, ir.Constant(ints, [0] * count))
-            undefined = ir.Constant(floats_, ir.Undefined)
-            one = builder.insert_element(undefined, weight, _I32(0))
-            factor = builder.shuffle_vector(one, undefined, ir.Constant(ints, [0] * count))
-            for first in range(0, 32 // width, count):
-                shifts = ir.Constant(ints, [width * (first + i) for i in range(count)])
-                codes = builder.and_(builder.lshr(word, shifts), ir.Constant(ints, [(1 << width) - 1] * count))
-                place = _address(builder, out, _I64(first), _F32)
-                product = builder.fmul(factor, builder.sitofp(codes, floats_))
-                _store(builder, builder.fadd(product, _load(builder, place, floats_)), place)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, types.float32), generate
-
-    return spread
-
-
-inner_1, inner_2, inner_4, inner_8, inner_16 = map(_inner, (1, 2, 4, 8, 16))
-outer_1, outer_2, outer_4, outer_8, outer_16 = map(_outer, (1, 2, 4, 8, 16))
-lift_1, lift_2, lift_4, lift_8, lift_16 = map(_lift, (1, 2, 4, 8, 16))
-spread_1, spread_2, spread_4, spread_8, spread_16 = map(_spread, (1, 2, 4, 8, 16))
-
-
 @intrinsic
 def next_number(_: Any, counter: Any) -> Any:
     """`next_number(counter)`: the int64 at the address `counter`, one more afterwards; no two threads get the same."""
@@ -251,65 +296,65 @@ def _pointer(element: Any) -> Any:
     return pointer
 
 
-floats, integers, integers32 = map(_pointer, (types.float32, types.int64, types.int32))
+floats, doubles, bytes_, integers, integers32 = map(
+    _pointer, (types.float32, types.float64, types.int8, types.int64, types.int32)
+)
 yield_core = types.ExternalFunction("sched_yield", types.int32())
 
-
-@njit(error_model="numpy")
-def inner(width, words, stride, count, x, out):  # type: ignore[no-untyped-def]
-    """`inner_WIDTH`, whichever it is."""
-    if width == 1:
-        inner_1(words, stride, count, x, out)
-    elif width == 2:
-        inner_2(words, stride, count, x, out)
-    elif width == 4:
-        inner_4(words, stride, count, x, out)
-    elif width == 8:
-        inner_8(words, stride, count, x, out)
-    else:
-        inner_16(words, stride, count, x, out)
+_MULTIPLIER = MULTIPLIERS[INSTRUCTIONS]
+tiles_1, tiles_2, tiles_4, tiles_8 = (build_products(width, TILES, 2, _MULTIPLIER) for width in WIDTHS)
+one_1, one_2, one_4, one_8 = (build_products(width, 1, 2, _MULTIPLIER) for width in WIDTHS)
+parts_1, parts_2, parts_4, parts_8 = (build_products(width, 1, PARTS, _MULTIPLIER) for width in WIDTHS)
+codes_1, codes_2, codes_4, codes_8 = map(_build_codes, WIDTHS)
 
 
 @njit(error_model="numpy")
-def outer(width, words, stride, count, shift, t, out, out_stride, fresh):  # type: ignore[no-untyped-def]
-    """`outer_WIDTH`, whichever it is."""
+def tile_products(width, words, tile_step, stride, count, x, x_step, out):  # type: ignore[no-untyped-def]
+    """Two parts of x times TILES tiles."""
     if width == 1:
-        outer_1(words, stride, count, shift, t, out, out_stride, fresh)
+        tiles_1(words, tile_step, stride, count, x, x_step, out)
     elif width == 2:
-        outer_2(words, stride, count, shift, t, out, out_stride, fresh)
+        tiles_2(words, tile_step, stride, count, x, x_step, out)
     elif width == 4:
-        outer_4(words, stride, count, shift, t, out, out_stride, fresh)
-    elif width == 8:
-        outer_8(words, stride, count, shift, t, out, out_stride, fresh)
+        tiles_4(words, tile_step, stride, count, x, x_step, out)
     else:
-        outer_16(words, stride, count, shift, t, out, out_stride, fresh)
+        tiles_8(words, tile_step, stride, count, x, x_step, out)
 
 
 @njit(error_model="numpy")
-def lift(width, words, out, stride, weight):  # type: ignore[no-untyped-def]
-    """`lift_WIDTH`, whichever it is."""
+def one_product(width, words, stride, count, x, x_step, out):  # type: ignore[no-untyped-def]
+    """Two parts of x times one tile."""
     if width == 1:
-        lift_1(words, out, stride, weight)
+        one_1(words, 0, stride, count, x, x_step, out)
     elif width == 2:
-        lift_2(words, out, stride, weight)
+        one_2(words, 0, stride, count, x, x_step, out)
     elif width == 4:
-        lift_4(words, out, stride, weight)
-    elif width == 8:
-        lift_8(words, out, stride, weight)
+        one_4(words, 0, stride, count, x, x_step, out)
     else:
-        lift_16(words, out, stride, weight)
+        one_8(words, 0, stride, count, x, x_step, out)
 
 
 @njit(error_model="numpy")
-def spread(width, word, out, weight):  # type: ignore[no-untyped-def]
-    """`spread_WIDTH`, whichever it is."""
+def part_products(width, words, stride, count, x, x_step, out):  # type: ignore[no-untyped-def]
+    """PARTS parts of x times one tile."""
     if width == 1:
-        spread_1(word, out, weight)
+        parts_1(words, 0, stride, count, x, x_step, out)
     elif width == 2:
-        spread_2(word, out, weight)
+        parts_2(words, 0, stride, count, x, x_step, out)
     elif width == 4:
-        spread_4(word, out, weight)
-    elif width == 8:
-        spread_8(word, out, weight)
+        parts_4(words, 0, stride, count, x, x_step, out)
     else:
-        spread_16(word, out, weight)
+        parts_8(words, 0, stride, count, x, x_step, out)
+
+
+@njit(error_model="numpy")
+def take_apart(width, words, out):  # type: ignore[no-untyped-def]
+    """`codes_WIDTH`, whichever it is."""
+    if width == 1:
+        codes_1(words, out)
+    elif width == 2:
+        codes_2(words, out)
+    elif width == 4:
+        codes_4(words, out)
+    else:
+        codes_8(words, out)

@@ -9,41 +9,39 @@ from llvmlite import ir
 from numba import njit
 
 from deltacome.runtime.kernels import vectors
-from deltacome.runtime.kernels.layout import COLUMNS, WIDTHS, bit_of
+from deltacome.runtime.kernels.layout import VECTOR, WIDTHS, bit_of
 from deltacome.runtime.kernels.vectors import MULTIPLIERS, build_products
 
 FEATURES = llvm.get_host_cpu_features()
 NEEDED = {"avx512vnni": "avx512vnni", "avxvnni": "avxvnni", "avx2": "avx2", "plain": None}
 
 
-def compiled(width: int, tiles: int, parts: int, name: str) -> Any:
-    products = build_products(width, tiles, parts, MULTIPLIERS[name])
+def compiled(width: int, columns: int, parts: int, name: str) -> Any:
+    products = build_products(width, columns, parts, MULTIPLIERS[name])
 
     @njit
-    def call(words: Any, stride: Any, count: Any, x: Any, out: Any) -> Any:
-        tile_step = COLUMNS * count
-        products(words.ctypes.data, tile_step, stride, count, x.ctypes.data, x.shape[1], out.ctypes.data)
+    def call(words: Any, x: Any, out: Any) -> Any:
+        products(words.ctypes.data, words.shape[1], words.shape[0], x.ctypes.data, x.shape[1], out.ctypes.data)
 
     return call
 
 
 @pytest.mark.parametrize("name", NEEDED)
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize(("tiles", "parts"), [(vectors.TILES, 2), (1, vectors.PARTS)])
-def test_sums_are_exact(name: str, width: int, tiles: int, parts: int) -> None:
+@pytest.mark.parametrize(("columns", "parts"), [(vectors.VECTORS, 2), (1, vectors.PARTS)])
+def test_sums_are_exact(name: str, width: int, columns: int, parts: int) -> None:
     if NEEDED[name] and not FEATURES.get(NEEDED[name]):
         pytest.skip(f"this processor has no {name}")
     rng = np.random.default_rng(0)
-    count, per_word = 37, 32 // width
-    codes = rng.integers(0, 2**width, (tiles, count, per_word, COLUMNS))
-    codes[:, :, :, 0], codes[:, :, :, 1] = 2**width - 1, 0  # the largest and the least sums
-    words = sum(codes[:, :, i].astype(np.uint32) << np.uint32(bit_of(i, width)) for i in range(per_word))
+    count, per_word, stride = 37, 32 // width, columns * VECTOR + 3
+    codes = rng.integers(0, 2**width, (count, per_word, stride))
+    codes[:, :, 0], codes[:, :, 1] = 2**width - 1, 0  # the largest and the least sums
+    words = sum(codes[:, i].astype(np.uint32) << np.uint32(bit_of(i, width)) for i in range(per_word))
     x = rng.integers(-128, 128, (parts, count * per_word)).astype(np.int8)
     x[0] = -128
-    out = np.zeros((parts, tiles, COLUMNS), np.int32)
-    compiled(width, tiles, parts, name)(words.astype(np.uint32).view(np.int32), COLUMNS, count, x, out)
-    expected = np.einsum("tjc,pj->ptc", codes.reshape(tiles, -1, COLUMNS), x.astype(np.int64))
-    assert np.array_equal(out, expected)
+    out = np.zeros((parts, columns * VECTOR), np.int32)
+    compiled(width, columns, parts, name)(words.astype(np.uint32).view(np.int32), x, out)
+    assert np.array_equal(out, x.astype(np.int64) @ codes.reshape(-1, stride)[:, : columns * VECTOR])
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from deltacome.errors import DeltacomeError
 from deltacome.format.bits import planes
-from deltacome.runtime.kernels.layout import COLUMNS, planes_of
-from deltacome.runtime.kernels.packed import TILE, Group, Packed, PackedTerm, Plane, Tiled, groups_of
+from deltacome.runtime.kernels.layout import COLUMNS, VECTOR, plan_groups
+from deltacome.runtime.kernels.packed import TILE, Group, Packed, PackedTerm, Plane, Tiled
 from deltacome.runtime.model import share
 from deltacome.runtime.tenant import Change, Tenant
 
@@ -105,27 +105,21 @@ def random_delta(m: int, n: int, ratio: float, rotated: str, generator: torch.Ge
 
     def codes(length: int, columns: int, width: int, tile: int) -> Tiled:
         rows = -(-length * width // 32)
-        size = (rows * columns + tile,)
+        size = (rows * columns + min(tile, VECTOR),)
         words = torch.randint(-(2**31), 2**31, size, generator=generator, device=device, dtype=torch.int32)
         return Tiled(words, rows, columns, tile)
 
-    terms: list[PackedTerm] = []
-    groups: dict[int, list[tuple[Tensor, Tensor]]] = {width: [] for width in groups_of(ranks)}
-    start = 0
+    terms = []
     for bits, rank in ranks.items():
         own = []
         for first, width in planes(bits) if device.type == "cuda" else ():
             whole_m, whole_rank = (-(-length // TILE) * TILE for length in (m, rank))
             own.append(Plane(width, first, codes(rank, whole_m, width, TILE), codes(n, whole_rank, width, TILE)))
         terms.append(PackedTerm(bits, 1e-4 * torch.rand(rank, generator=generator, device=device), tuple(own)))
-        for first, width in planes_of(bits):
-            groups[width].append((torch.arange(start, start + rank), torch.full((rank,), float(1 << first))))
-        start += rank
     if device.type == "cuda":
         return Packed((m, n), tuple(terms), rotated)
-    laid_out = []
-    for width, parts in groups.items():
-        of, weights = (torch.cat(side) for side in zip(*parts, strict=True))
-        u, v = codes(len(of), m, width, COLUMNS), codes(n, len(of), width, COLUMNS)
-        laid_out.append(Group(width, of, weights, u, v))
-    return Packed((m, n), tuple(terms), rotated, groups=tuple(laid_out))
+    groups = []
+    for width, runs in plan_groups(ranks.items()).items():
+        count = sum(length for _, length, _ in runs)
+        groups.append(Group(width, tuple(runs), codes(count, m, width, COLUMNS), codes(n, count, width, COLUMNS)))
+    return Packed((m, n), tuple(terms), rotated, groups=tuple(groups))

@@ -22,7 +22,7 @@ from deltacome.runtime.kernels import reference
 from deltacome.runtime.kernels.expansion import BLOCK as ENTRIES
 from deltacome.runtime.kernels.expansion import columns_worker, expand_worker
 from deltacome.runtime.kernels.hadamard import rotate_worker
-from deltacome.runtime.kernels.layout import COLUMNS
+from deltacome.runtime.kernels.layout import VECTOR
 from deltacome.runtime.kernels.packed import Packed
 from deltacome.runtime.kernels.steps import BLOCK, CHUNK, add_worker
 from deltacome.runtime.kernels.tables import (
@@ -56,7 +56,7 @@ from deltacome.runtime.kernels.tables import (
     Y,
 )
 
-MOST_ROWS = 32  # of one delta; from there on, taking the codes apart once and two dense products are faster
+MOST_ROWS = 128  # of one delta; from there on, taking the codes apart once and two dense products are faster
 
 
 class _Table:
@@ -82,10 +82,11 @@ class _Table:
         ]
         # Planes, bytes for a number of each, and blocks of columns of the two products.
         self.planes = self.t_bytes = self.inner_tasks = 0
-        for group in packed.groups:
-            count = len(group.weights)
-            tensors = (group.components, group.weights, group.u.words, group.v.words)
-            table += [group.width, count, *(tensor.data_ptr() for tensor in tensors), self.planes, self.t_bytes]
+        self.runs = [np.array(group.runs, dtype=np.int64) for group in packed.groups]
+        for group, runs in zip(packed.groups, self.runs, strict=True):
+            count = group.count
+            table += [group.width, count, len(runs), _address(runs)]
+            table += [group.u.words.data_ptr(), group.v.words.data_ptr(), self.planes, self.t_bytes]
             self.planes += count
             self.t_bytes += -(-count // 32) * 32
             self.inner_tasks += -(-count // BLOCK)
@@ -246,7 +247,7 @@ def _add_many(y: Tensor, x: Tensor, packed: Packed, rows: Tensor) -> None:
     u, v = torch.empty(packed.rank, m), torch.empty(n, packed.rank)
     data = _table_for_threads()
     data[[X, Y, N, M, SEGMENTS]] = v.data_ptr(), u.data_ptr(), n, m, _Table.of(packed).address
-    data[TASKS : TASKS + 2] = -(-n // ENTRIES), -(-m // COLUMNS)
+    data[TASKS : TASKS + 2] = -(-n // ENTRIES), -(-m // VECTOR)
     _on_threads(expand_worker(), data)
     product = (inputs @ v).mul_(_Table.of(packed).scale) @ u
     if "u" in packed.rotated:

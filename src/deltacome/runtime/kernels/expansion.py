@@ -6,16 +6,17 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, njit, types
 
-from deltacome.runtime.kernels.layout import COLUMNS
+from deltacome.runtime.kernels.layout import COLUMNS, VECTOR
 from deltacome.runtime.kernels.tables import (
-    COMPONENTS,
+    COMPONENT,
+    FIRST_BIT,
     FLAGS,
     PLANE_COUNT,
     RANK,
+    RUN_LENGTH,
     RUNS,
     SEGMENTS,
     SOURCES,
-    WEIGHTS,
     WIDTH,
     M,
     N,
@@ -24,6 +25,7 @@ from deltacome.runtime.kernels.tables import (
     X,
     Y,
     delta_of,
+    runs_of,
     take,
     tasks_of,
 )
@@ -32,12 +34,23 @@ from deltacome.runtime.kernels.vectors import floats, integers, integers32, take
 BLOCK = 32  # entries of a vector whose codes fill whole words at every width
 
 
+@njit(inline="always")
+def _place(column, row, rows, columns):  # type: ignore[no-untyped-def]
+    """Where a word lies in a matrix of words (rows, columns), in bytes from its start."""
+    tile = column // COLUMNS * COLUMNS
+    return 4 * (tile * rows + row * min(COLUMNS, columns - tile) + column - tile)
+
+
 @njit(error_model="numpy")
 def _planes(group):  # type: ignore[no-untyped-def]
     """Of each plane of a group its component, its weight, and what is taken from a code."""
-    count = group[PLANE_COUNT]
-    components = carray(integers(group[COMPONENTS]), (count,))
-    return components, carray(floats(group[WEIGHTS]), (count,)), np.float32(((1 << group[WIDTH]) - 1) / 2)
+    components, weights = np.empty(group[PLANE_COUNT], np.int64), np.empty(group[PLANE_COUNT], np.float32)
+    place = 0
+    for run in runs_of(group):
+        for i in range(run[RUN_LENGTH]):
+            components[place + i], weights[place + i] = run[COMPONENT] + i, 1 << run[FIRST_BIT]
+        place += run[RUN_LENGTH]
+    return components, weights, np.float32(((1 << group[WIDTH]) - 1) / 2)
 
 
 @njit(error_model="numpy")
@@ -51,18 +64,18 @@ def _expand_v(data, rank, groups, codes, begin, end):  # type: ignore[no-untyped
             width, count = group[WIDTH], group[PLANE_COUNT]
             components, weights, middle = _planes(group)
             per_word, rows = 32 // width, -(-n * width // 32)
-            for first in range(0, count, COLUMNS):
-                columns = min(COLUMNS, count - first)
+            for first in range(0, count, VECTOR):
+                columns = min(VECTOR, count - first)
                 component, weight = components[first], weights[first]
-                is_run = columns == COLUMNS and components[first + COLUMNS - 1] == component + COLUMNS - 1
-                is_run = is_run and weights[first + COLUMNS - 1] == weight
+                is_run = columns == VECTOR and components[first + VECTOR - 1] == component + VECTOR - 1
+                is_run = is_run and weights[first + VECTOR - 1] == weight
                 for w in range(start // per_word, min((start + BLOCK) // per_word, rows)):
-                    take_apart(width, group[V] + 4 * (first * rows + w * columns), codes.ctypes.data)
+                    take_apart(width, group[V] + _place(first, w, rows, count), codes.ctypes.data)
                     for i in range(min(per_word, n - w * per_word)):
-                        row, own = v[w * per_word + i], codes[i * COLUMNS : (i + 1) * COLUMNS]
+                        row, own = v[w * per_word + i], codes[i * VECTOR : (i + 1) * VECTOR]
                         if is_run:
-                            target = row[component : component + COLUMNS]
-                            for k in range(COLUMNS):
+                            target = row[component : component + VECTOR]
+                            for k in range(VECTOR):
                                 target[k] += weight * (own[k] - middle)
                         else:
                             for k in range(columns):
@@ -71,21 +84,21 @@ def _expand_v(data, rank, groups, codes, begin, end):  # type: ignore[no-untyped
 
 @njit(error_model="numpy")
 def _expand_u(data, rank, groups, codes, begin, end):  # type: ignore[no-untyped-def]
-    """Entries of U, (rank, m), a tile of columns a task."""
+    """Entries of U, (rank, m), a vector of columns a task."""
     m = data[M]
     u = carray(floats(data[Y]), (rank, m))
-    for first in range(begin * COLUMNS, min(end * COLUMNS, m), COLUMNS):
-        columns = min(COLUMNS, m - first)
+    for first in range(begin * VECTOR, min(end * VECTOR, m), VECTOR):
+        columns = min(VECTOR, m - first)
         u[:, first : first + columns] = 0
         for group in groups:
             width, count = group[WIDTH], group[PLANE_COUNT]
             components, weights, middle = _planes(group)
             per_word, rows = 32 // width, -(-count * width // 32)
             for w in range(rows):
-                take_apart(width, group[U] + 4 * (first * rows + w * columns), codes.ctypes.data)
+                take_apart(width, group[U] + _place(first, w, rows, m), codes.ctypes.data)
                 for i in range(min(per_word, count - w * per_word)):
                     target = u[components[w * per_word + i], first : first + columns]
-                    weight, own = weights[w * per_word + i], codes[i * COLUMNS : (i + 1) * COLUMNS]
+                    weight, own = weights[w * per_word + i], codes[i * VECTOR : (i + 1) * VECTOR]
                     for k in range(columns):
                         target[k] += weight * (own[k] - middle)
 
@@ -100,7 +113,7 @@ def expand_worker() -> Any:
         _ = sources
         data = carray(integers(address), (FLAGS,))
         delta, groups = delta_of(data[SEGMENTS])
-        codes = np.empty(32 * COLUMNS, np.float32)
+        codes = np.empty(32 * VECTOR, np.float32)
         for step in range(2):
             for run in range(data[RUNS]):
                 if take(data, step, run):
@@ -132,12 +145,10 @@ def columns_worker() -> Any:
             per_word, rows = 32 // width, -(-count * width // 32)
             words = carray(integers32(group[U]), (rows * data[M],))
             for i in range(data[N]):
-                first = places[i] // COLUMNS * COLUMNS
-                columns = min(COLUMNS, data[M] - first)
                 for k in range(count):
                     code = k % per_word
                     shift = np.int32(8 * (code % 4) + width * (code // 4))
-                    word = words[first * rows + k // per_word * columns + places[i] - first]
+                    word = words[_place(places[i], k // per_word, rows, data[M]) // 4]
                     value = np.float32((word >> shift) & np.int32((1 << width) - 1))
                     out[components[k], i] += weights[k] * (value - middle)
 

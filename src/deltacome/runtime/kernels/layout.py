@@ -1,26 +1,50 @@
 """The order of codes in words as the CPU kernel reads them, and how they get there from the artifact's order.
 
-A word has codes of `WIDTHS` bits, four of them in the four bytes at one place, so that a shift and a mask give four
-bytes to multiply. A matrix of words has its columns in tiles, see `packed.Tiled`.
+Codes of other bit-widths than `WIDTHS` are cut into planes. A word has codes of one plane, four in the four bytes at
+one place, so that a shift and a mask give four bytes to multiply. A matrix of words has its columns in tiles, see
+`packed.Tiled`.
 """
+
+from collections.abc import Iterable
 
 import numpy as np
 from numba import njit, types
 
-COLUMNS = 16  # of a tile
-WIDTHS = (1, 2, 4, 8)  # of planes; codes of 16 bits are two of 8
+COLUMNS = 64  # of a tile, which are read in one stream
+VECTOR = 16  # of them that are read at once
+WIDTHS = (1, 2, 4, 8)  # of planes
 
-_WORDS, _INT = types.Array(types.int32, 2, "A"), types.int64
+_WORDS, _OUT, _INT = types.Array(types.int32, 2, "A"), types.int32[::1], types.int64
 
 
-def planes_of(bits: int) -> list[tuple[int, int]]:
-    """(first bit, width) of each plane of a bit-width here."""
-    found, first = [], 0
-    for width in (8, 8, 4, 2, 1):
-        if bits - first >= width:
-            found.append((first, width))
-            first += width
-    return found
+Run = tuple[int, int, int]  # of planes: the first one's component, how many there are, the first of their bits
+
+
+def plan_groups(terms: Iterable[tuple[int, int]]) -> dict[int, list[Run]]:
+    """The planes of terms of (bits, rank), by width; the components of all terms are counted through.
+
+    What is left over from whole words of codes side by side is cut into narrower planes, so that only those of one bit
+    are filled up.
+    """
+    found: dict[int, list[Run]] = {width: [] for width in reversed(WIDTHS)}
+    start = 0
+    for bits, rank in terms:
+        first = 0
+        for width in (8, *found):  # twice, for codes of 16 bits
+            if bits - first >= width:
+                found[width].append((start, rank, first))
+                first += width
+        start += rank
+    for width, runs in found.items():
+        left = sum(count for _, count, _ in runs) % (32 // width) if width > 1 else 0
+        while left:
+            component, count, first = runs.pop()
+            moved = min(left, count)
+            if moved < count:
+                runs.append((component, count - moved, first))
+            found[width // 2] += [(component + count - moved, moved, first + half) for half in (0, width // 2)]
+            left -= moved
+    return {width: runs for width, runs in found.items() if runs}
 
 
 def bit_of(i: int, width: int) -> int:
@@ -29,40 +53,65 @@ def bit_of(i: int, width: int) -> int:
 
 
 @njit(inline="always")
-def _code(source, k, j, first_word, source_width, shift, width):  # type: ignore[no-untyped-def]
-    per_word = 32 // source_width
-    word = source[k, first_word + j // per_word] >> (source_width * (j % per_word) + shift)
-    return word & ((1 << width) - 1)
+def _row_of(source, k, first_word, source_width, shift, width, length, row):  # type: ignore[no-untyped-def]
+    """Fill `row` with the words of a row of `length` codes of `width` bits, one after the other as the artifact has
+    them: of codes of `source_width` bits those from bit `shift` on.
+    """
+    if source_width == width:
+        for w in range(row.size):
+            row[w] = source[k, first_word + w]
+    else:
+        of_source, per_word, mask = 32 // source_width, 32 // width, (1 << width) - 1
+        row[:] = 0
+        for j in range(length):
+            code = source[k, first_word + j // of_source] >> (j % of_source * source_width + shift) & mask
+            row[j // per_word] |= np.int32(code << (width * (j % per_word)))
 
 
-@njit(types.void(_WORDS, *[_INT] * 6, types.int32[::1], _INT, _INT), cache=True)
-def lay_columns(source, first_word, source_width, shift, length, width, start, out, rows, columns):  # type: ignore[no-untyped-def]
-    """Add to a zero matrix of words (rows, columns) the codes of each row of `source`, one below the other, from column
+@njit(types.void(_WORDS, *[_INT] * 6, _OUT, _INT, _INT), cache=True)
+def lay_columns(source, first_word, source_width, shift, width, length, start, out, rows, columns):  # type: ignore[no-untyped-def]
+    """Put the codes of each row of `source`, one below the other, into a matrix of words (rows, columns), from column
     `start` on.
 
-    source: rows of words as the artifact has them, a plane of `source_width` bits from `first_word` on, `length` codes
-    each, of which `width` bits from `shift` on are taken.
+    source: rows of words as the artifact has them, of which the plane from `first_word` on is read, see `_row_of`.
     """
-    per_word = 32 // width
+    per_word, in_byte, mask = 32 // width, 8 // width, (1 << width) - 1
+    places = np.zeros((4, 256), np.int32)  # what each byte of a word becomes
+    for byte in range(4):
+        for value in range(256):
+            for i in range(in_byte):
+                code = byte * in_byte + i
+                places[byte, value] |= np.int32((value >> (width * i) & mask) << (8 * (code % 4) + width * (code // 4)))
+    row = np.empty(-(-length // per_word), np.int32)
     for k in range(source.shape[0]):
+        _row_of(source, k, first_word, source_width, shift, width, length, row)
         column = start + k
         tile = column // COLUMNS * COLUMNS
         left = min(COLUMNS, columns - tile)
-        for j in range(length):
-            code = _code(source, k, j, first_word, source_width, shift, width)
-            i = j % per_word
-            place = tile * rows + j // per_word * left + column - tile
-            out[place] |= np.int32(code << (8 * (i % 4) + width * (i // 4)))
+        for w in range(row.size):
+            word = row[w]
+            found = places[0, word & 255] | places[1, word >> 8 & 255]
+            out[tile * rows + w * left + column - tile] = (
+                found | places[2, word >> 16 & 255] | places[3, word >> 24 & 255]
+            )
 
 
-@njit(types.void(_WORDS, *[_INT] * 6, types.int32[::1], _INT, _INT), cache=True)
-def lay_rows(source, first_word, source_width, shift, length, width, start, out, rows, columns):  # type: ignore[no-untyped-def]
-    """As `lay_columns`, each row of `source` being codes side by side, from the code `start` of each column on."""
-    per_word = 32 // width
+@njit(types.void(_WORDS, *[_INT] * 6, _OUT, _INT, _INT), cache=True)
+def lay_rows(source, first_word, source_width, shift, width, length, start, out, rows, columns):  # type: ignore[no-untyped-def]
+    """As `lay_columns`, each row of `source` being codes side by side, from the code `start` of each column on; into
+    zeros.
+    """
+    per_word, mask = 32 // width, np.int32((1 << width) - 1)
+    row = np.empty(-(-length // per_word), np.int32)
     for k in range(source.shape[0]):
-        row, i = (start + k) // per_word, (start + k) % per_word
-        bit = 8 * (i % 4) + width * (i // 4)
-        for j in range(length):
-            code = _code(source, k, j, first_word, source_width, shift, width)
-            tile = j // COLUMNS * COLUMNS
-            out[tile * rows + row * min(COLUMNS, columns - tile) + j - tile] |= np.int32(code << bit)
+        _row_of(source, k, first_word, source_width, shift, width, length, row)
+        i = (start + k) % per_word
+        bit = np.int32(8 * (i % 4) + width * (i // 4))
+        for w in range(row.size):
+            column = w * per_word
+            tile = column // COLUMNS * COLUMNS
+            place = tile * rows + (start + k) // per_word * min(COLUMNS, columns - tile) + column - tile
+            own = out[place : place + min(per_word, length - column)]
+            word = row[w]
+            for j in range(own.size):
+                own[j] |= ((word >> np.int32(width * j)) & mask) << bit

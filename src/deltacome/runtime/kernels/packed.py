@@ -1,14 +1,16 @@
 """A delta of one matrix as the kernels read it: the artifact's codes, ordered so that they are read in a stream."""
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from deltacome.format.bits import pack, planes, unpack
 from deltacome.format.terms import Coded, Factored, Sign, Term
-from deltacome.runtime.kernels.layout import COLUMNS, bit_of, lay_columns, lay_rows, planes_of
+from deltacome.runtime.kernels.layout import COLUMNS, VECTOR, Run, bit_of, lay_columns, lay_rows, plan_groups
 
 TILE = 8  # columns of a matrix of words that lie together on a GPU
 CPU = torch.device("cpu")
@@ -63,26 +65,30 @@ class Plane:
 class Group:
     """The planes of one width of all terms, as a CPU reads them.
 
-    components: int64 (count,), whose bits a plane's codes are, the components of all terms being counted through.
-    weights: float32 (count,), the powers of two that the codes count. u: words (words of count, m). v: words (words of
-    n, count). `layout` says how codes lie in words.
+    runs: see `layout.plan_groups`. u: words (words of count, m). v: words
+    (words of n, count). `layout` says how codes lie in words.
     """
 
     width: int
-    components: Tensor
-    weights: Tensor
+    runs: tuple[Run, ...]
     u: Tiled
     v: Tiled
 
+    @property
+    def count(self) -> int:
+        """How many planes there are."""
+        return sum(count for _, count, _ in self.runs)
+
+    def sum_by_component(self, codes: Tensor, total: Tensor) -> None:
+        """Add what the codes of planes (count, length) count to those of components (rank, length)."""
+        place = 0
+        for component, count, first in self.runs:
+            total[component : component + count] += codes[place : place + count] << first
+            place += count
+
     def to(self, device: torch.device) -> "Group":
         """A copy on a device."""
-        return Group(
-            self.width,
-            self.components.to(device),
-            self.weights.to(device),
-            self.u.to(device),
-            self.v.to(device),
-        )
+        return replace(self, u=self.u.to(device), v=self.v.to(device))
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,7 @@ class Packed:
         for term in self.terms:
             found += [term.scale, *(side.words for plane in term.planes for side in (plane.u, plane.v))]
         for group in self.groups:
-            found += [group.components, group.weights, group.u.words, group.v.words]
+            found += [group.u.words, group.v.words]
         for grouped in self.grouped:
             assert grouped.groups is not None
             groups = grouped.groups
@@ -195,56 +201,53 @@ def pack_terms(terms: Sequence[Term], shape: tuple[int, int], device: torch.devi
         tuple(PackedTerm(term.bits, term.scale.to(CPU, torch.float32, copy=True)) for term in plain),
         plain[0].rotated if plain else "",
         plain[0].rows.to(CPU, torch.int32, copy=True) if plain and plain[0].rows is not None else None,
-        tuple(_group(plain, width) for width in groups_of(term.bits for term in plain)),
+        _groups(plain),
         grouped=tuple(_to(term, CPU) for term in factored if term.groups is not None),
     )
     for term in terms:
         if isinstance(term, Sign):
             m, n = term.shape
             words = _empty(-(-n // 32), m)
-            lay_columns(term.words.cpu().numpy(), 0, 1, 0, n, 1, 0, words.words.numpy(), words.rows, m)
+            lay_columns(term.words.cpu().numpy(), 0, 1, 0, 1, n, 0, words.words.numpy(), words.rows, m)
             packed = replace(packed, signs=words, sign_scale=term.scale.to(CPU, torch.float32, copy=True))
     return packed.to(device)
 
 
-def groups_of(bits: Iterable[int]) -> list[int]:
-    """The widths of the groups that terms of these bit-widths have."""
-    return sorted({width for own in bits for _, width in planes_of(own)})
-
-
 def _empty(rows: int, columns: int) -> Tiled:
-    return Tiled(torch.zeros(rows * columns + COLUMNS, dtype=torch.int32), rows, columns, COLUMNS)
+    return Tiled(torch.zeros(rows * columns + VECTOR, dtype=torch.int32), rows, columns, COLUMNS)
 
 
-def _group(terms: list[Factored], width: int) -> Group:
-    """The planes of one width of all terms."""
-    found = []  # terms, first components, first bits
+def _groups(terms: list[Factored]) -> tuple[Group, ...]:
+    """The planes of all terms."""
+    starts = [0, *accumulate(term.rank for term in terms)]
+    groups = []
+    for width, runs in plan_groups((term.bits, term.rank) for term in terms).items():
+        m, n = terms[0].shape
+        count = sum(length for _, length, _ in runs)
+        u, v = _empty(-(-count * width // 32), m), _empty(-(-n * width // 32), count)
+        place = 0
+        for component, length, first in runs:
+            number = bisect_right(starts, component) - 1
+            own = slice(component - starts[number], component - starts[number] + length)
+            term = terms[number]
+            for words, side, entries, lay in ((term.u, u, m, lay_rows), (term.v, v, n, lay_columns)):
+                source, out = words[own].cpu().numpy(), side.words.numpy()
+                where = _source(term.bits, first, entries)
+                lay(source, *where, width, entries, place, out, side.rows, side.columns)
+            place += length
+        groups.append(Group(width, tuple(runs), u, v))
+    return tuple(groups)
+
+
+def _source(bits: int, bit: int, length: int) -> tuple[int, int, int]:
+    """Where rows of the artifact's have a bit of their `length` codes: from which word on there are codes of how many
+    bits, and which of these it is."""
     start = 0
-    for term in terms:
-        found += [(term, start, first) for first, own in planes_of(term.bits) if own == width]
-        start += term.rank
-    count = sum(term.rank for term, _, _ in found)
-    m, n = terms[0].shape
-    u, v = _empty(-(-count * width // 32), m), _empty(-(-n * width // 32), count)
-    place = 0
-    for term, _, first in found:
-        for words, side, length, lay in ((term.u, u, m, lay_rows), (term.v, v, n, lay_columns)):
-            source = _source(term.bits, first, length)
-            lay(words.cpu().numpy(), *source, length, width, place, side.words.numpy(), side.rows, side.columns)
-        place += term.rank
-    components = torch.cat([torch.arange(start, start + term.rank) for term, start, _ in found])
-    weights = torch.cat([torch.full((term.rank,), float(1 << first)) for term, _, first in found])
-    return Group(width, components, weights, u, v)
-
-
-def _source(bits: int, first: int, length: int) -> tuple[int, int, int]:
-    """Where the artifact's rows have a plane: from which word on, of which width, and from which of its bits on."""
-    start = 0
-    for own_first, width in planes(bits):
-        if own_first <= first < own_first + width:
-            return start, width, first - own_first
+    for first, width in planes(bits):
+        if first <= bit < first + width:
+            return start, width, bit - first
         start += -(-length * width // 32)
-    raise ValueError(f"no plane from bit {first} on in codes of {bits} bits")
+    raise ValueError(f"codes of {bits} bits have no bit {bit}")
 
 
 def codes_of(packed: Packed) -> tuple[Tensor, Tensor]:
@@ -258,9 +261,8 @@ def codes_of(packed: Packed) -> tuple[Tensor, Tensor]:
     u = torch.zeros(packed.rank, packed.factored_rows, dtype=torch.int32, device=device)
     v = torch.zeros(packed.rank, n, dtype=torch.int32, device=device)
     for group in packed.groups:
-        weights = group.weights.to(torch.int32)[:, None]
-        u.index_add_(0, group.components, take_apart(group.u.matrix(), group.width, len(weights)) * weights)
-        v.index_add_(0, group.components, take_apart(group.v.matrix(), group.width, n).T * weights)
+        group.sum_by_component(take_apart(group.u.matrix(), group.width, group.count), u)
+        group.sum_by_component(take_apart(group.v.matrix(), group.width, n).T, v)
     return u, v
 
 

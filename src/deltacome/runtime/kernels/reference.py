@@ -56,8 +56,7 @@ def columns(packed: Packed, places: Tensor) -> Tensor:
     if packed.groups:
         codes = torch.zeros(packed.rank, len(places), dtype=torch.int32, device=places.device)
         for group in packed.groups:
-            own = take_apart(group.u.pick(places), group.width, len(group.weights))
-            codes.index_add_(0, group.components, own * group.weights.to(torch.int32)[:, None])
+            group.sum_by_component(take_apart(group.u.pick(places), group.width, group.count), codes)
         middles = [torch.full((term.rank, 1), term.middle, device=places.device) for term in packed.terms]
         found.append(codes - torch.cat(middles))
     else:

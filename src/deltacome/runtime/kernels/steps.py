@@ -11,14 +11,15 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 
 from deltacome.runtime.kernels.hadamard import largest_power, rotate, unrotate
-from deltacome.runtime.kernels.layout import COLUMNS
+from deltacome.runtime.kernels.layout import COLUMNS, VECTOR
 from deltacome.runtime.kernels.tables import (
     ARRIVED,
-    COMPONENTS,
+    COMPONENT,
     COUNT,
     DELTA_OF,
     FACTORED_ROWS,
     FIRST,
+    FIRST_BIT,
     FLAGS,
     INPUT_BYTES,
     INPUT_SCALES,
@@ -36,6 +37,7 @@ from deltacome.runtime.kernels.tables import (
     ROW_COUNT,
     ROW_NUMBERS,
     ROWS,
+    RUN_LENGTH,
     RUNS,
     RUNS_PER_THREAD,
     SCALE,
@@ -54,7 +56,6 @@ from deltacome.runtime.kernels.tables import (
     T_BYTES,
     T_SCALES,
     T_STEP,
-    WEIGHTS,
     WIDTH,
     M,
     N,
@@ -64,26 +65,27 @@ from deltacome.runtime.kernels.tables import (
     Y,
     delta_of,
     finish,
+    runs_of,
     take,
     tasks_of,
     wait,
 )
 from deltacome.runtime.kernels.vectors import (
     PARTS,
-    TILES,
+    VECTORS,
     bytes_,
     doubles,
     floats,
     integers,
     integers32,
+    many_products,
     next_number,
     one_product,
     part_products,
-    tile_products,
 )
 
 CHUNK = 4096  # outputs that a thread takes at a time
-BLOCK = TILES * COLUMNS  # columns that a thread takes at a time
+BLOCK = VECTORS * VECTOR  # columns that a thread takes at a time
 LARGEST = 127 * 256  # of a number in two bytes
 
 
@@ -153,12 +155,11 @@ def _read_inputs(data, segments, rows, begin, end):  # type: ignore[no-untyped-d
 
 
 @njit(error_model="numpy")
-def _add_sums(sums, part, tiles, tile, out, middle, scale, total):  # type: ignore[no-untyped-def]
-    """Add to `out` the scaled sums of one row's two parts and one tile, of codes from which `middle` is taken."""
-    constant = middle * total
-    high, low = (part * tiles + tile) * COLUMNS, ((part + 1) * tiles + tile) * COLUMNS
+def _add_sums(high, low, out, middle, row):  # type: ignore[no-untyped-def]
+    """Add to `out` the sums of a row's two parts, `middle` taken from the codes. row: its scale and its sum."""
+    constant, scale = middle * row[1], row[0]
     for i in range(out.size):
-        value = 256.0 * sums[high + i] + sums[low + i]
+        value = 256.0 * high[i] + low[i]
         out[i] += np.float32(scale * (value - constant))
 
 
@@ -169,32 +170,30 @@ def _multiply(width, words, count, columns, start, x, step, first, end, scales, 
     x: the address of the first row's two parts, rows being 2 `step` bytes apart. first, end: the rows. scales: address
     of a row's scales and sums, `by` doubles a row, of which those from `2 group` on are meant.
     """
-    stop = min(start + BLOCK, columns)
+    tile = start // COLUMNS * COLUMNS
+    stride, stop = min(COLUMNS, columns - tile), min(start + BLOCK, columns)
+    own = words + 4 * (tile * count + start - tile)
     middle = ((1 << width) - 1) / 2
     r = first
     while r < end:
-        own = words + 4 * start * count
-        is_one = end - r < PARTS // 2
-        taken = 1 if is_one else PARTS // 2
-        if is_one and stop - start == BLOCK:
-            tile_products(width, own, COLUMNS * count, COLUMNS, count, x + 2 * r * step, step, sums.ctypes.data)
+        taken = PARTS // 2 if end - r >= PARTS // 2 else 1
+        if taken == 1 and stop - start == BLOCK:
+            many_products(width, own, stride, count, x + 2 * r * step, step, sums.ctypes.data)
             row = carray(doubles(scales + 8 * (by * r + 2 * group)), (2,))
-            for tile in range(TILES):
-                place = start + tile * COLUMNS
-                target = carray(floats(out + 4 * (r * out_stride + place)), (COLUMNS,))
-                _add_sums(sums, 0, TILES, tile, target, middle, row[0], row[1])
+            _add_sums(
+                sums[:BLOCK], sums[BLOCK:], carray(floats(out + 4 * (r * out_stride + start)), (BLOCK,)), middle, row
+            )
         else:
-            for place in range(start, stop, COLUMNS):
-                known = min(COLUMNS, columns - place)
-                tile = words + 4 * place * count
-                if is_one:
-                    one_product(width, tile, known, count, x + 2 * r * step, step, sums.ctypes.data)
+            for place in range(0, stop - start, VECTOR):
+                if taken == 1:
+                    one_product(width, own + 4 * place, stride, count, x + 2 * r * step, step, sums.ctypes.data)
                 else:
-                    part_products(width, tile, known, count, x + 2 * r * step, step, sums.ctypes.data)
+                    part_products(width, own + 4 * place, stride, count, x + 2 * r * step, step, sums.ctypes.data)
+                known = min(VECTOR, stop - start - place)
                 for i in range(taken):
                     row = carray(doubles(scales + 8 * (by * (r + i) + 2 * group)), (2,))
-                    target = carray(floats(out + 4 * ((r + i) * out_stride + place)), (known,))
-                    _add_sums(sums, 2 * i, 1, 0, target, middle, row[0], row[1])
+                    target = carray(floats(out + 4 * ((r + i) * out_stride + start + place)), (known,))
+                    _add_sums(sums[2 * i * VECTOR :], sums[(2 * i + 1) * VECTOR :], target, middle, row)
         r += taken
 
 
@@ -262,21 +261,24 @@ def _scale(data, segments, begin, end):  # type: ignore[no-untyped-def]
                 continue
             t = np.zeros(delta[RANK], np.float32)
             for group in groups:
-                count = group[PLANE_COUNT]
-                components = carray(integers(group[COMPONENTS]), (count,))
-                weights = carray(floats(group[WEIGHTS]), (count,))
-                sums = carray(floats(data[SUMS] + 4 * (r * data[SUM_STRIDE] + group[FIRST])), (count,))
-                for i in range(count):
-                    t[components[i]] += weights[i] * sums[i]
+                sums = carray(floats(data[SUMS] + 4 * (r * data[SUM_STRIDE] + group[FIRST])), (group[PLANE_COUNT],))
+                place = 0
+                for run in runs_of(group):
+                    weight = np.float32(1 << run[FIRST_BIT])
+                    for i in range(run[RUN_LENGTH]):
+                        t[run[COMPONENT] + i] += weight * sums[place + i]
+                    place += run[RUN_LENGTH]
             t *= carray(floats(delta[SCALE]), (delta[RANK],))
             for g in range(groups.shape[0]):
                 group = groups[g]
                 count = group[PLANE_COUNT]
-                components = carray(integers(group[COMPONENTS]), (count,))
-                weights = carray(floats(group[WEIGHTS]), (count,))
                 own = np.empty(count, np.float32)
-                for i in range(count):
-                    own[i] = weights[i] * t[components[i]]
+                place = 0
+                for run in runs_of(group):
+                    weight = np.float32(1 << run[FIRST_BIT])
+                    for i in range(run[RUN_LENGTH]):
+                        own[place + i] = weight * t[run[COMPONENT] + i]
+                    place += run[RUN_LENGTH]
                 place = data[T_BYTES] + 2 * r * data[T_STEP] + group[PLACE]
                 room = -(-count // 32) * 32
                 high = carray(bytes_(place), (room,))
@@ -346,7 +348,7 @@ def add_worker() -> Any:
         data = carray(integers(address), (FLAGS,))
         segments = carray(integers(data[SEGMENTS]), (data[SEGMENT_COUNT], SEGMENT))
         rows = carray(integers(data[ROWS]), (data[ROW_COUNT],))
-        sums = np.empty(max(2 * TILES, PARTS) * COLUMNS, np.int32)
+        sums = np.empty(max(2 * VECTORS, PARTS) * VECTOR, np.int32)
         first = next_number(address + 8 * ARRIVED) * RUNS_PER_THREAD
         for step in range(STEPS):
             for i in range(data[RUNS]):

@@ -28,10 +28,11 @@ SEGMENT = 3
 ROW_NUMBERS, FACTORED_ROWS, ROTATED_U, ROTATED_V, SIGNS_U, SIGNS_V, SIGN_WORDS, SIGN_SCALE = range(8)
 RANK, SCALE, GROUPS = range(8, 11)
 DELTA = 11
-# components and weights: addresses of a plane each; first, place: where its codes' sums and bytes begin.
-WIDTH, PLANE_COUNT, COMPONENTS, WEIGHTS, U, V, FIRST, PLACE = range(8)
+# FIRST, PLACE: where the sums and the bytes of a group's planes begin. Of a run of planes: `packed.Group.runs`.
+WIDTH, PLANE_COUNT, RUN_COUNT, PLANE_RUNS, U, V, FIRST, PLACE = range(8)
 GROUP = 8
 MOST_GROUPS = 4
+COMPONENT, RUN_LENGTH, FIRST_BIT = range(3)
 
 
 @njit(inline="always")
@@ -39,6 +40,12 @@ def delta_of(address):  # type: ignore[no-untyped-def]
     """The table of a delta and that of its groups."""
     delta = carray(integers(address), (DELTA,))
     return delta, carray(integers(address + 8 * DELTA), (delta[GROUPS], GROUP))
+
+
+@njit(inline="always")
+def runs_of(group):  # type: ignore[no-untyped-def]
+    """The table of a group's runs of planes."""
+    return carray(integers(group[PLANE_RUNS]), (group[RUN_COUNT], 3))
 
 
 @njit(inline="always")

@@ -15,7 +15,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from deltacome.runtime.kernels.layout import COLUMNS, WIDTHS, bit_of
+from deltacome.runtime.kernels.layout import VECTOR, WIDTHS, bit_of
 
 LANES = 8  # of floats
 
@@ -32,9 +32,9 @@ def instructions() -> str:
 
 
 INSTRUCTIONS = instructions()
-# Tiles of columns that are computed at once for the two parts of one row, and parts of rows for one tile: as many sums
-# as there are registers for.
-TILES, PARTS = (4, 8) if INSTRUCTIONS == "avx512vnni" else (2, 4)
+# Vectors of columns that are computed at once for the two parts of one row, and parts of rows for one vector: as many
+# sums as there are registers for.
+VECTORS, PARTS = (4, 8) if INSTRUCTIONS == "avx512vnni" else (2, 4)
 
 
 def _address(builder: Any, start: Any, index: Any, kind: Any = _I32) -> Any:
@@ -156,38 +156,32 @@ MULTIPLIERS: dict[str, Any] = {
 }
 
 
-def build_products(width: int, tiles: int, parts: int, multiplier: Any) -> Any:
-    """Build `products(words, tile_step, stride, count, x, x_step, out)`.
+def build_products(width: int, vectors: int, parts: int, multiplier: Any) -> Any:
+    """Build `products(words, stride, count, x, x_step, out)`.
 
-    The sums `sum_i x[part, i] * code[i, column]` of the columns of neighboring tiles, words of a tile being (count,
-    stride) from `tile_step` words to the next; x: (parts, x_step) bytes with a sign, `count * 32 / width` of them used.
-    words, x, out: addresses; out takes (parts, tiles, COLUMNS) integers of 32 bits.
+    The sums `sum_i x[part, i] * code[i, column]` of VECTOR * vectors neighboring columns of a matrix of words (count,
+    stride); x: (parts, x_step) bytes with a sign, `count * 32 / width` of them used. words, x, out: addresses; out
+    takes (parts, columns) integers of 32 bits.
     """
     lanes = multiplier.lanes
     ints = ir.VectorType(_I32, lanes)
-    places = range(0, COLUMNS, lanes)
+    places = range(0, VECTOR * vectors, lanes)
     per_word = 8 // width  # four codes each
 
     @intrinsic
-    def products(_: Any, words: Any, tile_step: Any, stride: Any, count: Any, x: Any, x_step: Any, out: Any) -> Any:
+    def products(_: Any, words: Any, stride: Any, count: Any, x: Any, x_step: Any, out: Any) -> Any:
         def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-            words, tile_step, stride, count, x, x_step, out = arguments
-            sums = {
-                (part, tile, place): cgutils.alloca_once_value(builder, _all(0, ints))
-                for part in range(parts)
-                for tile in range(tiles)
-                for place in places
-            }
+            words, stride, count, x, x_step, out = arguments
+            of = [(part, place) for part in range(parts) for place in places]
+            sums = {key: cgutils.alloca_once_value(builder, _all(0, ints)) for key in of}
             for total in sums.values():
                 builder.store(_all(0, ints), total)
             with cgutils.for_range(builder, count) as loop:
                 row = builder.mul(loop.index, stride)
                 codes = {}
-                for tile in range(tiles):
-                    start = builder.add(row, builder.mul(tile_step, _I64(tile)))
-                    for place in places:
-                        pointer = _address(builder, words, builder.add(start, _I64(place)))
-                        codes[tile, place] = _codes(builder, _load(builder, pointer, ints), width)
+                for place in places:
+                    pointer = _address(builder, words, builder.add(row, _I64(place)))
+                    codes[place] = _codes(builder, _load(builder, pointer, ints), width)
                 first = builder.mul(loop.index, _I64(per_word))
                 for part in range(parts):
                     start = builder.add(x, builder.mul(x_step, _I64(part)))
@@ -195,32 +189,32 @@ def build_products(width: int, tiles: int, parts: int, multiplier: Any) -> Any:
                         _splat(builder, builder.load(_address(builder, start, builder.add(first, _I64(i)))), lanes)
                         for i in range(per_word)
                     ]
-                    for (tile, place), own in codes.items():
-                        total = sums[part, tile, place]
+                    for place, own in codes.items():
+                        total = sums[part, place]
                         builder.store(multiplier.add(builder, builder.load(total), own, factors, width), total)
-            for (part, tile, place), total in sums.items():
-                target = _address(builder, out, _I64((part * tiles + tile) * COLUMNS + place))
+            for (part, place), total in sums.items():
+                target = _address(builder, out, _I64(part * VECTOR * vectors + place))
                 _store(builder, builder.load(total), target)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), generate
+        return types.void(*[types.int64] * 6), generate
 
     return products
 
 
 def _build_codes(width: int) -> Any:
-    """Build `codes_WIDTH(words, out)`: the codes of COLUMNS neighboring words, as floats (32 / width, COLUMNS)."""
+    """Build `codes_WIDTH(words, out)`: the codes of VECTOR neighboring words, as floats (32 / width, VECTOR)."""
 
     @intrinsic
     def codes(_: Any, words: Any, out: Any) -> Any:
         def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
             words, out = arguments
-            ints = ir.VectorType(_I32, COLUMNS)
+            ints = ir.VectorType(_I32, VECTOR)
             word = _load(builder, _address(builder, words, _I64(0)), ints)
             for i in range(32 // width):
                 code = builder.and_(builder.lshr(word, _all(bit_of(i, width), ints)), _all((1 << width) - 1, ints))
-                value = builder.sitofp(code, ir.VectorType(_F32, COLUMNS))
-                _store(builder, value, _address(builder, out, _I64(i * COLUMNS), _F32))
+                value = builder.sitofp(code, ir.VectorType(_F32, VECTOR))
+                _store(builder, value, _address(builder, out, _I64(i * VECTOR), _F32))
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64), generate
@@ -302,49 +296,49 @@ floats, doubles, bytes_, integers, integers32 = map(
 yield_core = types.ExternalFunction("sched_yield", types.int32())
 
 _MULTIPLIER = MULTIPLIERS[INSTRUCTIONS]
-tiles_1, tiles_2, tiles_4, tiles_8 = (build_products(width, TILES, 2, _MULTIPLIER) for width in WIDTHS)
+many_1, many_2, many_4, many_8 = (build_products(width, VECTORS, 2, _MULTIPLIER) for width in WIDTHS)
 one_1, one_2, one_4, one_8 = (build_products(width, 1, 2, _MULTIPLIER) for width in WIDTHS)
 parts_1, parts_2, parts_4, parts_8 = (build_products(width, 1, PARTS, _MULTIPLIER) for width in WIDTHS)
 codes_1, codes_2, codes_4, codes_8 = map(_build_codes, WIDTHS)
 
 
 @njit(error_model="numpy")
-def tile_products(width, words, tile_step, stride, count, x, x_step, out):  # type: ignore[no-untyped-def]
-    """Two parts of x times TILES tiles."""
+def many_products(width, words, stride, count, x, x_step, out):  # type: ignore[no-untyped-def]
+    """Two parts of x times VECTORS vectors of columns."""
     if width == 1:
-        tiles_1(words, tile_step, stride, count, x, x_step, out)
+        many_1(words, stride, count, x, x_step, out)
     elif width == 2:
-        tiles_2(words, tile_step, stride, count, x, x_step, out)
+        many_2(words, stride, count, x, x_step, out)
     elif width == 4:
-        tiles_4(words, tile_step, stride, count, x, x_step, out)
+        many_4(words, stride, count, x, x_step, out)
     else:
-        tiles_8(words, tile_step, stride, count, x, x_step, out)
+        many_8(words, stride, count, x, x_step, out)
 
 
 @njit(error_model="numpy")
 def one_product(width, words, stride, count, x, x_step, out):  # type: ignore[no-untyped-def]
-    """Two parts of x times one tile."""
+    """Two parts of x times one vector of columns."""
     if width == 1:
-        one_1(words, 0, stride, count, x, x_step, out)
+        one_1(words, stride, count, x, x_step, out)
     elif width == 2:
-        one_2(words, 0, stride, count, x, x_step, out)
+        one_2(words, stride, count, x, x_step, out)
     elif width == 4:
-        one_4(words, 0, stride, count, x, x_step, out)
+        one_4(words, stride, count, x, x_step, out)
     else:
-        one_8(words, 0, stride, count, x, x_step, out)
+        one_8(words, stride, count, x, x_step, out)
 
 
 @njit(error_model="numpy")
 def part_products(width, words, stride, count, x, x_step, out):  # type: ignore[no-untyped-def]
-    """PARTS parts of x times one tile."""
+    """PARTS parts of x times one vector of columns."""
     if width == 1:
-        parts_1(words, 0, stride, count, x, x_step, out)
+        parts_1(words, stride, count, x, x_step, out)
     elif width == 2:
-        parts_2(words, 0, stride, count, x, x_step, out)
+        parts_2(words, stride, count, x, x_step, out)
     elif width == 4:
-        parts_4(words, 0, stride, count, x, x_step, out)
+        parts_4(words, stride, count, x, x_step, out)
     else:
-        parts_8(words, 0, stride, count, x, x_step, out)
+        parts_8(words, stride, count, x, x_step, out)
 
 
 @njit(error_model="numpy")

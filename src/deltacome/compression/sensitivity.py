@@ -8,7 +8,8 @@ being drawn from p (Fisher information). For an E whose entries are independent 
     of a head              E[(1 - Σ p²) |h|²] / (tokens · n), h being the last hidden state
     of an embedding        E[|g|²] / (tokens · n), its tokens being different ones
 
-as means over positions.
+as means over positions, and then as the geometric mean over sequences: in some, gradients explode, as where an expert
+is chosen by a hair, and a plain mean would be that of these alone.
 
 docs/methods.md derives it. Random tokens do for the sizes of weights against each other, so no data is needed.
 """
@@ -54,30 +55,31 @@ def measure_sensitivities(stream: CalibrationStream, read: Read, advance: Callab
     embedding_name = stream.name_of(model.get_input_embeddings())
     head_name = embedding_name if stream.own_head is None else stream.name_of(stream.own_head)
     weight = read(head_name).float()
-    slope, energy = _through_head(hidden.detach().flatten(0, 1), weight)
-    found = {head_name: energy / weight.numel()}
+    slope, energies = _through_head(hidden.detach(), weight)
+    length = stream.ids.shape[1]
+    found = {head_name: energies / weight.numel()}
     del weight
     hidden.backward(slope.view_as(hidden))
     gradient = last[0].grad
     assert gradient is not None
-    sums: dict[str, list[float]] = {}
+    sums: dict[str, Tensor] = {}
     for layer, inputs, arguments, options in reversed(calls):
         weights = stream.weights(layer, read)
-        with torch.enable_grad(), stream.observing(layer, partial(_add, sums)):
+        with torch.enable_grad(), stream.observing(layer, partial(_add, sums, *stream.ids.shape)):
             output = torch.func.functional_call(layer, weights, (inputs.requires_grad_(), *arguments), options)
             _first(output).backward(gradient)
         gradient = inputs.grad
         assert gradient is not None
         advance(sum(weight.numel() for weight in weights.values()))
-    for name, squares in sums.items():
-        found[name] = sum(squares) / stream.tensors[name].elements / stream.ids.numel()
+    found |= {name: own / stream.tensors[name].elements / length for name, own in sums.items()}
     # Random tokens don't choose experts as others do, so those of a layer count alike.
     for stack in stream.sources.experts.values():
         for alike in zip(*stack, strict=True):
-            found |= dict.fromkeys(alike, sum(found.get(name, 0.0) for name in alike) / len(alike))
-    energy = float(gradient.square().sum()) / stream.ids.numel()
-    found[embedding_name] = found.get(embedding_name, 0.0) + energy / stream.tensors[embedding_name].elements
-    return found
+            mean = torch.stack([found.get(name, torch.zeros(len(stream.ids))) for name in alike]).mean(0)
+            found |= dict.fromkeys(alike, mean)
+    energies = gradient.square().sum((1, 2)) / length / stream.tensors[embedding_name].elements
+    found[embedding_name] = found.get(embedding_name, 0.0) + energies
+    return {name: float(own.double().log().mean().exp()) for name, own in found.items()}
 
 
 def _first(output: Any) -> Tensor:
@@ -85,27 +87,29 @@ def _first(output: Any) -> Tensor:
     return hidden
 
 
-def _add(sums: dict[str, list[float]], product: Product) -> None:
+def _add(sums: dict[str, Tensor], sequences: int, length: int, product: Product) -> None:
     """Add |Σ g xᵀ|² of each sequence, or of each token where a matrix gets them without their sequences."""
-    x, own = product.x.detach(), sums.setdefault(product.name, [])
+    x = product.x.detach()
+    own = sums.setdefault(product.name, torch.zeros(sequences))
 
     def add(g: Tensor) -> None:
         if x.ndim == 3:
-            own.append(float(((x @ x.mT) * (g @ g.mT)).sum()))
+            own.add_(((x @ x.mT) * (g @ g.mT)).sum((1, 2)))
         else:
-            own.append(float((x.square().sum(-1) * g.square().sum(-1)).sum()))
+            tokens = torch.arange(len(x)) if product.tokens is None else product.tokens
+            own.index_add_(0, tokens // length, x.square().sum(-1) * g.square().sum(-1))
 
     product.y.register_hook(add)
 
 
-def _through_head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, float]:
-    """Gradients of the negative log-probabilities of drawn tokens with respect to the hidden states (count, n), and the
-    mean of (1 - Σ p²) |h|²."""
+def _through_head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the negative log-probabilities of drawn tokens with respect to the hidden states (sequences, length,
+    n), one row a token, and each sequence's mean of (1 - Σ p²) |h|²."""
     generator = torch.Generator().manual_seed(0)
-    slopes, energy = [], 0.0
-    for h in hidden.split(HEAD_TOKENS):
+    slopes, energies = [], []
+    for h in hidden.flatten(0, 1).split(HEAD_TOKENS):
         p = (h @ weight.T).softmax(-1)
-        energy += float(((1 - p.square().sum(1)) * h.square().sum(1)).sum())
+        energies.append((1 - p.square().sum(1)) * h.square().sum(1))
         p[torch.arange(len(p)), torch.multinomial(p, 1, generator=generator)[:, 0]] -= 1
         slopes.append(p @ weight)
-    return torch.cat(slopes), energy / len(hidden)
+    return torch.cat(slopes), torch.cat(energies).view(hidden.shape[:2]).mean(1)

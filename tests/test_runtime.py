@@ -1,5 +1,6 @@
 """Many tenants in one batch, against merged models alone."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from deltacome import DeltacomeError, compress, load, merge
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.data import Encoded, Encoder
 from deltacome.evaluate.metrics import answer
+from deltacome.runtime import modules
 from deltacome.runtime.conversation import Conversation
 from tenants import IDS, merged, tenants_of
 
@@ -183,3 +185,25 @@ def test_conversation(model: Any, two: Any) -> None:
 
 def test_module_is_exported() -> None:
     assert deltacome.load is load
+
+
+@pytest.mark.parametrize("slow", ["_linear", "_from_the_left"])
+def test_the_faster_product_is_taken(slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found out once for a shape and a number of rows, and both give the same."""
+    way, calls = getattr(modules, slow), []
+
+    def slowly(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        time.sleep(0.01)
+        return way(x, weight)
+
+    monkeypatch.setattr(modules, slow, slowly)
+    monkeypatch.setattr(modules, "_faster", {})
+    weight, bias = torch.randn(30, 20), torch.randn(30)
+    for rows in (1, 2, 3, 7, 64, 65):
+        x = torch.randn(rows, 20)
+        for own in (bias, None):
+            expected = torch.nn.functional.linear(x, weight, own)
+            assert torch.allclose(modules._product(x, weight, own), expected, atol=1e-5)
+    assert calls == [rows for rows in (2, 7, 64) for _ in range(modules.TIMED)]
+    assert slowly not in modules._faster.values()

@@ -1,6 +1,7 @@
 """What takes the place of a module's `forward`: the base's own result, and for each row what its tenant changes."""
 
 import copy
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,8 @@ from deltacome.runtime.replacement import Replacement
 from deltacome.runtime.tenant import Change, embed
 
 QUANTIZED = ("bitsandbytes.nn", "transformers.integrations.finegrained_fp8")  # linear layers, with weights of their own
-FEW_ROWS = 64  # up to which the base's product is faster with the weight on the left
+FEW_ROWS = 64  # up to which the base's product may be faster with the weight on the left
+TIMED = 3  # products of each kind, to find out
 
 
 def install(name: str, module: nn.Module, kernels: Any) -> None:
@@ -145,12 +147,42 @@ class _Linear(Replacement):
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + b` for x (rows, n), contiguous.
 
-    MKL runs a tall matrix times a few columns up to four times faster than a few rows times its transpose.
+    A tall matrix times a few columns is up to four times faster than a few rows times its transpose, or takes three
+    times as long, by shape, rows and processor: the faster way is found out the first time.
     """
-    if not (1 < len(x) <= FEW_ROWS and x.device.type == "cpu" and x.dtype == torch.float32 and weight.is_contiguous()):
+    rows = len(x)
+    if not (1 < rows <= FEW_ROWS and x.device.type == "cpu" and x.dtype == torch.float32 and weight.is_contiguous()):
         return linear(x, weight, bias)
-    y = torch.mm(weight, x.t()).t().contiguous()
+    key = (*weight.shape, rows.bit_length())
+    if key not in _faster:
+        _faster[key] = min((_linear, _from_the_left), key=_stopwatch(x, weight))
+    y = _faster[key](x, weight)
     return y if bias is None else y.add_(bias)
+
+
+_faster: dict[tuple[int, ...], Callable[[Tensor, Tensor], Tensor]] = {}  # by the weight's shape, and rows
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return linear(x, weight)
+
+
+def _from_the_left(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.mm(weight, x.t()).t().contiguous()
+
+
+def _stopwatch(x: Tensor, weight: Tensor) -> Callable[[Callable[[Tensor, Tensor], Tensor]], float]:
+    """What takes the least time of a few that a way of multiplying needs."""
+
+    def seconds(way: Callable[[Tensor, Tensor], Tensor]) -> float:
+        found = []
+        for _ in range(TIMED):
+            start = time.perf_counter()
+            way(x, weight)
+            found.append(time.perf_counter() - start)
+        return min(found)
+
+    return seconds
 
 
 class _Embedding(Replacement):

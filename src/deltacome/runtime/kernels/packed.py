@@ -3,7 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ CPU = torch.device("cpu")
 class Tiled:
     """A matrix of int32 words, its columns cut into tiles of `tile`: tile after tile, each row by row.
 
-    Row i of tile t begins at `t * tile * rows + i * width`, the last tile having the columns that are left. Behind the
-    last word is room for a vector load.
+    Row i of tile t begins at `t * tile * rows + i * width`, the last tile having the columns that are left. What is
+    behind the last word may be read, as a part of a vector.
     """
 
     words: Tensor
@@ -207,24 +207,34 @@ def pack_terms(terms: Sequence[Term], shape: tuple[int, int], device: torch.devi
     for term in terms:
         if isinstance(term, Sign):
             m, n = term.shape
-            words = _empty(-(-n // 32), m)
+            (words,) = _empty([(-(-n // 32), m)])
             lay_columns(term.words.cpu().numpy(), 0, 1, 0, 1, n, 0, words.words.numpy(), words.rows, m)
             packed = replace(packed, signs=words, sign_scale=term.scale.to(CPU, torch.float32, copy=True))
     return packed.to(device)
 
 
-def _empty(rows: int, columns: int) -> Tiled:
-    return Tiled(torch.zeros(rows * columns + VECTOR, dtype=torch.int32), rows, columns, COLUMNS)
+def _empty(shapes: Sequence[tuple[int, int]]) -> list[Tiled]:
+    """Matrices of words (rows, columns), all zero, one behind the other, and behind the last room for a vector load."""
+    ends = [0, *accumulate(rows * columns for rows, columns in shapes)]
+    words = torch.zeros(ends[-1] + VECTOR, dtype=torch.int32)
+    parts = zip(pairwise(ends), shapes, strict=True)
+    return [Tiled(words[start:end], rows, columns, COLUMNS) for (start, end), (rows, columns) in parts]
 
 
 def _groups(terms: list[Factored]) -> tuple[Group, ...]:
     """The planes of all terms."""
+    if not terms:
+        return ()
     starts = [0, *accumulate(term.rank for term in terms)]
-    groups = []
-    for width, runs in plan_groups((term.bits, term.rank) for term in terms).items():
-        m, n = terms[0].shape
+    (m, n), plan = terms[0].shape, plan_groups((term.bits, term.rank) for term in terms)
+    shapes = []
+    for width, runs in plan.items():
         count = sum(length for _, length, _ in runs)
-        u, v = _empty(-(-count * width // 32), m), _empty(-(-n * width // 32), count)
+        shapes += [(-(-n * width // 32), count), (-(-count * width // 32), m)]
+    sides = iter(_empty(shapes))
+    groups = []
+    for width, runs in plan.items():
+        v, u = next(sides), next(sides)
         place = 0
         for component, length, first in runs:
             number = bisect_right(starts, component) - 1

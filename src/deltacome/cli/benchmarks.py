@@ -59,7 +59,7 @@ def zoo(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare two methods on a dozen real fine-tunes of two bases, which are made first: a few minutes each."""
+    """Compare two methods on a dozen real fine-tunes of three bases, which are made first: a few minutes each."""
     from deltacome.benchmark.zoo.members import MEMBERS
     from deltacome.benchmark.zoo.run import RATIOS, benchmark_zoo, table
     from deltacome.evaluate.comparison import cells

@@ -89,15 +89,15 @@ def _first(output: Any) -> Tensor:
 
 def _add(sums: dict[str, Tensor], sequences: int, length: int, product: Product) -> None:
     """Add |Σ g xᵀ|² of each sequence, or of each token where a matrix gets them without their sequences."""
-    x = product.x.detach()
+    x, tokens = product.x.detach(), product.tokens
     own = sums.setdefault(product.name, torch.zeros(sequences))
 
-    def add(g: Tensor) -> None:
+    def add(g: Tensor) -> None:  # not holding `product`: outputs would hold themselves, and the layer's graph
         if x.ndim == 3:
             own.add_(((x @ x.mT) * (g @ g.mT)).sum((1, 2)))
         else:
-            tokens = torch.arange(len(x)) if product.tokens is None else product.tokens
-            own.index_add_(0, tokens // length, x.square().sum(-1) * g.square().sum(-1))
+            places = torch.arange(len(x)) if tokens is None else tokens
+            own.index_add_(0, places // length, x.square().sum(-1) * g.square().sum(-1))
 
     product.y.register_hook(add)
 

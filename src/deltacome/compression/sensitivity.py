@@ -62,7 +62,7 @@ def measure_sensitivities(stream: CalibrationStream, read: Read, advance: Callab
     hidden.backward(slope.view_as(hidden))
     gradient = last[0].grad
     assert gradient is not None
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, list[float]] = {}  # numbers: small tensors between large ones keep memory from being given back
     for layer, inputs, arguments, options in reversed(calls):
         weights = stream.weights(layer, read)
         with torch.enable_grad(), stream.observing(layer, partial(_add, sums, *stream.ids.shape)):
@@ -71,7 +71,7 @@ def measure_sensitivities(stream: CalibrationStream, read: Read, advance: Callab
         gradient = inputs.grad
         assert gradient is not None
         advance(sum(weight.numel() for weight in weights.values()))
-    found |= {name: own / stream.tensors[name].elements / length for name, own in sums.items()}
+    found |= {name: torch.tensor(own) / stream.tensors[name].elements / length for name, own in sums.items()}
     # Random tokens don't choose experts as others do, so those of a layer count alike.
     for stack in stream.sources.experts.values():
         for alike in zip(*stack, strict=True):
@@ -87,17 +87,19 @@ def _first(output: Any) -> Tensor:
     return hidden
 
 
-def _add(sums: dict[str, Tensor], sequences: int, length: int, product: Product) -> None:
+def _add(sums: dict[str, list[float]], sequences: int, length: int, product: Product) -> None:
     """Add |Σ g xᵀ|² of each sequence, or of each token where a matrix gets them without their sequences."""
     x, tokens = product.x.detach(), product.tokens
-    own = sums.setdefault(product.name, torch.zeros(sequences))
+    own = sums.setdefault(product.name, [0.0] * sequences)
 
     def add(g: Tensor) -> None:  # not holding `product`: outputs would hold themselves, and the layer's graph
         if x.ndim == 3:
-            own.add_(((x @ x.mT) * (g @ g.mT)).sum((1, 2)))
+            squares = ((x @ x.mT) * (g @ g.mT)).sum((1, 2))
         else:
             places = torch.arange(len(x)) if tokens is None else tokens
-            own.index_add_(0, places // length, x.square().sum(-1) * g.square().sum(-1))
+            each = x.square().sum(-1) * g.square().sum(-1)
+            squares = torch.zeros(sequences).index_add_(0, places // length, each)
+        own[:] = [before + square for before, square in zip(own, squares.tolist(), strict=True)]
 
     product.y.register_hook(add)
 
@@ -106,10 +108,11 @@ def _through_head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the negative log-probabilities of drawn tokens with respect to the hidden states (sequences, length,
     n), one row a token, and each sequence's mean of (1 - Σ p²) |h|²."""
     generator = torch.Generator().manual_seed(0)
-    slopes, energies = [], []
+    slopes: list[Tensor] = []
+    energies: list[float] = []
     for h in hidden.flatten(0, 1).split(HEAD_TOKENS):
         p = (h @ weight.T).softmax(-1)
-        energies.append((1 - p.square().sum(1)) * h.square().sum(1))
+        energies += ((1 - p.square().sum(1)) * h.square().sum(1)).tolist()
         p[torch.arange(len(p)), torch.multinomial(p, 1, generator=generator)[:, 0]] -= 1
         slopes.append(p @ weight)
-    return torch.cat(slopes), torch.cat(energies).view(hidden.shape[:2]).mean(1)
+    return torch.cat(slopes), torch.tensor(energies).view(hidden.shape[:2]).mean(1)

@@ -65,8 +65,8 @@ class Plane:
 class Group:
     """The planes of one width of all terms, as a CPU reads them.
 
-    runs: see `layout.plan_groups`. u: words (words of count, m). v: words
-    (words of n, count). `layout` says how codes lie in words.
+    runs: see `layout.plan_groups`. u: words (words of count, m). v: words (words of n, count). `layout` says how codes
+    lie in words.
     """
 
     width: int

@@ -4,7 +4,7 @@
 # make test-all   all tests, the slow ones too
 # make attack   damaged and forged artifacts, killed runs, hostile clients, an hour of mixed load (an hour and a half or so)
 # make test-vllm   the tests of the plugin for vLLM, on vLLM's CPU build (five minutes)
-# make gpu-check   on a machine with a GPU, with its own Python: kernel tests, a step of 7B, the kernel alone (six minutes)
+# make gpu-check   on a machine with a GPU, with its own Python: kernel tests, steps of 7B, a server (eight minutes at most)
 # make docs   the documentation as a site, in site/
 # Each makes its own virtual environment the first time.
 # PYTHON=python3.12 takes another Python, CONSTRAINTS=constraints-oldest.txt the oldest torch and transformers that are
@@ -47,10 +47,7 @@ test-vllm: $(VLLM_VENV)/ready
 GPU_OUT ?= gpu-check-output
 gpu-check: export PYTHONPATH = src
 gpu-check:
-	mkdir -p $(GPU_OUT)
-	$(PYTHON) -m pytest tests/test_gpu.py tests/test_kernels.py
-	$(PYTHON) -m deltacome.cli benchmark runtime --shape 7b --tenants 1 --tenants 4 --tenants 16 --tenants 50 --rounds 3 -o $(GPU_OUT)/runtime
-	$(PYTHON) -m deltacome.cli benchmark kernel --rounds 3 -o $(GPU_OUT)/kernel
+	$(PYTHON) -m deltacome.benchmark.gpu_check $(GPU_OUT)
 
 docs: $(DOCS_VENV)/ready
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict

@@ -69,17 +69,17 @@ def vectors(words: np.ndarray, at: int, count: int, length: int, bits: int) -> t
 
 def rotation(length: int) -> np.ndarray:
     """R, (length, length)."""
-    p = 2 ** int(np.log2(length))
-    hadamard = np.array([[(-1) ** (i & j).bit_count() for j in range(p)] for i in range(p)]) / np.sqrt(p)
-    signs = []
+    signs, r, first = [], np.zeros((length, length)), 0
     for h in range(1, length + 1):
         h = (h ^ (h >> 16)) * 0x85EBCA6B % 2**32
         h = (h ^ (h >> 13)) * 0xC2B2AE35 % 2**32
         signs.append(-1.0 if (h ^ (h >> 16)) % 2 else 1.0)
-    first, last = np.eye(length), np.eye(length)
-    first[:p, :p] = hadamard
-    last[length - p :, length - p :] = hadamard
-    return (last @ np.diag(signs) if p < length else np.eye(length)) @ first @ np.diag(signs)
+    while first < length:
+        p = min(128, 2 ** int(np.log2(length - first)))
+        hadamard = [[(-1) ** (i & j).bit_count() for j in range(p)] for i in range(p)]
+        r[first : first + p, first : first + p] = np.array(hadamard) / np.sqrt(p)
+        first += p
+    return r @ np.diag(signs)
 
 
 def flipped(bits: int, width: int) -> int:
@@ -103,7 +103,7 @@ class Reader:
         assert text.startswith(b'{"sha256":"')
         assert hashlib.sha256(text[:11] + b"0" * 64 + text[75:]).hexdigest().encode() == text[11:75]
         self.manifest: dict[str, Any] = json.loads(text)
-        assert self.manifest["format_version"] == 4
+        assert self.manifest["format_version"] == 5
         for name, digest in self.manifest["files"].items():
             assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
         for name, digest in self.manifest["base_files"].items():

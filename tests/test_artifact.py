@@ -368,9 +368,11 @@ def test_what_is_no_file_is_missing(make: Callable[[Path], None], artifact: Path
 
 def test_other_format_versions_are_refused(artifact: Path, tmp_path: Path) -> None:
     shutil.copytree(artifact, tmp_path / "copy")
-    text = (artifact / MANIFEST).read_text().replace('"format_version":4', '"format_version":5')
+    text = (artifact / MANIFEST).read_text()
+    text = text.replace(f'"format_version":{FORMAT_VERSION}', f'"format_version":{FORMAT_VERSION + 1}')
     (tmp_path / "copy" / MANIFEST).write_text(text)
-    with pytest.raises(DeltacomeError, match="format version 5, and this deltacome reads version 4"):
+    message = f"format version {FORMAT_VERSION + 1}, and this deltacome reads version {FORMAT_VERSION}"
+    with pytest.raises(DeltacomeError, match=message):
         Artifact(tmp_path / "copy")
 
 

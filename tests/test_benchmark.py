@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from commands import fail, succeed
 from conftest import Save, fine_tune, make_model
 from deltacome import Artifact, DeltacomeError
+from deltacome.benchmark import gpu_check, random_model
 from deltacome.benchmark import quality as module
 from deltacome.benchmark.quality import quality
 from deltacome.benchmark.suite import read_suite
@@ -356,3 +357,25 @@ def test_bad_suites_are_one_line(suite: Path, tmp_path: Path) -> None:
         read_suite(tmp_path / "text.json")
     with pytest.raises(DeltacomeError, match="there is no file"):
         read_suite(tmp_path / "none.json")
+
+
+def test_gpu_check_goes_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU it measures a small model; a part that fails, and one without time left, are lines in the table."""
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small |= {"num_key_value_heads": 2, "vocab_size": 128}
+    monkeypatch.setitem(random_model.SHAPES, "135m", random_model.SHAPES["135m"] | small)
+    monkeypatch.setattr(gpu_check, "_tests", lambda left: 1 / 0)
+    monkeypatch.setattr(gpu_check, "_compress", lambda folder, left: ("1 s", None))
+    monkeypatch.setattr(gpu_check, "CASES", ((1, 1, 16), (2, 3, 16)))
+    gpu_check.gpu_check(tmp_path / "out", seconds=100.1)
+    monkeypatch.setattr(gpu_check, "_serve", lambda folder: ("1 s", None))
+    gpu_check.gpu_check(tmp_path / "more", seconds=80)
+    results = json.loads((tmp_path / "out" / "gpu-check.json").read_text())
+    *tables, parts = results["tables"]
+    figures = [row["figure"] for row in parts["rows"]]
+    assert figures[0].startswith("failed: ZeroDivisionError") and "tokens a second" in figures[4]
+    assert [(row["tenants"], row["rows"]) for row in tables[0]["rows"]] == [(1, 1), (2, 3)]
+    assert [row["tenants"] for row in tables[1]["rows"]] == [1, 4]
+    rest = json.loads((tmp_path / "more" / "gpu-check.json").read_text())["tables"][-1]["rows"]
+    assert [row["figure"] for row in rest[:2]] == ["no time left", "no time left"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["gpu-check.json", "gpu-check.md"]

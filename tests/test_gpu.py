@@ -7,7 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import deltacome
+from deltacome.benchmark.random_model import random_delta
 from deltacome.benchmark.timing import captured
+from deltacome.runtime.kernels import kernels_for, reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 PLACE = torch.device("cuda")
@@ -24,7 +26,7 @@ def test_rows_are_those_of_merged_models(method: str, base: Path, finetuned: Pat
     )
     shared = deltacome.load(base, {"a": tmp_path / "delta"}, device=PLACE, dtype=torch.float32)
     with torch.inference_mode():
-        for length in (1, 30):  # the kernel, and what takes codes apart for longer inputs
+        for length in (1, 30):
             ids = torch.randint(0, 50, (3, length))
             expected = torch.cat((merged(ids[:1]).logits, plain(ids[1:2]).logits, merged(ids[2:]).logits))
             logits = shared(ids.to(PLACE), tenants=["a", None, "a"]).logits.cpu().double()
@@ -48,3 +50,35 @@ def test_a_step_is_a_cuda_graph(base: Path, finetuned: Path, tmp_path: Path) -> 
         got = result.clone()
         step()
     assert torch.allclose(got, result, atol=1e-5) and not torch.allclose(got, first, atol=1e-2)
+
+
+def test_a_graph_goes_on_with_other_tenants() -> None:
+    kernels, m, n = kernels_for("cuda"), 300, 700
+    generator = torch.Generator(PLACE).manual_seed(0)
+    deltas = [random_delta(m, n, ratio, "uv", generator) for ratio in (4, 8, 16)]
+    room = kernels.Room(4, max(map(kernels.planes_of, deltas)), m, n, PLACE)
+    work = kernels.Work([], room=room)
+    x, y = torch.randn(5, n, device=PLACE), torch.zeros(5, m, device=PLACE)
+    replay = captured(lambda: work.add(y.zero_(), x), PLACE)
+    for batch in ([(0, [0, 1, 2]), (1, [4])], [(2, [3])], [(1, [2]), (0, [0])], []):
+        own = [(deltas[i], torch.tensor(rows, device=PLACE)) for i, rows in batch]
+        work.update(own)
+        replay()
+        expected = torch.zeros(5, m, device=PLACE)
+        reference.Work(own).add(expected, x)
+        assert (y - expected).abs().max() <= 3e-4 * expected.abs().max()
+
+
+def test_results_do_not_depend_on_the_batch() -> None:
+    """A tenant's row alone, and among many: but for how the compiler puts a product and a sum together."""
+    kernels, m, n = kernels_for("cuda"), 1000, 2000
+    generator = torch.Generator(PLACE).manual_seed(0)
+    deltas = [random_delta(m, n, 8, "uv", generator) for _ in range(9)]
+    x = torch.randn(40, n, device=PLACE)
+    rows = [torch.arange(i, 40, 9, device=PLACE) for i in range(9)]
+    whole = torch.zeros(40, m, device=PLACE)
+    kernels.Work(list(zip(deltas, rows, strict=True))).add(whole, x)
+    for delta, own in zip(deltas, rows, strict=True):
+        alone = torch.zeros(40, m, device=PLACE)
+        kernels.Work([(delta, own[:1])]).add(alone, x)
+        torch.testing.assert_close(alone[own[0]], whole[own[0]], rtol=1e-5, atol=1e-6 * float(whole.abs().max()))

@@ -5,6 +5,8 @@ from torch import Tensor
 from deltacome.compression.quantizers import (
     DAMPING,
     NORMAL_STEP,
+    feed_back_entries,
+    feed_back_in_blocks,
     fit_scale,
     fit_steps,
     quantize_entries_with_feedback,
@@ -100,6 +102,18 @@ def test_feedback_along_entries_is_plain_gptq(rows: int, length: int, bits: int)
     expected = plain_gptq(x, moment, bits).float()
     differ = (found - expected).abs() > 1e-4  # a tie may fall otherwise in float32 and drag its followers along
     assert differ.float().mean() < 0.02
+
+
+@pytest.mark.parametrize(("rows", "length"), [(1, 4), (5, 8), (3, 10)])
+def test_feedback_in_blocks_is_that_of_a_matrix_of_blocks(rows: int, length: int) -> None:
+    size, blocks = 4, -(-length // 4)
+    factors = torch.linalg.cholesky(torch.stack([inputs_moment(size) for _ in range(blocks)]), upper=True)
+    factors *= torch.rand(blocks, 1, 1) + 0.5
+    x, bits = torch.randn(rows, length), widths([1, 2, 3, 4, 8][:rows])
+    whole = feed_back_entries(x, torch.block_diag(*factors)[:length, :length], bits)
+    result = feed_back_in_blocks(x, factors, bits)
+    assert torch.equal(result.codes, whole.codes) and torch.equal(result.step, whole.step)
+    torch.testing.assert_close(result.values, whole.values)
 
 
 @pytest.mark.parametrize("group_size", [0, 16])

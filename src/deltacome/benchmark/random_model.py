@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from deltacome.errors import DeltacomeError
-from deltacome.format.bits import planes
-from deltacome.runtime.kernels.layout import COLUMNS, VECTOR, plan_groups
-from deltacome.runtime.kernels.packed import TILE, Group, Packed, PackedTerm, Plane, Tiled
+from deltacome.runtime.kernels.layout import GPU_WIDTHS, VECTOR, WIDTHS, plan_groups
+from deltacome.runtime.kernels.packed import UNIT, Group, Lined, Packed, PackedTerm, Tiled
 from deltacome.runtime.model import share
 from deltacome.runtime.tenant import Change, Tenant
 
@@ -103,23 +102,20 @@ def random_delta(m: int, n: int, ratio: float, rotated: str, generator: torch.Ge
     components = 16 * m * n / ratio / sum(bits * part for bits, part in PLAN.items()) / (m + n)
     ranks = {bits: max(round(components * part), 1) for bits, part in PLAN.items()}
 
-    def codes(length: int, columns: int, width: int, tile: int) -> Tiled:
-        rows = -(-length * width // 32)
-        size = (rows * columns + min(tile, VECTOR),)
-        words = torch.randint(-(2**31), 2**31, size, generator=generator, device=device, dtype=torch.int32)
-        return Tiled(words, rows, columns, tile)
+    on_gpu = device.type == "cuda"
 
-    terms = []
-    for bits, rank in ranks.items():
-        own = []
-        for first, width in planes(bits) if device.type == "cuda" else ():
-            whole_m, whole_rank = (-(-length // TILE) * TILE for length in (m, rank))
-            own.append(Plane(width, first, codes(rank, whole_m, width, TILE), codes(n, whole_rank, width, TILE)))
-        terms.append(PackedTerm(bits, 1e-4 * torch.rand(rank, generator=generator, device=device), tuple(own)))
-    if device.type == "cuda":
-        return Packed((m, n), tuple(terms), rotated)
+    def codes(length: int, columns: int, width: int) -> Tiled | Lined:
+        unit = UNIT if on_gpu else 32
+        rows = -(-length * width // unit) * unit // 32
+        size = (rows * columns + (0 if on_gpu else VECTOR),)
+        words = torch.randint(-(2**31), 2**31, size, generator=generator, device=device, dtype=torch.int32)
+        return Lined(words.view(torch.uint8).view(columns, -1)) if on_gpu else Tiled(words, rows, columns)
+
+    plan = plan_groups(ranks.items(), *((GPU_WIDTHS, UNIT) if on_gpu else (WIDTHS, 32)))
     groups = []
-    for width, runs in plan_groups(ranks.items()).items():
+    for width, runs in plan.items():
         count = sum(length for _, length, _ in runs)
-        groups.append(Group(width, tuple(runs), codes(count, m, width, COLUMNS), codes(n, count, width, COLUMNS)))
-    return Packed((m, n), tuple(terms), rotated, groups=tuple(groups))
+        groups.append(Group(width, tuple(runs), codes(count, m, width), codes(n, count, width)))
+    scales = (1e-4 * torch.rand(rank, generator=generator, device=device) for rank in ranks.values())
+    terms = tuple(PackedTerm(bits, scale) for bits, scale in zip(ranks, scales, strict=True))
+    return Packed((m, n), terms, rotated, groups=tuple(groups))

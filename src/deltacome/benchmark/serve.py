@@ -89,15 +89,15 @@ def benchmark_serve(
                 merge(base, folders[name], place, torch.float32)  # the dtype that it is computed in: no conversion
                 advance(1)
             ways: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {
-                DELTAS: (_serve_deltas, (base, folders, chat_template)),
+                DELTAS: (serve_deltas, (base, folders, chat_template)),
                 DISK: (_serve_merged, (base, folders, merged, patience, True, chat_template)),
                 CACHE: (_serve_merged, (base, folders, merged, patience, False, chat_template)),
             }
             rows, answers = [], {}
             for system, (run, arguments) in ways.items():
                 for rate, planned in plans.items():
-                    answers[system, rate], more = _measure(run, arguments, planned, new_tokens, ignore_eos)
-                    rows.append({"system": system, "rate": rate, **_figures(answers[system, rate]), **more})
+                    answers[system, rate], more = measure_server(run, arguments, planned, new_tokens, ignore_eos)
+                    rows.append({"system": system, "rate": rate, **figures_of(answers[system, rate]), **more})
                     advance(1)
         for row in rows:
             pairs = zip(answers[DELTAS, row["rate"]], answers[row["system"], row["rate"]], strict=True)
@@ -121,7 +121,8 @@ def benchmark_serve(
     return rows
 
 
-def _serve_deltas(port: int, base: str, deltas: Mapping[str, Path], chat_template: str | None) -> None:
+def serve_deltas(port: int, base: str, deltas: Mapping[str, Path], chat_template: str | None) -> None:
+    """Run the server of deltas."""
     from deltacome.serve.server import build, run
 
     run(build(base, deltas, chat_template=chat_template, deadline=3600.0), "127.0.0.1", port)
@@ -145,7 +146,7 @@ def _serve_merged(
     run(create_app(service), "127.0.0.1", port)
 
 
-def _measure(
+def measure_server(
     run: Callable[..., None], arguments: tuple[Any, ...], planned: list[Planned], new_tokens: int, ignore_eos: bool
 ) -> tuple[list[Answered], Row]:
     """The answers of a server of its own, and what it took."""
@@ -218,7 +219,8 @@ def _memory(process: psutil.Process) -> Iterator[list[int]]:
         watcher.join()
 
 
-def _figures(answers: list[Answered]) -> Row:
+def figures_of(answers: list[Answered]) -> Row:
+    """Of a load: how much was answered, and in what time."""
     """Throughput, from the first request to the last answer, and latencies."""
     done = [answer for answer in answers if answer.failed is None]
     if not done:

@@ -108,6 +108,26 @@ def feed_back_entries(x: Tensor, factor: Tensor, bits: Tensor) -> Quantized:
     return Quantized((levels + half[:, None]).to(torch.int32), (levels + 0.5) * step[:, None], step)
 
 
+def feed_back_in_blocks(x: Tensor, factors: Tensor, bits: Tensor) -> Quantized:
+    """As `feed_back_entries` where H has blocks on its diagonal and nothing else: all blocks at once.
+
+    factors: (blocks, size, size), of which the last ones may be larger than what is left of x.
+    """
+    step = fit_steps(x, bits)[:, 0]
+    half = 2.0 ** (bits[:, 0] - 1)
+    rows, length = x.shape
+    blocks, size, _ = factors.shape
+    w = torch.nn.functional.pad(x, (0, blocks * size - length)).view(rows, blocks, size).permute(2, 1, 0).contiguous()
+    levels = torch.empty_like(w)
+    factors = factors.permute(1, 2, 0).unsqueeze(-1)  # (size, size, blocks, 1)
+    for j in range(size):
+        levels[j] = (w[j] / step).floor_().clamp_(-half, half - 1)
+        error = ((levels[j] + 0.5) * step).sub_(w[j]).div_(factors[j, j])
+        w[j + 1 :].addcmul_(factors[j, j + 1 :], error)
+    levels = levels.permute(2, 1, 0).reshape(rows, -1)[:, :length].contiguous()
+    return Quantized((levels + half[:, None]).to(torch.int32), (levels + 0.5) * step[:, None], step)
+
+
 def quantize_vectors_with_feedback(x: Tensor, second_moment: Tensor, bits: Tensor, group_size: int = 0) -> Quantized:
     """GPTQ over whole vectors: round the rows of x (rank, length) one after the other.
 

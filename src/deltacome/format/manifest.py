@@ -18,7 +18,7 @@ from deltacome.format.bits import BIT_WIDTHS, pack, unpack, words_per_row
 from deltacome.format.terms import Coded, Dense, Factored, Groups, Sign, Term, groups_per_row
 from deltacome.weights import is_embedding, is_matrix
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST = "deltacome.json"
 WEIGHTS = "delta"
 MODEL_CARD = "README.md"

@@ -17,6 +17,7 @@ from deltacome.experts import is_experts
 from deltacome.runtime.batch import Batch, running
 from deltacome.runtime.experts import Experts
 from deltacome.runtime.replacement import Replacement
+from deltacome.runtime.sharing import LAYERS, Shared, Turn
 from deltacome.runtime.tenant import Change, embed
 
 QUANTIZED = ("bitsandbytes.nn", "transformers.integrations.finegrained_fp8")  # linear layers, with weights of their own
@@ -49,6 +50,19 @@ def install(name: str, module: nn.Module, kernels: Any) -> None:
     module.forward = forward
 
 
+def share_inputs(model: nn.Module, kernels: Any) -> None:
+    """Let layers that share an input compute together, where the kernels can and all of them are made ready."""
+    if not hasattr(kernels, "SharedWork"):
+        return
+    for module in model.modules():
+        for names in LAYERS:
+            children = [vars(getattr(module, name, None) or nn.Identity()) for name in names]
+            found = [child["forward"] for child in children if isinstance(child.get("forward"), _Linear)]
+            if len(found) == len(names):
+                for layer in found:
+                    layer.sharing = found
+
+
 @dataclass(frozen=True)
 class _Job:
     """What one linear layer does for the batch, apart from the base's product; row numbers count tokens.
@@ -70,6 +84,7 @@ class _Linear(Replacement):
 
     def __init__(self, name: str, module: nn.Module, kernels: Any) -> None:
         self.name, self.module, self.kernels = name, module, kernels
+        self.sharing: list[_Linear] = []  # the layers with this one's input, itself included
         self.is_transposed = isinstance(module, Conv1D)
         is_plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
         self.forward = None if is_plain else module.forward
@@ -102,14 +117,24 @@ class _Linear(Replacement):
         product = _product if x.ndim == 2 else linear
         return product(x, weight.T if self.is_transposed else weight, bias)
 
+    def _changes(self, batch: Batch, tokens: int, device: torch.device) -> list[tuple[Change, Tensor]]:
+        return [(change, batch.token_rows(rows, tokens, device)) for change, rows in batch.changes(self.name)]
+
     def _job(self, batch: Batch, tokens: int, m: int, device: torch.device) -> _Job | None:
-        changes = [(change, batch.token_rows(rows, tokens, device)) for change, rows in batch.changes(self.name)]
+        changes = self._changes(batch, tokens, device)
         if not changes:
             return None
         exact = [(change.rows, rows, change.start) for change, rows in changes if change.rows is not None]
-        packed = [(block, rows) for change, rows in changes for block in change.packed]
+        packed = _packed(changes)
+        work = None
+        if packed and self.sharing:
+            lists = [_packed(layer._changes(batch, tokens, device)) for layer in self.sharing]
+            shared = batch.prepared((self.sharing[0].name, "shared"), lambda: Shared(self.kernels, lists), tokens)
+            work = Turn(shared, self.sharing.index(self))
+        elif packed:
+            work = self.kernels.Work(packed)
         return _Job(
-            work=self.kernels.Work(packed) if packed else None,
+            work=work,
             replaced=[(weight, rows) for weight, rows, start in exact if start == 0],
             added=[(weight, rows) for weight, rows, start in exact if start],
             biases=[(change.exact["bias"], rows) for change, rows in changes if "bias" in change.exact],
@@ -142,6 +167,10 @@ class _Linear(Replacement):
         for size, rows in job.sizes:  # tokens that its vocabulary has not
             outputs[rows, size:] = -torch.inf
         return outputs
+
+
+def _packed(changes: list[tuple[Change, Tensor]]) -> list[tuple[Any, Tensor]]:
+    return [(block, rows) for change, rows in changes for block in change.packed]
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -244,7 +244,7 @@ def embed(change: Change, ids: Tensor, n: int, kernels: Any) -> Tensor:
     for packed in change.packed:
         if packed.signs is not None:
             assert packed.sign_scale is not None
-            added += take_signs(packed, packed.signs.pick(ids)) * packed.sign_scale
+            added += take_signs(packed, ids) * packed.sign_scale
             continue
         places, known = ids, None
         if packed.rows is not None:

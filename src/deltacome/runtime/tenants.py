@@ -17,7 +17,7 @@ from deltacome.memory import is_out_of_memory
 from deltacome.restore.merging import open_checked
 from deltacome.runtime.batch import Batch, running
 from deltacome.runtime.kernels import kernels_for
-from deltacome.runtime.modules import install
+from deltacome.runtime.modules import install, share_inputs
 from deltacome.runtime.tenant import Tenant, check_config, load_tenant
 
 TenantNames = Sequence[str | Tenant | None]
@@ -129,6 +129,7 @@ class Tenants:
         kernels = kernels_for(self._model.device.type)
         for module_name in tenant.changes:
             install(module_name, self._model.get_submodule(module_name), kernels)
+        share_inputs(self._model, kernels)
 
     def _batch_of(self, tenants: TenantNames) -> Batch:
         return Batch(tuple(self._get(tenant) if isinstance(tenant, str) else tenant for tenant in tenants))

@@ -81,19 +81,28 @@ def define_operator() -> torch.library.Library:
 
 @dataclass(frozen=True)
 class _Slice:
-    """What a step does for some outputs of a layer.
+    """Some outputs of a layer.
 
-    first: the first of them in the layer's. outputs: how many the whole slice has, and own: which of these this GPU
-    has, None for all. work: the kernels'. products: chains of matrices with the rows that go through them. biases: what
-    is added, with its rows.
+    first: the first of them in the layer's here, and of_whole: in those of all GPUs. outputs: how many the whole slice
+    has, and own: which of these this GPU has, None for all. products: chains of matrices with the rows that go through
+    them. biases: what is added, with its rows.
     """
 
     first: int
+    of_whole: int
     outputs: int
     own: Tensor | None
-    work: Any
     products: list[tuple[tuple[Tensor, ...], Tensor]]
     biases: list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a step does for a layer. work: the kernels', for all slices at once. outputs: of all GPUs."""
+
+    slices: list[_Slice]
+    work: Any
+    outputs: int
 
 
 class Linear(Layer):
@@ -152,11 +161,11 @@ class Linear(Layer):
         return output
 
     def change(self: Any, y: Tensor, x: Any) -> None:
-        slices: list[_Slice] = self.step.tokens.prepared(self.name, self._slices)
-        if not slices:
+        job: _Job | None = self.step.tokens.prepared(self.name, self._job)
+        if job is None:
             return
         y, x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-        for part in slices:
+        for part in job.slices:
             for matrices, rows in part.products:
                 product = x[rows]
                 for matrix in matrices:
@@ -164,25 +173,26 @@ class Linear(Layer):
                 y[rows, part.first : part.first + product.shape[1]] += product
             for bias, rows in part.biases:
                 y[rows, part.first : part.first + len(bias)] += bias.to(y.dtype)
-        if not any(part.work for part in slices):
+        if job.work is None:
             return
         inputs = internals.gather(x) if self.splits_input else x
-        inputs = inputs.float()
-        for part in slices:
-            if part.work is None:
-                continue
-            if self.tp_size == 1 or self.splits_input:  # the layer sums its outputs over GPUs itself
-                part.work.add(y[:, part.first : part.first + part.outputs], inputs)
-                continue
-            whole = torch.zeros(len(y), part.outputs, device=y.device)
-            part.work.add(whole, inputs)
-            whole = internals.all_reduce(whole)
-            mine = whole if part.own is None else whole[:, part.own]
+        if self.tp_size == 1 or self.splits_input:  # the layer sums its outputs over GPUs itself
+            job.work.add(y, inputs)
+            return
+        whole = torch.zeros(len(y), job.outputs, device=y.device)
+        job.work.add(whole, inputs)
+        whole = internals.all_reduce(whole)
+        for part in job.slices:
+            mine = whole[:, part.of_whole : part.of_whole + part.outputs]
+            mine = mine if part.own is None else mine[:, part.own]
             y[:, part.first : part.first + mine.shape[1]] += mine.to(y.dtype)
 
-    def _slices(self: Any) -> list[_Slice]:
+    def _job(self: Any) -> _Job | None:
         contents = self.contents(self.step.tokens)
-        slices, first = [], 0
+        slices: list[_Slice] = []
+        deltas: list[tuple[Any, Tensor]] = []
+        firsts: list[int] = []
+        first = of_whole = 0
         for index, width in enumerate(self.output_slices):
             parts = [(content[index], rows) for content, rows in contents if content[index] is not None]
             packed = [(block, rows) for part, rows in parts for block in part.packed]
@@ -190,16 +200,20 @@ class Linear(Layer):
             own = self.own_outputs(index, outputs)
             part_of_step = _Slice(
                 first,
+                of_whole,
                 outputs,
                 None if own is None else own.to(self.step.device),
-                self.kernels.Work(packed) if packed else None,
                 [(part.matrices, rows) for part, rows in parts if part.matrices],
                 [(part.bias, rows) for part, rows in parts if part.bias is not None],
             )
             if parts:
                 slices.append(part_of_step)
-            first += width
-        return slices
+            deltas += packed
+            firsts += [first if self.tp_size == 1 else of_whole] * len(packed)
+            first, of_whole = first + width, of_whole + outputs
+        if not slices:
+            return None
+        return _Job(slices, self.kernels.Work(deltas, firsts) if deltas else None, of_whole)
 
 
 class Embedding(Layer, internals.VocabParallelEmbeddingWithLoRA):

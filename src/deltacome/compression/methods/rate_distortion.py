@@ -12,15 +12,14 @@ from torch import Tensor
 
 from deltacome.compression.allocation import DISTORTION, Spectrum, allocate
 from deltacome.compression.methods.method import MatrixDelta, Statistics
-from deltacome.compression.quantizers import Quantized, feed_back_entries, fit_scale, quantize_rows
+from deltacome.compression.quantizers import Quantized, feed_back_in_blocks, fit_scale, quantize_rows
 from deltacome.compression.svd import singular_values, split_components
 from deltacome.format.manifest import MOST_CLASSES, class_bits
-from deltacome.format.rotation import rotate
+from deltacome.format.rotation import rotate, rotated_diagonal
 from deltacome.format.terms import Factored, Term, component_bits
 
 BIAS_POWER = 0.3  # 8 of 30 layers at 1/64 of the bytes, 6.5 at 1/32
 TALL = 6  # times as many rows as columns has an embedding whose rows are put into classes
-ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -175,24 +174,12 @@ class RateDistortion:
         return 1 - self.input_weight + self.input_weight * delta.energy / delta.energy.mean()
 
     def _round_inputs(self, v: Tensor, bits: Tensor, energy: Tensor) -> Quantized:
-        """Codes of V (rank, n); with feedback where the metric is not the identity."""
+        """Codes of V (rank, n); with feedback where the metric is not the identity.
+
+        The metric of rotated inputs is that of their energies, so its inverse, that of the reciprocals, needs no
+        inversion.
+        """
         if not self.feedback or not self.rotate or bool((energy == energy[0]).all()):
             return quantize_rows(v, bits)
-        return feed_back_entries(v, torch.linalg.cholesky(_rotated_diagonal(energy.reciprocal()), upper=True), bits)
-
-
-def _rotated_diagonal(values: Tensor) -> Tensor:
-    """R diag(values) RT, (n, n), in float32 and a few rows at a time: it may be larger than the matrix it is for.
-
-    The metric of rotated inputs is that of their energies, so its inverse, that of the reciprocals, needs no inversion.
-    """
-    n = len(values)
-    half, whole = values.new_empty(n, n), values.new_empty(n, n)
-    for first in range(0, n, ROWS_AT_ONCE):
-        own = values[first : first + ROWS_AT_ONCE]
-        rows = values.new_zeros(len(own), n)
-        rows[:, first : first + len(own)] = torch.diag(own)
-        half[first : first + len(own)] = rotate(rows)
-    for first in range(0, n, ROWS_AT_ONCE):
-        whole[first : first + ROWS_AT_ONCE] = rotate(half[:, first : first + ROWS_AT_ONCE].T)
-    return whole
+        factors = torch.linalg.cholesky(rotated_diagonal(energy.reciprocal()), upper=True)
+        return feed_back_in_blocks(v, factors, bits)

@@ -7,6 +7,7 @@ threads beside them would wait for the same cores.
 import ctypes
 import sys
 import threading
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -93,7 +94,7 @@ class _Table:
         self.outer_tasks = -(-rows // BLOCK)
         if packed.signs is not None:
             self.inner_tasks, self.outer_tasks = -(-m // BLOCK), 0
-        self.output_tasks = 1 if "u" in packed.rotated else -(-rows // CHUNK)
+        self.output_tasks = -(-rows // CHUNK)
         self.content = np.array(table, dtype=np.int64)
         self.address = _address(self.content)
 
@@ -107,9 +108,25 @@ _tables: WeakKeyDictionary[Packed, _Table] = WeakKeyDictionary()
 
 
 class Work:
-    """What one matrix of a batch has to do: as `reference.Work`."""
+    """What one matrix of a batch has to do, or several that share an input: as `reference.Work`."""
+
+    def __init__(self, deltas: Sequence[tuple[Packed, Tensor]], firsts: Sequence[int] | None = None) -> None:
+        parts: dict[int, list[tuple[Packed, Tensor]]] = {}
+        for delta, first in zip(deltas, firsts or [0] * len(deltas), strict=True):
+            parts.setdefault(first, []).append(delta)
+        self.parts = [(first, _Part(own)) for first, own in parts.items()]
+
+    def add(self, y: Tensor, x: Tensor) -> None:
+        """As `reference.Work.add`."""
+        for first, part in self.parts:
+            part.add(y[:, first : first + part.outputs] if first or len(self.parts) > 1 else y, x)
+
+
+class _Part:
+    """Deltas whose first output is the same."""
 
     def __init__(self, deltas: list[tuple[Packed, Tensor]]) -> None:
+        self.outputs = max(packed.shape[0] for packed, _ in deltas)
         few, self.many, plain = [], [], []
         for packed, rows in deltas:
             if not _Table.of(packed).fast:
@@ -122,7 +139,6 @@ class Work:
         self.few = _Few(few) if few else None
 
     def add(self, y: Tensor, x: Tensor) -> None:
-        """As `reference.Work.add`."""
         if self.few is not None:
             self.few.add(y, x)
         for packed, rows in self.many:

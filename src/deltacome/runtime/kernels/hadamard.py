@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, njit, types
 
+from deltacome.format.rotation import BLOCK
 from deltacome.runtime.kernels.tables import FLAGS, INVERSE, RUNS, SEGMENTS, SOURCES, N, X, take, tasks_of
 from deltacome.runtime.kernels.vectors import LANES, butterfly, floats, integers, lane_hadamard
 
@@ -30,34 +31,31 @@ def _hadamard(x):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy")
-def rotate(x, signs, p):  # type: ignore[no-untyped-def]
-    """Rotate x (n,), in place, by its signs (n,); p: the largest power of two up to n."""
-    n = x.size
-    x *= signs
-    _hadamard(x[:p])
-    if p < n:
-        x *= signs
-        _hadamard(x[n - p :])
+def transform(x):  # type: ignore[no-untyped-def]
+    """The transforms of the blocks of x (n,), in place."""
+    whole = x.size // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        _hadamard(x[start : start + BLOCK])
+    size, start = BLOCK // 2, whole
+    while start < x.size:
+        if (x.size - whole) & size:
+            _hadamard(x[start : start + size])
+            start += size
+        size //= 2
 
 
 @njit(error_model="numpy")
-def unrotate(x, signs, p):  # type: ignore[no-untyped-def]
+def rotate(x, signs):  # type: ignore[no-untyped-def]
+    """Rotate x (n,), in place, by its signs (n,)."""
+    x *= signs
+    transform(x)
+
+
+@njit(error_model="numpy")
+def unrotate(x, signs):  # type: ignore[no-untyped-def]
     """The inverse of `rotate`."""
-    n = x.size
-    if p < n:
-        _hadamard(x[n - p :])
-        x *= signs
-    _hadamard(x[:p])
+    transform(x)
     x *= signs
-
-
-@njit(error_model="numpy")
-def largest_power(n):  # type: ignore[no-untyped-def]
-    """The largest power of two up to n."""
-    p = 1
-    while 2 * p <= n:
-        p *= 2
-    return p
 
 
 @cache
@@ -77,8 +75,8 @@ def rotate_worker() -> Any:
                 for row in range(begin, end):
                     x = carray(floats(data[X] + 4 * row * n), (n,))
                     if data[INVERSE]:
-                        unrotate(x, entry_signs, largest_power(n))
+                        unrotate(x, entry_signs)
                     else:
-                        rotate(x, entry_signs, largest_power(n))
+                        rotate(x, entry_signs)
 
     return worker

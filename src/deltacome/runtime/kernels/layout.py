@@ -12,7 +12,7 @@ from numba import njit, types
 
 COLUMNS = 64  # of a tile, which are read in one stream
 VECTOR = 16  # of them that are read at once
-WIDTHS = (1, 2, 4, 8)  # of planes
+WIDTHS, GPU_WIDTHS = (8, 4, 2, 1), (4, 2, 1)  # of planes
 
 _WORDS, _OUT, _INT = types.Array(types.int32, 2, "A"), types.int32[::1], types.int64
 
@@ -20,23 +20,23 @@ _WORDS, _OUT, _INT = types.Array(types.int32, 2, "A"), types.int32[::1], types.i
 Run = tuple[int, int, int]  # of planes: the first one's component, how many there are, the first of their bits
 
 
-def plan_groups(terms: Iterable[tuple[int, int]]) -> dict[int, list[Run]]:
+def plan_groups(terms: Iterable[tuple[int, int]], widths: tuple[int, ...], unit: int) -> dict[int, list[Run]]:
     """The planes of terms of (bits, rank), by width; the components of all terms are counted through.
 
-    What is left over from whole words of codes side by side is cut into narrower planes, so that only those of one bit
-    are filled up.
+    What is left over from whole units of so many bits, of codes side by side, is cut into narrower planes, so that only
+    those of one bit are filled up.
     """
-    found: dict[int, list[Run]] = {width: [] for width in reversed(WIDTHS)}
+    found: dict[int, list[Run]] = {width: [] for width in widths}
     start = 0
     for bits, rank in terms:
         first = 0
-        for width in (8, *found):  # twice, for codes of 16 bits
-            if bits - first >= width:
+        for width in widths:
+            while bits - first >= width:
                 found[width].append((start, rank, first))
                 first += width
         start += rank
     for width, runs in found.items():
-        left = sum(count for _, count, _ in runs) % (32 // width) if width > 1 else 0
+        left = sum(count for _, count, _ in runs) % (unit // width) if width > 1 else 0
         while left:
             component, count, first = runs.pop()
             moved = min(left, count)

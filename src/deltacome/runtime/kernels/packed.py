@@ -10,69 +10,102 @@ from torch import Tensor
 
 from deltacome.format.bits import pack, planes, unpack
 from deltacome.format.terms import Coded, Factored, Sign, Term
-from deltacome.runtime.kernels.layout import COLUMNS, VECTOR, Run, bit_of, lay_columns, lay_rows, plan_groups
+from deltacome.runtime.kernels.layout import (
+    COLUMNS,
+    GPU_WIDTHS,
+    VECTOR,
+    WIDTHS,
+    Run,
+    bit_of,
+    lay_columns,
+    lay_rows,
+    plan_groups,
+)
 
-TILE = 8  # columns of a matrix of words that lie together on a GPU
+UNIT = 128  # bits that a column of codes is filled up to on a GPU, and reads at once
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Tiled:
-    """A matrix of int32 words, its columns cut into tiles of `tile`: tile after tile, each row by row.
+    """A matrix of int32 words as a CPU reads it, columns cut into tiles of COLUMNS: tile after tile, each row by row.
 
-    Row i of tile t begins at `t * tile * rows + i * width`, the last tile having the columns that are left. What is
-    behind the last word may be read, as a part of a vector.
+    Row i of tile t begins at `t * COLUMNS * rows + i * width`, the last tile having the columns that are left. What is
+    behind the last word may be read, as a part of a vector. `layout` says how codes lie in words.
     """
 
     words: Tensor
     rows: int
     columns: int
-    tile: int
 
     def to(self, device: torch.device) -> "Tiled":
         """A copy on a device, or itself if it is there."""
         return replace(self, words=self.words.to(device))
 
-    def matrix(self) -> Tensor:
-        """The matrix again."""
-        tile, whole = self.tile, self.columns // self.tile * self.tile
-        tiles = self.words[: self.rows * whole].view(-1, self.rows, tile).transpose(0, 1).reshape(self.rows, whole)
-        return torch.cat((tiles, self.words[self.rows * whole : self.rows * self.columns].view(self.rows, -1)), dim=1)
+    def codes(self, width: int, length: int, columns: Tensor | None = None) -> Tensor:
+        """Codes of `width` bits, of all columns or some: int32, (length, columns)."""
+        words = self._matrix() if columns is None else self._pick(columns)
+        bits = [bit_of(i, width) for i in range(32 // width)]
+        shifts = torch.tensor(bits, dtype=torch.int32, device=words.device)
+        return ((words[:, None] >> shifts[:, None]) & ((1 << width) - 1)).reshape(-1, words.shape[1])[:length]
 
-    def pick(self, columns: Tensor) -> Tensor:
-        """Some of the columns: (rows, len(columns))."""
-        tile = columns // self.tile
-        width = (self.columns - tile * self.tile).clamp(max=self.tile)
-        first = tile * self.tile * (self.rows - 1) + columns + torch.zeros_like(width)
+    def _matrix(self) -> Tensor:
+        whole = self.columns // COLUMNS * COLUMNS
+        tiles = self.words[: self.rows * whole].view(-1, self.rows, COLUMNS).transpose(0, 1)
+        rest = self.words[self.rows * whole : self.rows * self.columns].view(self.rows, -1)
+        return torch.cat((tiles.reshape(self.rows, whole), rest), dim=1)
+
+    def _pick(self, columns: Tensor) -> Tensor:
+        tile = columns // COLUMNS
+        width = (self.columns - tile * COLUMNS).clamp(max=COLUMNS)
+        first = tile * COLUMNS * (self.rows - 1) + columns + torch.zeros_like(width)
         row = torch.arange(self.rows, device=columns.device)[:, None]
         return self.words[first + row * width]
 
 
 @dataclass(frozen=True)
-class Plane:
-    """One plane of a term's codes on a GPU: bits `first` to `first + width` of each.
+class Lined:
+    """Codes as a GPU reads them: column after column, a column being `bytes_` bytes, a multiple of 16.
 
-    u: words (words of rank, m). v: words (words of n, rank). Tiles are full.
+    words: uint8, (columns, bytes_). Code k of a column lies in byte `k % bytes_` at the place `k // bytes_`, so that
+    the codes at a place of bytes side by side go with inputs side by side.
     """
 
-    width: int
-    first: int
-    u: Tiled
-    v: Tiled
+    words: Tensor
+
+    @classmethod
+    def of(cls, codes: Tensor, width: int) -> "Lined":
+        """Lay out codes (length, columns)."""
+        length, columns = codes.shape
+        room = -(-length * width // UNIT) * UNIT // 8
+        filled = torch.nn.functional.pad(codes.T.to(torch.uint8), (0, room * 8 // width - length))
+        shifts = torch.arange(0, 8, width, device=codes.device, dtype=torch.uint8)
+        return cls((filled.view(columns, -1, room) << shifts[:, None]).sum(1, dtype=torch.uint8))
+
+    @property
+    def bytes_(self) -> int:
+        """How many a column has."""
+        return self.words.shape[1]
+
+    def codes(self, width: int, length: int, columns: Tensor | None = None) -> Tensor:
+        """As `Tiled.codes`."""
+        words = self.words if columns is None else self.words[columns]
+        shifts = torch.arange(0, 8, width, device=words.device, dtype=torch.uint8)
+        codes = (words[:, None] >> shifts[:, None]) & ((1 << width) - 1)
+        return codes.reshape(len(words), -1)[:, :length].T.to(torch.int32)
 
 
 @dataclass(frozen=True)
 class Group:
-    """The planes of one width of all terms, as a CPU reads them.
+    """The planes of one width of all terms.
 
-    runs: see `layout.plan_groups`. u: words (words of count, m). v: words (words of n, count). `layout` says how codes
-    lie in words.
+    runs: see `layout.plan_groups`. u: codes of U, a column an output. v: codes of V, a column a plane.
     """
 
     width: int
     runs: tuple[Run, ...]
-    u: Tiled
-    v: Tiled
+    u: Tiled | Lined
+    v: Tiled | Lined
 
     @property
     def count(self) -> int:
@@ -86,18 +119,13 @@ class Group:
             total[component : component + count] += codes[place : place + count] << first
             place += count
 
-    def to(self, device: torch.device) -> "Group":
-        """A copy on a device."""
-        return replace(self, u=self.u.to(device), v=self.v.to(device))
-
 
 @dataclass(frozen=True)
 class PackedTerm:
-    """The components of one bit-width. scale: float32, (rank,). planes: on a GPU."""
+    """The components of one bit-width. scale: float32, (rank,)."""
 
     bits: int
     scale: Tensor
-    planes: tuple[Plane, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -114,9 +142,8 @@ class Packed:
     """A delta of shape (m, n), as it lies in memory.
 
     terms: factored terms whose entries have one scale a vector. rotated: their rotated sides. rows: int32, the rows of
-    the weight that they add to, None for all. groups: their codes, unless the terms have them, on a GPU. signs: (words
-    of n, m), the words of a sign term. grouped: terms with scales per group of entries, which only the reference kernel
-    computes.
+    the weight that they add to, None for all. groups: their codes. signs: the codes of a sign term, a column a row of
+    the weight. grouped: terms with scales per group of entries, which only the reference kernel computes.
     """
 
     shape: tuple[int, int]
@@ -124,7 +151,7 @@ class Packed:
     rotated: str = ""
     rows: Tensor | None = None
     groups: tuple[Group, ...] = ()
-    signs: Tiled | None = None
+    signs: Tiled | Lined | None = None
     sign_scale: Tensor | None = None
     grouped: tuple[Factored, ...] = ()
 
@@ -141,14 +168,18 @@ class Packed:
         """A copy on a device, as its kernels read it, or itself if it is there. There is no way back from a GPU."""
         if self.device == device:
             return self
+
+        def codes(side: Tiled | Lined) -> Tiled | Lined:
+            return replace(side, words=side.words.to(device))
+
         rows, scale = (None if tensor is None else tensor.to(device) for tensor in (self.rows, self.sign_scale))
         moved = Packed(
             self.shape,
             tuple(PackedTerm(term.bits, term.scale.to(device)) for term in self.terms),
             self.rotated,
             rows,
-            tuple(group.to(device) for group in self.groups),
-            None if self.signs is None else self.signs.to(device),
+            tuple(replace(group, u=codes(group.u), v=codes(group.v)) for group in self.groups),
+            None if self.signs is None else codes(self.signs),
             scale,
             tuple(_to(term, device) for term in self.grouped),
         )
@@ -165,7 +196,7 @@ class Packed:
         if self.signs is not None:
             found.append(self.signs.words)
         for term in self.terms:
-            found += [term.scale, *(side.words for plane in term.planes for side in (plane.u, plane.v))]
+            found.append(term.scale)
         for group in self.groups:
             found += [group.u.words, group.v.words]
         for grouped in self.grouped:
@@ -218,7 +249,7 @@ def _empty(shapes: Sequence[tuple[int, int]]) -> list[Tiled]:
     ends = [0, *accumulate(rows * columns for rows, columns in shapes)]
     words = torch.zeros(ends[-1] + VECTOR, dtype=torch.int32)
     parts = zip(pairwise(ends), shapes, strict=True)
-    return [Tiled(words[start:end], rows, columns, COLUMNS) for (start, end), (rows, columns) in parts]
+    return [Tiled(words[start:end], rows, columns) for (start, end), (rows, columns) in parts]
 
 
 def _groups(terms: list[Factored]) -> tuple[Group, ...]:
@@ -226,7 +257,7 @@ def _groups(terms: list[Factored]) -> tuple[Group, ...]:
     if not terms:
         return ()
     starts = [0, *accumulate(term.rank for term in terms)]
-    (m, n), plan = terms[0].shape, plan_groups((term.bits, term.rank) for term in terms)
+    (m, n), plan = terms[0].shape, plan_groups(((term.bits, term.rank) for term in terms), WIDTHS, 32)
     shapes = []
     for width, runs in plan.items():
         count = sum(length for _, length, _ in runs)
@@ -265,58 +296,30 @@ def codes_of(packed: Packed) -> tuple[Tensor, Tensor]:
     device, n = packed.device, packed.shape[1]
     if not packed.terms:
         return torch.zeros(0, packed.factored_rows, device=device), torch.zeros(0, n, device=device)
-    if any(term.planes for term in packed.terms):
-        found = [_codes_on_gpu(term, packed) for term in packed.terms]
-        return torch.cat([u for u, _ in found]), torch.cat([v for _, v in found])
     u = torch.zeros(packed.rank, packed.factored_rows, dtype=torch.int32, device=device)
     v = torch.zeros(packed.rank, n, dtype=torch.int32, device=device)
     for group in packed.groups:
-        group.sum_by_component(take_apart(group.u.matrix(), group.width, group.count), u)
-        group.sum_by_component(take_apart(group.v.matrix(), group.width, n).T, v)
+        group.sum_by_component(group.u.codes(group.width, group.count), u)
+        group.sum_by_component(group.v.codes(group.width, n).T, v)
     return u, v
 
 
-def take_apart(words: Tensor, width: int, length: int) -> Tensor:
-    """Codes (length, columns) of a matrix of words (words of length, columns), as a CPU has them."""
-    bits = [bit_of(i, width) for i in range(32 // width)]
-    shifts = torch.tensor(bits, dtype=torch.int32, device=words.device)
-    return ((words[:, None] >> shifts[:, None]) & ((1 << width) - 1)).reshape(-1, words.shape[1])[:length]
-
-
-def _codes_on_gpu(term: PackedTerm, packed: Packed) -> tuple[Tensor, Tensor]:
-    rows, (_, n) = packed.factored_rows, packed.shape
-    u = torch.cat([plane.u.matrix()[:, :rows].T for plane in term.planes], dim=1)
-    v = torch.cat([plane.v.matrix()[:, : term.rank].T for plane in term.planes], dim=1)
-    return unpack(u, term.bits, term.rank).T, unpack(v, term.bits, n)
-
-
 def for_gpu(packed: Packed) -> Packed:
-    """The delta as the GPU kernel reads it, on the same device: the words of U and of V along the components and the
-    inputs in the artifact's order, and zeros behind them up to whole tiles.
-    """
-
-    def tiled(codes: Tensor, width: int) -> Tiled:
-        words = pack(codes, width).T
-        rows, columns = words.shape
-        columns = -(-columns // TILE) * TILE
-        tiles = torch.nn.functional.pad(words, (0, columns - words.shape[1])).reshape(rows, -1, TILE).transpose(0, 1)
-        return Tiled(torch.nn.functional.pad(tiles.reshape(-1), (0, TILE)), rows, columns, TILE)
-
-    if not packed.groups and (packed.signs is None or packed.signs.tile == TILE):
-        return packed
+    """The delta as the GPU kernel reads it, on the same device."""
+    n, signs, groups = packed.shape[1], packed.signs, []
+    if isinstance(signs, Tiled):
+        signs = Lined.of(signs.codes(1, n), 1)
+    if not any(isinstance(group.u, Tiled) for group in packed.groups):
+        return replace(packed, signs=signs) if signs is not packed.signs else packed
     u, v = codes_of(packed)
-    ranks = [term.rank for term in packed.terms]
-    terms = []
-    for term, own_u, own_v in zip(packed.terms, u.split(ranks), v.split(ranks), strict=True):
+    for width, runs in plan_groups(((term.bits, term.rank) for term in packed.terms), GPU_WIDTHS, UNIT).items():
         own = [
-            Plane(width, first, *(tiled((codes >> first) & ((1 << width) - 1), width) for codes in (own_u.T, own_v)))
-            for first, width in planes(term.bits)
+            torch.cat([codes[component : component + count] >> first for component, count, first in runs])
+            & ((1 << width) - 1)
+            for codes in (u, v)
         ]
-        terms.append(replace(term, planes=tuple(own)))
-    signs = packed.signs
-    if signs is not None:
-        signs = tiled(take_apart(signs.matrix(), 1, packed.shape[1]).T, 1)
-    return replace(packed, terms=tuple(terms), groups=(), signs=signs)
+        groups.append(Group(width, tuple(runs), Lined.of(own[0], width), Lined.of(own[1].T, width)))
+    return replace(packed, groups=tuple(groups), signs=signs)
 
 
 def transposed(terms: list[Term]) -> list[Term]:

@@ -1,35 +1,36 @@
 """The plain kernel, in torch and float32: what the others are checked against, and what runs long prefills."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from deltacome.format.bits import planes, unpack
+from deltacome.format.bits import planes
 from deltacome.format.rotation import rotate, unrotate
-from deltacome.runtime.kernels.layout import COLUMNS
-from deltacome.runtime.kernels.packed import Packed, take_apart
+from deltacome.runtime.kernels.packed import Packed
 
 
 class Work:
     """What one matrix of a batch has to do.
 
-    deltas: of shapes (m, n), n being the same, each with the numbers (int64) of its rows. The deltas of one row are for
-    different rows of the weight.
+    deltas: of shapes (m, n), n being the same, each with the numbers (int64) of its rows. firsts: of each the output
+    that is its first, by default that of y. The deltas of one row are for different outputs.
     """
 
-    def __init__(self, deltas: list[tuple[Packed, Tensor]]) -> None:
-        self.deltas = deltas
+    def __init__(self, deltas: Sequence[tuple[Packed, Tensor]], firsts: Sequence[int] | None = None) -> None:
+        self.deltas = list(zip(deltas, firsts or [0] * len(deltas), strict=True))
 
     def add(self, y: Tensor, x: Tensor) -> None:
         """Add to each row of y what its delta makes of the same row of x: `((x V) * scale) U^T`.
 
         y: (rows, m or more), changed in place. x: (rows, n).
         """
-        for packed, rows in self.deltas:
+        for (packed, rows), first in self.deltas:
             product = multiply(x[rows].float(), packed).to(y.dtype)
             if packed.rows is None:
-                y[rows, : product.shape[1]] += product
+                y[rows, first : first + product.shape[1]] += product
             else:
-                y[rows[:, None], packed.rows.long()[None]] += product
+                y[rows[:, None], first + packed.rows.long()[None]] += product
 
 
 def multiply(x: Tensor, packed: Packed) -> Tensor:
@@ -45,24 +46,19 @@ def multiply(x: Tensor, packed: Packed) -> Tensor:
         product += (x @ v.T * grouped.scale.float()) @ u
     if packed.signs is not None:
         assert packed.sign_scale is not None
-        signs = take_signs(packed, packed.signs.matrix()[:, : packed.shape[0]])
-        product += (x @ signs.T) * packed.sign_scale
+        product += (x @ take_signs(packed).T) * packed.sign_scale
     return product
 
 
 def columns(packed: Packed, places: Tensor) -> Tensor:
     """Entries of U, without scales, at some places: (rank of all terms, len(places)) in float32."""
     found = []
-    if packed.groups:
+    if packed.terms:
         codes = torch.zeros(packed.rank, len(places), dtype=torch.int32, device=places.device)
         for group in packed.groups:
-            group.sum_by_component(take_apart(group.u.pick(places), group.width, group.count), codes)
+            group.sum_by_component(group.u.codes(group.width, group.count, places), codes)
         middles = [torch.full((term.rank, 1), term.middle, device=places.device) for term in packed.terms]
         found.append(codes - torch.cat(middles))
-    else:
-        for term in packed.terms:
-            words = torch.cat([plane.u.pick(places) for plane in term.planes])
-            found.append(unpack(words.T, term.bits, term.rank).T - term.middle)
     for grouped in packed.grouped:
         assert grouped.groups is not None
         codes = torch.zeros(grouped.rank, len(places), dtype=torch.int32, device=places.device)
@@ -75,13 +71,10 @@ def columns(packed: Packed, places: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def take_signs(packed: Packed, words: Tensor) -> Tensor:
-    """+1 and -1, (columns, n), of some columns of the words of signs."""
-    n = packed.shape[1]
+def take_signs(packed: Packed, rows: Tensor | None = None) -> Tensor:
+    """+1 and -1 of a sign term, (rows, n), of all rows or some."""
     assert packed.signs is not None
-    is_on_cpu = packed.signs.tile == COLUMNS
-    codes = take_apart(words, 1, n).T if is_on_cpu else unpack(words.T.contiguous(), 1, n)
-    return codes.float().mul_(2).sub_(1)
+    return packed.signs.codes(1, packed.shape[1], rows).T.float().mul_(2).sub_(1)
 
 
 def _cut(words: Tensor, places: Tensor, width: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, njit, types
 
-from deltacome.runtime.kernels.hadamard import largest_power, rotate, unrotate
+from deltacome.runtime.kernels.hadamard import rotate, unrotate
 from deltacome.runtime.kernels.layout import COLUMNS, VECTOR
 from deltacome.runtime.kernels.tables import (
     ARRIVED,
@@ -84,7 +84,7 @@ from deltacome.runtime.kernels.vectors import (
     part_products,
 )
 
-CHUNK = 4096  # outputs that a thread takes at a time
+CHUNK = 4096  # outputs that a thread takes at a time: whole blocks of the rotation
 BLOCK = VECTORS * VECTOR  # columns that a thread takes at a time
 LARGEST = 127 * 256  # of a number in two bytes
 
@@ -147,7 +147,7 @@ def _read_inputs(data, segments, rows, begin, end):  # type: ignore[no-untyped-d
                 x = given
                 if delta[ROTATED_V]:
                     x = given.copy()
-                    rotate(x, carray(floats(delta[SIGNS_V]), (n,)), largest_power(n))
+                    rotate(x, carray(floats(delta[SIGNS_V]), (n,)))
                 high = carray(bytes_(data[INPUT_BYTES] + 2 * r * step), (n,))
                 low = carray(bytes_(data[INPUT_BYTES] + (2 * r + 1) * step), (n,))
                 scales = carray(doubles(data[INPUT_SCALES] + 16 * r), (2,))
@@ -318,15 +318,14 @@ def _write_outputs(data, segments, rows, begin, end):  # type: ignore[no-untyped
     for s in range(data[SEGMENT_COUNT]):
         delta, _ = delta_of(segments[s, DELTA_OF])
         m = delta[FACTORED_ROWS]
-        chunk = max(m, 1) if delta[ROTATED_U] else CHUNK
         for r in range(segments[s, START], segments[s, START] + segments[s, COUNT]):
             y = carray(floats(data[Y] + 4 * rows[r] * data[M]), (data[M],))
-            for start in range(0, m, chunk):
+            for start in range(0, m, CHUNK):
                 if begin <= number < end:
-                    stop = min(start + chunk, m)
+                    stop = min(start + CHUNK, m)
                     out = carray(floats(data[OUTPUTS] + 4 * r * data[OUTPUT_STRIDE]), (m,))[start:stop]
                     if delta[ROTATED_U]:
-                        unrotate(out, carray(floats(delta[SIGNS_U]), (m,)), largest_power(m))
+                        unrotate(out, carray(floats(delta[SIGNS_U]), (m,))[start:stop])
                     if delta[ROW_NUMBERS]:
                         numbers = carray(integers32(delta[ROW_NUMBERS]), (m,))
                         for i in range(out.size):

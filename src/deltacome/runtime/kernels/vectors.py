@@ -296,10 +296,10 @@ floats, doubles, bytes_, integers, integers32 = map(
 yield_core = types.ExternalFunction("sched_yield", types.int32())
 
 _MULTIPLIER = MULTIPLIERS[INSTRUCTIONS]
-many_1, many_2, many_4, many_8 = (build_products(width, VECTORS, 2, _MULTIPLIER) for width in WIDTHS)
-one_1, one_2, one_4, one_8 = (build_products(width, 1, 2, _MULTIPLIER) for width in WIDTHS)
-parts_1, parts_2, parts_4, parts_8 = (build_products(width, 1, PARTS, _MULTIPLIER) for width in WIDTHS)
-codes_1, codes_2, codes_4, codes_8 = map(_build_codes, WIDTHS)
+many_8, many_4, many_2, many_1 = (build_products(width, VECTORS, 2, _MULTIPLIER) for width in WIDTHS)
+one_8, one_4, one_2, one_1 = (build_products(width, 1, 2, _MULTIPLIER) for width in WIDTHS)
+parts_8, parts_4, parts_2, parts_1 = (build_products(width, 1, PARTS, _MULTIPLIER) for width in WIDTHS)
+codes_8, codes_4, codes_2, codes_1 = map(_build_codes, WIDTHS)
 
 
 @njit(error_model="numpy")

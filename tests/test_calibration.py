@@ -363,4 +363,20 @@ def test_sensitivities_are_the_kl_of_small_errors(family: str, save: Save) -> No
                 square += float(error.square().sum())
             known = found[name if name in found else "embed_out.weight"]  # which transformers renames
             assert 0.5 < kl / (known / 2 * square) < 2, name
-    assert sum(done) == sum(parameter.numel() for layer in stream.layers for parameter in layer.parameters())
+    assert sum(done) == 2 * sum(parameter.numel() for layer in stream.layers for parameter in layer.parameters())
+
+
+def test_energies_come_with_sensitivities(save: Save) -> None:
+    """As they are measured by themselves, though only some sequences are gone back through."""
+    checkpoint = Checkpoint(save(make_model()))
+    stream = CalibrationStream(checkpoint, *random_tokens(checkpoint))
+    expected = stream.energies(lambda _: True, checkpoint.read_float, lambda _: None)
+    alone = CalibrationStream(checkpoint, stream.ids[:3], stream.mask[:3])
+    sensitivities = measure_sensitivities(alone, checkpoint.read_float, lambda _: None)
+    energies: dict[str, Tensor] = {}
+    stream = CalibrationStream(checkpoint, *random_tokens(checkpoint))
+    found = measure_sensitivities(stream, checkpoint.read_float, lambda _: None, 3, energies)
+    assert energies.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(energies[name], value)
+    assert found == pytest.approx(sensitivities, rel=1e-3)

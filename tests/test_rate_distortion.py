@@ -91,7 +91,7 @@ def test_rows_of_an_embedding_are_coded_by_the_size_of_their_change() -> None:
     sizes = torch.cat((torch.full((100,), 1.0), torch.full((100,), 0.1), torch.full((600,), 0.01)))
     order = torch.randperm(800)
     delta = (make_delta(800, 40) * sizes[:, None])[order]
-    spectra = make_method("rate-distortion").spectra(MatrixDelta(delta, is_embedding=True))
+    spectra, _ = make_method("rate-distortion").spectra(MatrixDelta(delta, is_embedding=True))
     assert [spectrum.shape for spectrum in spectra] == [(100, 40), (100, 40), (200, 40), (400, 40)]
     terms = make_method("rate-distortion").compress(MatrixDelta(delta, is_embedding=True), 20_000.0)
     assert sum(8 * term_bytes(term) for term in terms) + 2 * 800 <= 20_000

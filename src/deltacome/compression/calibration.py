@@ -134,7 +134,7 @@ class CalibrationStream:
         prefix = self.prefixes[id(layer)]
         names = {own for name, _ in layer.named_parameters(prefix) for own in self.sources.of(name)}
         if any(map(self.wanted, names)):
-            moments = _Moments(self.mask, _energies if self.read_compressed is None else _second_moment)
+            moments = Moments(self.mask, energies_of if self.read_compressed is None else _second_moment)
             with self.observing(layer, moments.add):
                 output = self.forward_rows(layer, self.weights(layer, self.read), moments, hidden, arguments, options)
             self.on_layer(moments.means())
@@ -156,7 +156,7 @@ class CalibrationStream:
         self,
         layer: nn.Module,
         weights: dict[str, Tensor],
-        moments: "_Moments | None",
+        moments: "Moments | None",
         hidden: Tensor,
         arguments: tuple[Any, ...],
         options: dict[str, Any],
@@ -169,7 +169,7 @@ class CalibrationStream:
             rows = slice(start, start + step)
             if moments is not None:
                 moments.rows = rows
-            some = _rows((hidden, *arguments), rows, batch), _rows(options, rows, batch)
+            some = take_rows((hidden, *arguments), rows, batch), take_rows(options, rows, batch)
             outputs.append(torch.func.functional_call(layer, weights, *some))
         if isinstance(outputs[0], tuple):
             return torch.cat([output[0] for output in outputs]), *outputs[-1][1:]
@@ -205,7 +205,7 @@ class CalibrationStream:
         return y + getattr(module, f"{parameter}_bias")[expert] if module.has_bias else y
 
 
-class _Moments:
+class Moments:
     """Sums `measure` over the tokens that pass each matrix, padding left out."""
 
     def __init__(self, mask: Tensor, measure: Callable[[Tensor], Tensor]) -> None:
@@ -247,7 +247,8 @@ def _second_moment(x: Tensor) -> Tensor:
     return x.T @ x
 
 
-def _energies(x: Tensor) -> Tensor:
+def energies_of(x: Tensor) -> Tensor:
+    """The sums of squares of rows x (tokens, inputs), by input."""
     return x.square().sum(0)
 
 
@@ -302,13 +303,13 @@ def batch(examples: list[Example], encoder: Encoder) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _rows(value: Any, rows: slice, batch: int) -> Any:
+def take_rows(value: Any, rows: slice, batch: int) -> Any:
     """Rows of every tensor that has the batch as its first dimension."""
     match value:
         case Tensor() if value.ndim and value.shape[0] == batch:
             return value[rows]
         case tuple() | list():
-            return type(value)(_rows(part, rows, batch) for part in value)
+            return type(value)(take_rows(part, rows, batch) for part in value)
         case dict():
-            return {key: _rows(part, rows, batch) for key, part in value.items()}
+            return {key: take_rows(part, rows, batch) for key, part in value.items()}
     return value

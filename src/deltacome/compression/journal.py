@@ -44,6 +44,10 @@ class Store:
         except (OSError, SafetensorError):
             return None
 
+    def drop_intermediate(self, key: str) -> None:
+        """Forget what `save_intermediate` was given, if anything."""
+        self._intermediate(key).unlink(missing_ok=True)
+
     def _intermediate(self, key: str) -> Path:
         return self.folder / f"{_digest(key)}.intermediate"
 

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from deltacome.checkpoints.pairing import Pair
 from deltacome.compression.allocation import spectra_tensors
 from deltacome.compression.journal import Store
 from deltacome.compression.methods import CodesBits, MatrixDelta, Method, SharesByError
+from deltacome.compression.svd import Basis
 from deltacome.format.manifest import WeightEntry, term_tensors
 from deltacome.format.terms import Dense, Term, add_terms
 from deltacome.weights import is_embedding, module_kind
@@ -43,8 +44,10 @@ class Matrices:
         """Store what the method needs to know of a matrix for sharing out the bits, under `spectra of NAME`."""
         assert isinstance(self.method, SharesByError)
         delta = self._known(name, None)
-        found = self.method.spectra(delta) if bool(delta.values.any()) else []
-        self.store.save_intermediate(f"spectra of {name}", spectra_tensors(found))
+        spectra, bases = self.method.spectra(delta) if bool(delta.values.any()) else ([], ())
+        kept = {f"{field}{i}": tensor for i, basis in enumerate(bases) for field, tensor in vars(basis).items()}
+        self.store.save_intermediate(f"bases of {name}", kept)
+        self.store.save_intermediate(f"spectra of {name}", spectra_tensors(spectra))
 
     def compress(self, name: str, second_moment: Tensor | None = None) -> None:
         """Compress a matrix and store it."""
@@ -60,11 +63,14 @@ class Matrices:
         error = None
         norm = float(delta.values.norm())
         if norm:
-            terms = self.method.compress(delta, self.budgets.get(name, 0))
+            kept = self.store.load_intermediate(f"bases of {name}") or {}
+            bases = tuple(Basis(kept[f"s{i}"], kept[f"vectors{i}"]) for i in range(len(kept) // 2))
+            terms = self.method.compress(replace(delta, bases=bases), self.budgets.get(name, 0))
             error = float(f"{float(add_terms(delta.values.neg_(), terms).norm()) / norm:.4g}")
         if p.rows < p.shape[0]:
             terms.append(Dense(self.finetuned.read(name)[p.rows :], p.rows))
         self.write(name, terms, error)
+        self.store.drop_intermediate(f"bases of {name}")
 
     def write(self, name: str, terms: list[Term], error: float | None = None) -> None:
         """Store a weight's terms."""

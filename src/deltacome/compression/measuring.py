@@ -22,7 +22,9 @@ from deltacome.weights import is_embedding
 # What transformers and torch raise where they cannot build a model or run it as it lies: methods can do without. A full
 # memory or a disk that fails is no reason to go on in another way, for the same command may not meet it again.
 UNFIT = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
-SEQUENCES = 8  # of the random tokens, that gradients are measured with: sensitivities are one number a matrix
+# Of the random tokens' sequences those that gradients are measured with, sensitivities being one number a matrix; and
+# all that is measured of a model without experts, each of which gets some of the tokens only.
+SEQUENCES = 8
 
 
 def measure_inputs(
@@ -70,24 +72,24 @@ def measure(
     with bar("measuring inputs", (3 if calibration else 2) * sum(sizes.values())) as advance:
         try:
             stream = _random_stream(finetuned)
-            energies.append(stream.energies(sizes.__contains__, finetuned.read_float, advance))
-            stream = _random_stream(finetuned, SEQUENCES)
-            sensitivities = _relative(measure_sensitivities(stream, finetuned.read_float, advance), sizes)
+            energies.append({})
+            found = measure_sensitivities(stream, finetuned.read_float, advance, SEQUENCES, energies[0])
+            sensitivities = _relative(found, sizes)
         except UNFIT as error:
             if is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0].split(";")[0] if str(error) else type(error).__name__
             warn(
                 f"what errors of the weights cost could not be measured, so linears count alike: {reason}"
-                if energies
+                if any(energies)
                 else f"the inputs of the layers could not be measured, so linears count alike: {reason}"
             )
         if calibration is not None:
             energies.append(calibration.energies(sizes.__contains__, finetuned.read_float, advance))
     merged: dict[str, Tensor] = {}
     for name in sorted(sizes.keys() & set().union(*energies)):
-        found = [own[name] for own in energies if name in own]
-        mean = torch.stack([x / x.mean().clamp_min(1e-30) for x in found]).mean(0)
+        each = [own[name] for own in energies if name in own]
+        mean = torch.stack([x / x.mean().clamp_min(1e-30) for x in each]).mean(0)
         if torch.isfinite(mean).all():  # not so if the model overflows; then this layer's inputs count alike
             merged[name] = mean
     return merged, sensitivities
@@ -103,9 +105,12 @@ def _relative(sensitivities: dict[str, float], sizes: dict[str, int]) -> dict[st
     return {name: value / mean for name, value in known.items()}
 
 
-def _random_stream(finetuned: Checkpoint, sequences: int | None = None) -> CalibrationStream:
+def _random_stream(finetuned: Checkpoint) -> CalibrationStream:
     try:
-        return CalibrationStream(finetuned, *(tensor[:sequences] for tensor in random_tokens(finetuned)))
+        stream = CalibrationStream(finetuned, *random_tokens(finetuned))
+        if not stream.sources.experts:
+            stream.ids, stream.mask = stream.ids[:SEQUENCES], stream.mask[:SEQUENCES]
+        return stream
     except DeltacomeError as error:  # those of the run that follows are about files that cannot be read
         raise ValueError(str(error)) from error
 

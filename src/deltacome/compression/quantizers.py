@@ -207,10 +207,11 @@ def _fit_steps(x: Tensor, bits: Tensor) -> Tensor:
     widest = x.abs().amax(1, keepdim=True) / ((2**bits - 1) / 2)
     low, high = torch.minimum(0.7 * usual, widest), torch.maximum(1.3 * usual, widest)
     best, best_cosine = usual, torch.full_like(usual, -1.0)
+    half = 2.0 ** (bits - 1)
     for i in range(STEPS_TRIED):
         step = low * (high / low) ** (i / (STEPS_TRIED - 1))
-        values = midrise_values(midrise(x, step, bits), step, bits)
-        cosine = (values * x).sum(1, keepdim=True) / values.square().sum(1, keepdim=True).sqrt_()
+        levels = (x / step).floor_().clamp_(-half, half - 1).add_(0.5)
+        cosine = (levels * x).sum(1, keepdim=True) / levels.square_().sum(1, keepdim=True).sqrt_()
         better = cosine > best_cosine
         best, best_cosine = torch.where(better, step, best), torch.where(better, cosine, best_cosine)
     return best

@@ -22,12 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from deltacome.checkpoints.parameter_sources import Read
-from deltacome.compression.calibration import CalibrationStream, Product
+from deltacome.compression.calibration import CalibrationStream, Moments, Product, energies_of, take_rows
 
 HEAD_TOKENS = 128  # whose logits are in memory
 
 
-def measure_sensitivities(stream: CalibrationStream, read: Read, advance: Callable[[float], None]) -> dict[str, float]:
+def measure_sensitivities(
+    stream: CalibrationStream,
+    read: Read,
+    advance: Callable[[float], None],
+    sequences: int | None = None,
+    energies: dict[str, Tensor] | None = None,
+) -> dict[str, float]:
     """Sensitivities, in nats a token for a squared error of 2, by checkpoint name: of linears, embedding and head.
 
     Holds the hidden states between all layers, and one layer's weights at a time.
@@ -35,37 +41,48 @@ def measure_sensitivities(stream: CalibrationStream, read: Read, advance: Callab
     Args:
         stream: of a few sequences without padding.
         read: a weight of a checkpoint name.
-        advance: called with the weights of each layer that is measured.
+        advance: called with the weights of each layer, forwards and backwards.
+        sequences: how many of the first are gone back through; all, if not given.
+        energies: gets what `CalibrationStream.energies` gives of all linears, on the way forwards.
     """
-    model = stream.model
+    model, count = stream.model, len(stream.ids)
+    chosen = slice(sequences)
     calls: list[tuple[nn.Module, Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
     def forward(layer: nn.Module, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
         del layer.forward  # the class's own again
-        calls.append((layer, hidden.detach(), arguments, options))
-        with torch.no_grad():
-            output = stream.forward_rows(layer, stream.weights(layer, read), None, hidden, arguments, options)
+        own = take_rows((hidden.detach(), *arguments), chosen, count), take_rows(options, chosen, count)
+        calls.append((layer, own[0][0], own[0][1:], own[1]))
+        moments = Moments(stream.mask, energies_of)
+        weights = stream.weights(layer, read)
+        with torch.no_grad(), stream.observing(layer, moments.add):
+            output = stream.forward_rows(layer, weights, moments, hidden, arguments, options)
+        measured.update(moments.means())
+        advance(sum(weight.numel() for weight in weights.values()))
         if layer is stream.layers[-1]:
             last.append(_first(output).requires_grad_())
         return output
 
     last: list[Tensor] = []
+    measured: dict[str, Tensor] = {}
     with torch.enable_grad():
         hidden = stream.forward(read, forward)
+    if energies is not None:
+        energies.update(measured)
     embedding_name = stream.name_of(model.get_input_embeddings())
     head_name = embedding_name if stream.own_head is None else stream.name_of(stream.own_head)
     weight = read(head_name).float()
-    slope, energies = _through_head(hidden.detach(), weight)
-    length = stream.ids.shape[1]
-    found = {head_name: energies / weight.numel()}
+    slope, of_head = _through_head(hidden[chosen].detach(), weight)
+    own_count, length = stream.ids[chosen].shape
+    found = {head_name: of_head / weight.numel()}
     del weight
-    hidden.backward(slope.view_as(hidden))
-    gradient = last[0].grad
-    assert gradient is not None
+    hidden[chosen].backward(slope.view_as(hidden[chosen]))
+    assert last[0].grad is not None
+    gradient = last[0].grad[chosen]
     sums: dict[str, list[float]] = {}  # numbers: small tensors between large ones keep memory from being given back
     for layer, inputs, arguments, options in reversed(calls):
         weights = stream.weights(layer, read)
-        with torch.enable_grad(), stream.observing(layer, partial(_add, sums, *stream.ids.shape)):
+        with torch.enable_grad(), stream.observing(layer, partial(_add, sums, own_count, length)):
             output = torch.func.functional_call(layer, weights, (inputs.requires_grad_(), *arguments), options)
             _first(output).backward(gradient)
         gradient = inputs.grad
@@ -75,10 +92,10 @@ def measure_sensitivities(stream: CalibrationStream, read: Read, advance: Callab
     # Random tokens don't choose experts as others do, so those of a layer count alike.
     for stack in stream.sources.experts.values():
         for alike in zip(*stack, strict=True):
-            mean = torch.stack([found.get(name, torch.zeros(len(stream.ids))) for name in alike]).mean(0)
+            mean = torch.stack([found.get(name, torch.zeros(own_count)) for name in alike]).mean(0)
             found |= dict.fromkeys(alike, mean)
-    energies = gradient.square().sum((1, 2)) / length / stream.tensors[embedding_name].elements
-    found[embedding_name] = found.get(embedding_name, 0.0) + energies
+    of_embedding = gradient.square().sum((1, 2)) / length / stream.tensors[embedding_name].elements
+    found[embedding_name] = found.get(embedding_name, 0.0) + of_embedding
     return {name: float(own.double().log().mean().exp()) for name, own in found.items()}
 
 

@@ -6,6 +6,7 @@ from typing import Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 from deltacome.compression.allocation import Spectrum
+from deltacome.compression.svd import Basis
 from deltacome.format.terms import Term
 
 Statistics = Literal["nothing", "second moments", "energies"]
@@ -23,6 +24,7 @@ class MatrixDelta:
     bits_per_weight: what the asked ratio leaves each weight of the model.
     sensitivity: what a unit of squared error in the weight costs in KL, to second order, against the geometric mean of
         the model's linear weights; 1 if it was not measured.
+    bases: what `SharesByError.spectra` gave of it, if that is at hand.
     """
 
     values: Tensor
@@ -32,6 +34,7 @@ class MatrixDelta:
     sensitivity: float = 1.0
     layers: int = 1
     bits_per_weight: float = 1.0
+    bases: tuple[Basis, ...] = ()
 
 
 class Method(Protocol):
@@ -81,6 +84,9 @@ class SharesByError(Protocol):
     Without it every matrix gets the same bits a weight.
     """
 
-    def spectra(self, delta: MatrixDelta) -> list[Spectrum]:
-        """What sharing out needs to know of a matrix: one spectrum, or one for each class of its rows."""
+    def spectra(self, delta: MatrixDelta) -> tuple[list[Spectrum], tuple[Basis, ...]]:
+        """What sharing out needs to know of a matrix: one spectrum, or one for each class of its rows.
+
+        And the decompositions behind them, which `compress` need not do again.
+        """
         ...

@@ -13,12 +13,13 @@ from torch import Tensor
 from deltacome.compression.allocation import DISTORTION, Spectrum, allocate
 from deltacome.compression.methods.method import MatrixDelta, Statistics
 from deltacome.compression.quantizers import Quantized, feed_back_in_blocks, fit_scale, quantize_rows
-from deltacome.compression.svd import singular_values, split_components
+from deltacome.compression.svd import Basis, find_basis, split_components
 from deltacome.format.manifest import MOST_CLASSES, class_bits
 from deltacome.format.rotation import rotate, rotated_diagonal
 from deltacome.format.terms import Factored, Term, component_bits
 
 BIAS_POWER = 0.3  # 8 of 30 layers at 1/64 of the bytes, 6.5 at 1/32
+MOST_OF_SHARE = 2.0  # of its share of the bits that a linear hardly gets: what it takes is decomposed again
 TALL = 6  # times as many rows as columns has an embedding whose rows are put into classes
 
 
@@ -80,12 +81,14 @@ class RateDistortion:
     def statistics(self) -> Statistics:
         return "energies" if self.input_weight else "nothing"
 
-    def spectra(self, delta: MatrixDelta) -> list[Spectrum]:
+    def spectra(self, delta: MatrixDelta) -> tuple[list[Spectrum], tuple[Basis, ...]]:
         root = self._energy(delta).sqrt()
-        return [
-            self.spectrum(delta, block, singular_values(block.values if delta.is_embedding else block.values * root))
-            for block in self._blocks(delta)
-        ]
+        blocks = self._blocks(delta)
+        bases = []
+        for block in blocks:
+            share = None if delta.is_embedding else MOST_OF_SHARE * delta.bits_per_weight * block.values.numel()
+            bases.append(self._basis(delta, block, root, _most(block, share)))
+        return [self.spectrum(delta, block, basis.s) for block, basis in zip(blocks, bases, strict=True)], tuple(bases)
 
     def compress(self, delta: MatrixDelta, budget_bits: float) -> list[Term]:
         return self.quantize(delta, self.decompose(delta, budget_bits), budget_bits)
@@ -93,16 +96,20 @@ class RateDistortion:
     def decompose(self, delta: MatrixDelta, budget_bits: float | None = None) -> list[Decomposed]:
         """The components of each block of rows, as many as `budget_bits` could hold; by default all."""
         root = self._energy(delta).sqrt()
+        blocks = self._blocks(delta)
         found = []
-        for block in self._blocks(delta):
-            shape = block.values.shape
-            most = min(shape)
-            if budget_bits is not None:
-                most = max(1, min(most, int(budget_bits // component_bits(1, *shape))))
-            # A copy of an embedding may not fit in memory; its metric is plain.
-            u, s, v, rest = split_components(block.values if delta.is_embedding else block.values * root, most)
+        for block, known in zip(blocks, delta.bases or [None] * len(blocks), strict=True):
+            most = _most(block, budget_bits)
+            if known is None or known.vectors.shape[1] < min(most, len(known.s)):
+                known = self._basis(delta, block, root, most)
+            u, s, v, rest = split_components(_in_metric(delta, block, root), most, known)
             found.append(Decomposed(block, u, s, v / root, rest))
         return found
+
+    def _basis(self, delta: MatrixDelta, block: _Block, root: Tensor, most: int) -> Basis:
+        """In half precision, as it may lie on a disk meanwhile: far more exact than any code."""
+        basis = find_basis(_in_metric(delta, block, root), most)
+        return Basis(basis.s, basis.vectors.half())
 
     def quantize(self, delta: MatrixDelta, parts: list[Decomposed], budget_bits: float) -> list[Term]:
         """Terms that take `budget_bits` at most, all scales counted, of what `decompose` gave."""
@@ -183,3 +190,14 @@ class RateDistortion:
             return quantize_rows(v, bits)
         factors = torch.linalg.cholesky(rotated_diagonal(energy.reciprocal()), upper=True)
         return feed_back_in_blocks(v, factors, bits)
+
+
+def _in_metric(delta: MatrixDelta, block: _Block, root: Tensor) -> Tensor:
+    """A block as it is decomposed. A copy of an embedding may not fit in memory; its metric is plain."""
+    return block.values if delta.is_embedding else block.values * root
+
+
+def _most(block: _Block, budget_bits: float | None) -> int:
+    """How many components of a block such a budget can hold, 1 at least."""
+    shape = block.values.shape
+    return min(shape) if budget_bits is None else max(1, min(*shape, int(budget_bits // component_bits(1, *shape))))

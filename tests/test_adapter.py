@@ -96,7 +96,7 @@ def test_an_adapter_is_compressed_and_merged(save: Save, tmp_path: Path) -> None
     expected = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     expected.load_state_dict(merged)
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    assert torch.allclose(logits(found), logits(expected), atol=1e-3)
+    assert torch.allclose(logits(found), logits(expected), atol=2e-3)
 
 
 def test_tied_embeddings(save: Save, tmp_path: Path) -> None:

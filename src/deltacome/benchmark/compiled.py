@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from deltacome.benchmark.results import Row, Table
+from deltacome.runtime.kernels import programs
 from deltacome.runtime.kernels import triton as kernels
 
 COLUMNS = {
@@ -42,16 +43,16 @@ def compiled(architecture: int) -> list[Row]:
     found = []
     for parts, shape, warps in ((8, few, kernels.FEW[2]), (16, few, kernels.FEW[2]), (64, many, kernels.MANY[2])):
         for kernel, pointers in (
-            (kernels._inner, {"x": "*i8", "out": "*i32"}),
-            (kernels._outer, {"x": "*i8", "scales": "*fp32", "sums": "*i32"}),
+            (programs.inner, {"x": "*i8", "out": "*i32"}),
+            (programs.outer, {"x": "*i8", "scales": "*fp32", "sums": "*i32"}),
         ):
             found.append(_row(architecture, kernel, pointers, {**shape, "parts": parts}, warps))
     prepare = {"x": "*bf16", "out": "*i8", "scales": "*fp32", "sums": "*i32"}
-    found.append(_row(architecture, kernels._prepare, prepare, {"blocks": 32}, 8))
-    found.append(_row(architecture, kernels._prepare, prepare, {"blocks": 128}, 16))
+    found.append(_row(architecture, programs.prepare, prepare, {"blocks": 32}, 8))
+    found.append(_row(architecture, programs.prepare, prepare, {"blocks": 128}, 16))
     scale = {"sums": "*i32", "x_sum": "*i32", "scales": "*fp32", "part_sums": "*i32"}
-    found.append(_row(architecture, kernels._scale, scale, {}, 4))
-    found.append(_row(architecture, kernels._finish, {"y": "*bf16"}, {}, 8))
+    found.append(_row(architecture, programs.scale, scale, {}, 4))
+    found.append(_row(architecture, programs.finish, {"y": "*bf16"}, {}, 8))
     return found
 
 
@@ -77,7 +78,7 @@ def _row(architecture: int, kernel: Any, pointers: dict[str, str], constants: di
     words = constants.get("columns", 0) * constants.get("step", 0) / 4 / (32 * warps)
     loops = [f"{count / words:.1f}" for count in _loops(sass)] if words else []
     return {
-        "kernel": kernel.__name__.lstrip("_"),
+        "kernel": kernel.__name__,
         "parts": constants.get("parts"),
         "registers": registers,
         "spilled": spilled,

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from deltacome.benchmark.random_model import PLAN
 from deltacome.format.terms import Factored, Groups, Sign, Term, add_terms
 from deltacome.runtime.kernels.layout import GPU_WIDTHS, WIDTHS, plan_groups
-from deltacome.runtime.kernels.packed import for_gpu, pack_terms, transposed
+from deltacome.runtime.kernels.packed import UNIT, for_gpu, pack_terms, transposed
 
 CPU = torch.device("cpu")
 
@@ -200,6 +201,22 @@ def test_planes_fill_whole_units(widths: tuple[int, ...], unit: int) -> None:
         )
     components = chain.from_iterable([own] * rank for own, rank in terms)
     assert bits == Counter((k, bit) for k, own in enumerate(components) for bit in range(own))
+
+
+@pytest.mark.parametrize(("ratio", "most"), [(16, 1.023), (32, 1.033)])
+def test_the_matrices_of_7b_take_hardly_more_on_a_gpu(ratio: int, most: float) -> None:
+    """Than the share that the ratio gives them; docs/gpu-kernel.md says how much."""
+    found = share = 0.0
+    for m, n, count in ((4096, 4096, 4), (11008, 4096, 2), (4096, 11008, 1)):
+        components = 16 * m * n / ratio / sum(bits * part for bits, part in PLAN.items()) / (m + n)
+        plan = plan_groups([(bits, round(components * part)) for bits, part in PLAN.items()], GPU_WIDTHS, UNIT)
+        for width, runs in plan.items():
+            planes = sum(length for _, length, _ in runs)
+            found += count * sum(
+                -(-codes * width // UNIT) * UNIT // 8 * columns for codes, columns in ((planes, m), (n, planes))
+            )
+        share += count * 2 * m * n / ratio
+    assert most - 0.01 < found / share <= most
 
 
 def test_transposed() -> None:

@@ -54,7 +54,12 @@ class Work:
         self, deltas: Sequence[Delta], firsts: Sequence[int] | None = None, room: "Room | None" = None
     ) -> None:
         self.room = room
-        self._fill(deltas, firsts)
+        firsts = [0] * len(deltas) if firsts is None else firsts
+        both = [(*delta, first) for delta, first in zip(deltas, firsts, strict=True) if len(delta[1])]
+        fast = [delta for delta in both if _is_fast(delta[0])]
+        self.fast = _Fast(fast, room) if fast or room else None
+        others = [(packed, rows, first) for packed, rows, first in both if not _is_fast(packed)]
+        self.others = reference.Work([(packed, rows) for packed, rows, _ in others], [first for *_, first in others])
 
     def update(self, deltas: Sequence[Delta], firsts: Sequence[int] | None = None) -> None:
         """Do the same for other deltas from now on: a CUDA graph of `add` that was captured does so too.
@@ -66,14 +71,6 @@ class Work:
             raise ValueError("there is no room for other deltas")
         assert self.fast is not None
         self.fast.fill([(*delta, first) for delta, first in zip(deltas, firsts or [0] * len(deltas), strict=True)])
-
-    def _fill(self, deltas: Sequence[Delta], firsts: Sequence[int] | None) -> None:
-        firsts = [0] * len(deltas) if firsts is None else firsts
-        both = [(*delta, first) for delta, first in zip(deltas, firsts, strict=True) if len(delta[1])]
-        fast = [delta for delta in both if _is_fast(delta[0])]
-        self.fast = _Fast(fast, self.room) if fast or self.room else None
-        others = [(packed, rows, first) for packed, rows, first in both if not _is_fast(packed)]
-        self.others = reference.Work([(packed, rows) for packed, rows, _ in others], [first for *_, first in others])
 
     def add(self, y: Tensor, x: Tensor) -> None:
         """As `reference.Work.add`."""
@@ -122,7 +119,7 @@ class Room:
 
 
 def planes_of(packed: Packed) -> int:
-    """How many planes a delta has, filled up as the kernels have them: never more than a `Room` may say."""
+    """How many planes a delta has, filled up as the kernels have them; a `Room` is to have as many."""
     return _Table.of(packed).planes
 
 
@@ -223,6 +220,7 @@ class _Fast:
 
     def __init__(self, deltas: list[tuple[Packed, Tensor, int]], room: Room | None = None) -> None:
         self.room = room
+        self.table: Tensor | None = None
         self.fill(deltas)
 
     def fill(self, deltas: list[tuple[Packed, Tensor, int]]) -> None:
@@ -270,15 +268,8 @@ class _Fast:
         self.splits = max(1, min(MOST_SPLITS, PROGRAMS // tiles)) if tiles else 1
         # Of each row of x: whether it is rotated, and which it is; of each row of a delta: which of these it is, whose
         # it is, and which of y. What a fixed size leaves empty is a segment without a delta, and rows of it.
-        lengths = [
-            self.segments * programs.SEGMENT.value,
-            self.x_count,
-            self.count,
-            self.count,
-            self.x_count,
-            self.count,
-        ]
-        lengths = [-(-length // 2) * 2 for length in lengths]  # whole 16 bytes
+        counts = self.segments * programs.SEGMENT.value, self.x_count, self.count, self.count, self.x_count, self.count
+        lengths = [-(-length // 2) * 2 for length in counts]  # whole 16 bytes
         edges = [0, *accumulate(lengths)]
         host = np.zeros(edges[-1], np.int64)
         host[edges[3] : edges[4]] = self.segments - 1 if len(segments) < self.segments else 0
@@ -289,7 +280,7 @@ class _Fast:
             if parts:
                 numbers = torch.cat(parts)
                 made[edge : edge + len(numbers)] = numbers
-        if getattr(self, "table", None) is None:
+        if self.table is None:
             self.table = made
         else:
             self.table.copy_(made)
@@ -306,7 +297,7 @@ class _Fast:
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, device=device, dtype=dtype)
 
-        # `programs.products` reads a step beyond the last row.
+        # The products' programs read a step beyond the last row.
         inputs, input_scale = empty(self.x_count * 2 * length + STEP, dtype=torch.int8), empty(self.x_count)
         input_sum = empty(self.x_count, dtype=torch.int32)
         sums = empty(self.splits, count, 2, planes, dtype=torch.int32)

@@ -60,7 +60,8 @@ def work_in(folder: Path, base: Path, finetuned: Path) -> Matrices:
     checkpoints = Checkpoint(base), Checkpoint(finetuned)
     pairs = {p.name: p for p in pair(*checkpoints)}
     method = make_method("delta-come", precision="2:3")
-    return Matrices(*checkpoints, method, Store(folder), pairs, Counter(map(module_kind, pairs)), 1.0)
+    store = Store(folder)
+    return Matrices(*checkpoints, method, store, pairs, Counter(map(module_kind, pairs)), 1.0, store)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from deltacome.benchmark.random_model import random_model, random_tenant, shared_with_tenants
 from deltacome.benchmark.results import Row, Table, save, set_ticks
 from deltacome.compression.budget import check_ratio
+from deltacome.device import choose_device
 from deltacome.errors import DeltacomeError
 from deltacome.evaluate.summary import import_pyplot
 from deltacome.outputs import new_folder
@@ -62,7 +63,7 @@ def benchmark_memory(
         raise DeltacomeError("give either a base with --delta, or a --shape")
     check_ratio(ratio)
     pyplot = import_pyplot()
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = choose_device(device)
     with new_folder(out) as folder, torch.inference_mode():
         before = _used(place)
         shared: Any

@@ -46,15 +46,24 @@ def random_model(shape: str, layers: int | None, device: torch.device) -> Any:
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    if shape not in SHAPES:
-        raise DeltacomeError(f"there is no shape {shape}; choose from {', '.join(SHAPES)}")
-    settings = dict(SHAPES[shape])
+    settings = settings_of(shape)
     if layers is not None:
         settings |= {"num_hidden_layers": layers, "vocab_size": SMALL_VOCABULARY}
     torch.manual_seed(0)
     with torch.device(device):
         model = LlamaForCausalLM._from_config(LlamaConfig(**settings), dtype=computed_in(device))
     return model.to(device).eval()
+
+
+def settings_of(shape: str) -> dict[str, Any]:
+    """The settings of a Llama of a shape.
+
+    Raises:
+        DeltacomeError: if there is no such shape.
+    """
+    if shape not in SHAPES:
+        raise DeltacomeError(f"there is no shape {shape}; choose from {', '.join(SHAPES)}")
+    return dict(SHAPES[shape])
 
 
 def computed_in(device: torch.device) -> torch.dtype:

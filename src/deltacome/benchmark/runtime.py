@@ -12,6 +12,7 @@ from deltacome.benchmark.random_model import random_model, random_tenant, shared
 from deltacome.benchmark.results import Row, Table, save
 from deltacome.benchmark.timing import captured, measure
 from deltacome.compression.budget import check_ratio
+from deltacome.device import choose_device
 from deltacome.evaluate.summary import import_pyplot
 from deltacome.outputs import new_folder
 from deltacome.progress import bar
@@ -53,7 +54,7 @@ def benchmark_runtime(
     """
     check_ratio(ratio)
     pyplot = import_pyplot()
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = choose_device(device)
     with new_folder(out) as folder, torch.inference_mode():
         plain = random_model(shape, layers, place)
         size = sum(parameter.nbytes for parameter in plain.parameters())

@@ -6,7 +6,18 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from deltacome.cli.common import Base, Json, NewTokens, Template, app, named_folders, print_table, quiet, split_name
+from deltacome.cli.common import (
+    Base,
+    Device,
+    Json,
+    NewTokens,
+    Template,
+    app,
+    named_folders,
+    print_table,
+    quiet,
+    split_name,
+)
 
 benchmarks = typer.Typer(help="Whole comparisons, each by one command; a killed one goes on.", no_args_is_help=True)
 app.add_typer(benchmarks, name="benchmark")
@@ -132,7 +143,6 @@ def papers(
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")]
 Ratio = Annotated[float, typer.Option(min=1, help="Of the random deltas.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda where there is one]")]
 Rounds = Annotated[int, typer.Option(min=1, help="How often everything is measured.")]
 Counts = Annotated[list[int] | None, typer.Option("--tenants", min=1, help="How many; may be repeated.")]
 Shape = Literal["135m", "7b"]
@@ -169,6 +179,27 @@ def runtime(
     quiet()
     counts = tenants or COUNTS
     results = benchmark_runtime(output, shape, layers=layers, ratio=ratio, counts=counts, device=device, rounds=rounds)
+    _show(results, as_json)
+
+
+@benchmarks.command(epilog="Example: deltacome benchmark compress --shape 7b --layers 1 -o compress/")
+def compress(
+    output: Output,
+    base: Annotated[str | None, typer.Argument(metavar="[BASE]", help="Base checkpoint: a folder or a hub id.")] = None,
+    finetuned: Annotated[str | None, typer.Argument(metavar="[FINETUNED]", help="A fine-tune of it.")] = None,
+    shape: Annotated[Shape | None, typer.Option(help="Random checkpoints, in place of real ones.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Of the shape, beside embedding and head.")] = None,
+    ratio: Annotated[str, typer.Option(metavar="NUMBER", help="As `compress` has it.")] = "16",
+    device: Device = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often it is compressed.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Measure the seconds of each phase of a compression, and its peak memory against the bound."""
+    from deltacome.benchmark.compress import benchmark_compress
+
+    results = benchmark_compress(
+        output, base=base, finetuned=finetuned, shape=shape, layers=layers, ratio=ratio, device=device, rounds=rounds
+    )
     _show(results, as_json)
 
 

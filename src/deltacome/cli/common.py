@@ -27,6 +27,7 @@ Template = Annotated[
         metavar="FILE|none", help="Jinja chat template to use instead of the tokenizer's; 'none' for bare prompts."
     ),
 ]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda where there is one]")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 NewTokens = Annotated[int, typer.Option(min=1, help="The longest answer.")]
 

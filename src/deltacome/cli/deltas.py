@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from deltacome.cli.common import Base, DeltaFolder, Dtype, Json, Template, app, print_table, quiet
+from deltacome.cli.common import Base, DeltaFolder, Device, Dtype, Json, Template, app, print_table, quiet
 from deltacome.errors import DeltacomeError
 from deltacome.progress import print_warning
 
@@ -19,7 +19,12 @@ def compress(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
     ratio: Annotated[
-        float | None, typer.Option(help="Bytes of the fine-tuned weights in 16 bit over the artifact's. [default: 16]")
+        str | None,
+        typer.Option(
+            metavar="NUMBER",
+            help="Bytes of the fine-tuned weights in 16 bit over the artifact's. Of several (16,32,64) each gets an "
+            "artifact in the folder, in little more time than one. [default: 16]",
+        ),
     ] = None,
     method: Annotated[
         str | None,
@@ -67,6 +72,7 @@ def compress(
     engine: Annotated[
         Literal["local", "ray"], typer.Option(help="'ray' spreads the matrices over the cluster of RAY_ADDRESS.")
     ] = "local",
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Compress the delta between a base and a fine-tuned checkpoint. Started again after a kill, it goes on."""
@@ -79,7 +85,7 @@ def compress(
         base,
         finetuned,
         output,
-        ratio=ratio,
+        ratio=_ratios(ratio),
         method="lossless" if lossless else method,
         embeddings=embeddings,
         calibration=calibration,
@@ -88,19 +94,33 @@ def compress(
         fold_norms=fold_norms,
         renames=_renames(map) if map else None,
         engine=engine,
+        device=device,
         precision=precision,
         scale=scale,
         group_size=group_size,
     )
-    print(json.dumps(report) if as_json else _as_sentence(report))
+    print(json.dumps(report) if as_json else _as_text(report))
 
 
-def _as_sentence(report: dict[str, Any]) -> str:
-    return (
-        f"{report['artifact']}: {report['artifact_bytes']:,} bytes for {report['finetuned_bytes']:,}, ratio "
-        f"1/{report['artifact_ratio']:.1f} (linear weights 1/{report['linear_ratio']:.1f}), "
-        f"{report['seconds']:.1f} s, peak memory {report['peak_bytes'] / 2**20:.0f} MiB"
-    )
+def _ratios(given: str | None) -> float | list[float] | None:
+    if given is None:
+        return None
+    try:
+        ratios = [float(part) for part in given.split(",")]
+    except ValueError as error:
+        raise DeltacomeError(f"--ratio {given} is no number; write it like --ratio 16, or --ratio 16,32,64") from error
+    return ratios if len(ratios) > 1 else ratios[0]
+
+
+def _as_text(report: dict[str, Any]) -> str:
+    artifacts = report.get("artifacts", [report])
+    costs = f"{report['seconds']:.1f} s, peak memory {report['peak_bytes'] / 2**20:.0f} MiB"
+    lines = [
+        f"{own['artifact']}: {own['artifact_bytes']:,} bytes for {own['finetuned_bytes']:,}, ratio "
+        f"1/{own['artifact_ratio']:.1f} (linear weights 1/{own['linear_ratio']:.1f})"
+        for own in artifacts
+    ]
+    return f"{lines[0]}, {costs}" if len(lines) == 1 else "\n".join([*lines, costs])
 
 
 def _renames(given: list[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from deltacome.cli.common import Base, Dtype, Json, NewTokens, Template, app, named_folders, quiet
+from deltacome.cli.common import Base, Device, Dtype, Json, NewTokens, Template, app, named_folders, quiet
 from deltacome.errors import DeltacomeError
 
 Deltas = Annotated[
@@ -107,7 +107,6 @@ MaxLength = Annotated[
 ]
 CacheTokens = Annotated[int, typer.Option(min=1, help="Tokens whose keys and values are kept, padding too.")]
 Deadline = Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda where there is one]")]
 ServedDtype = Annotated[Dtype | None, typer.Option(help="To compute in. [default: float32 on the CPU]")]
 ServingEngine = Annotated[
     Literal["embedded", "vllm"], typer.Option(help="vllm: vLLM's own server; arguments behind -- are for it.")

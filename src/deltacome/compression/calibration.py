@@ -19,6 +19,7 @@ from deltacome.checkpoints.architectures import auto_class
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.parameter_sources import ParameterSources, Read
 from deltacome.data import Encoder, Example
+from deltacome.device import CPU
 from deltacome.errors import DeltacomeError, reason
 from deltacome.experts import can_run, is_experts, run_experts
 from deltacome.hub import UNFIT_FILES
@@ -53,13 +54,15 @@ class CalibrationStream:
     Args:
         checkpoint: the fine-tuned checkpoint.
         ids, mask: the sequences, int64 and bool (sequences, length), and what of them is no padding.
+        device: where the model is computed.
 
     Raises:
         DeltacomeError: if transformers cannot build the architecture, or its weights are not found by name.
     """
 
-    def __init__(self, checkpoint: Checkpoint, ids: Tensor, mask: Tensor) -> None:
-        self.model = _skeleton(checkpoint)
+    def __init__(self, checkpoint: Checkpoint, ids: Tensor, mask: Tensor, device: torch.device = CPU) -> None:
+        self.device = device
+        self.model = _skeleton(checkpoint, device)
         self.layers = _decoder_layers(self.model)
         self.sources = ParameterSources(self.model, checkpoint)
         self.tensors = checkpoint.tensors
@@ -67,7 +70,7 @@ class CalibrationStream:
         head = self.model.get_output_embeddings()
         is_own = isinstance(head, nn.Linear) and head.weight is not self.model.get_input_embeddings().weight
         self.own_head = head if is_own else None  # untied
-        self.ids, self.mask = ids, mask
+        self.ids, self.mask = ids.to(device), mask.to(device)
 
     def energies(
         self, wanted: Callable[[str], bool], read: Read, advance: Callable[[float], None]
@@ -121,7 +124,7 @@ class CalibrationStream:
         skipped = inside | (set() if self.own_head is None else {id(self.own_head.weight)})
         for name, parameter in list(self.model.named_parameters()):
             if id(parameter) not in skipped:
-                _assign(self.model, name, self.sources.read(name, read))
+                _assign(self.model, name, self.sources.read(name, read).to(self.device))
         for layer in self.layers:
             layer.forward = partial(forward_layer, layer)
         output = self.model.base_model(input_ids=self.ids, attention_mask=self.mask.long(), use_cache=False)
@@ -149,8 +152,8 @@ class CalibrationStream:
 
     def weights(self, layer: nn.Module, read: Read) -> dict[str, Tensor]:
         """A layer's parameters in float32, by their names within it."""
-        prefix = self.prefixes[id(layer)]
-        return {name: self.sources.read(f"{prefix}.{name}", read) for name, _ in layer.named_parameters()}
+        prefix, names = self.prefixes[id(layer)], [name for name, _ in layer.named_parameters()]
+        return {name: self.sources.read(f"{prefix}.{name}", read).to(self.device) for name in names}
 
     def forward_rows(
         self,
@@ -252,8 +255,8 @@ def energies_of(x: Tensor) -> Tensor:
     return x.square().sum(0)
 
 
-def _skeleton(checkpoint: Checkpoint) -> Any:
-    """The model without weights, its buffers (rotary frequencies) in place."""
+def _skeleton(checkpoint: Checkpoint, device: torch.device) -> Any:
+    """The model without weights, its buffers (rotary frequencies) on the device."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig
 
@@ -265,6 +268,9 @@ def _skeleton(checkpoint: Checkpoint) -> Any:
     except UNFIT_FILES as error:
         raise DeltacomeError(f"transformers cannot build {checkpoint.source} to calibrate: {reason(error)}") from error
     model.tie_weights()
+    for module in model.modules():  # `model.to` would want the weights
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
     return model.eval()
 
 

@@ -1,6 +1,7 @@
 """Where the work on matrices is done: in this process, or on a Ray cluster whose nodes share the storage."""
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, Protocol
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from deltacome.compression.matrices import Matrices
 from deltacome.errors import DeltacomeError
 
+ON_GPU_AT_ONCE = 3  # matrices: one that is read, one that is computed, one that is written
 ExecutorName = Literal["local", "ray"]
 Task = Callable[[Matrices, str], None]  # a method of `Matrices`
 
@@ -21,13 +23,21 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """One matrix after another, each on all cores."""
+    """One matrix after another, each on all cores; on a GPU a few at once, which is busy with some of them while others
+    are read and written."""
 
     def each(self, task: Task, work: Matrices, names: Sequence[str]) -> Iterator[str]:
         """Yields each name when its task is done."""
-        for name in names:
+
+        def do(name: str) -> str:
             task(work, name)
-            yield name
+            return name
+
+        if work.device.type == "cpu":
+            yield from map(do, names)
+            return
+        with ThreadPoolExecutor(ON_GPU_AT_ONCE) as pool:
+            yield from pool.map(do, names)
 
 
 class RayExecutor:
@@ -63,7 +73,8 @@ class RayExecutor:
         import ray
 
         shared = ray.put(work)
-        remote = ray.remote(num_cpus=self.threads)(_run)
+        gpus = 0 if work.device.type == "cpu" else 1
+        remote = ray.remote(num_cpus=self.threads, num_gpus=gpus)(_run)
         running = {remote.remote(task, shared, name, self.threads): name for name in names}
         name = ""
         try:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from deltacome.checkpoints.checkpoint import Checkpoint
@@ -13,6 +14,7 @@ from deltacome.compression.allocation import spectra_tensors
 from deltacome.compression.journal import Store
 from deltacome.compression.methods import CodesBits, MatrixDelta, Method, SharesByError
 from deltacome.compression.svd import Basis
+from deltacome.device import CPU
 from deltacome.format.manifest import WeightEntry, term_tensors
 from deltacome.format.terms import Dense, Term, add_terms
 from deltacome.weights import is_embedding, module_kind
@@ -25,8 +27,10 @@ EMBEDDING_SENSITIVITY = 5.0
 class Matrices:
     """All that the work takes: what to read, how to compress, and where to put the results.
 
-    pairs: by name, of these matrices and any other weights. layers, bits_per_weight: see `MatrixDelta`; layers by kind
-    of matrix. energies, sensitivities, budgets (bits): by matrix, empty as long as they are not known.
+    store: for what is finished. shared: for what other ratios have a use for too. is_last: whether no other ratio
+    comes after this one. pairs: by name, of these matrices and any other weights. layers, bits_per_weight: see
+    `MatrixDelta`; layers by kind of matrix. device: where the arithmetic is done. energies, sensitivities, budgets
+    (bits): by matrix, empty as long as they are not known.
     """
 
     base: Checkpoint
@@ -36,6 +40,9 @@ class Matrices:
     pairs: Mapping[str, Pair]
     layers: Mapping[str, int]
     bits_per_weight: float
+    shared: Store
+    is_last: bool = True
+    device: torch.device = CPU
     energies: Mapping[str, Tensor] = field(default_factory=dict)
     sensitivities: Mapping[str, float] = field(default_factory=dict)
     budgets: Mapping[str, float] = field(default_factory=dict)
@@ -43,10 +50,11 @@ class Matrices:
     def measure(self, name: str) -> None:
         """Store what the method needs to know of a matrix for sharing out the bits, under `spectra of NAME`."""
         assert isinstance(self.method, SharesByError)
-        delta = self._known(name, None)
+        delta = replace(self._known(name, None), bases=self._bases(name))
         spectra, bases = self.method.spectra(delta) if bool(delta.values.any()) else ([], ())
-        kept = {f"{field}{i}": tensor for i, basis in enumerate(bases) for field, tensor in vars(basis).items()}
-        self.store.save_intermediate(f"bases of {name}", kept)
+        if not delta.bases:
+            kept = {f"{field}{i}": tensor for i, basis in enumerate(bases) for field, tensor in vars(basis).items()}
+            self.shared.save_intermediate(f"bases of {name}", kept)
         self.store.save_intermediate(f"spectra of {name}", spectra_tensors(spectra))
 
     def compress(self, name: str, second_moment: Tensor | None = None) -> None:
@@ -63,14 +71,13 @@ class Matrices:
         error = None
         norm = float(delta.values.norm())
         if norm:
-            kept = self.store.load_intermediate(f"bases of {name}") or {}
-            bases = tuple(Basis(kept[f"s{i}"], kept[f"vectors{i}"]) for i in range(len(kept) // 2))
-            terms = self.method.compress(replace(delta, bases=bases), self.budgets.get(name, 0))
+            terms = self.method.compress(replace(delta, bases=self._bases(name)), self.budgets.get(name, 0))
             error = float(f"{float(add_terms(delta.values.neg_(), terms).norm()) / norm:.4g}")
         if p.rows < p.shape[0]:
             terms.append(Dense(self.finetuned.read(name)[p.rows :], p.rows))
         self.write(name, terms, error)
-        self.store.drop_intermediate(f"bases of {name}")
+        if self.is_last:
+            self.shared.drop_intermediate(f"bases of {name}")
 
     def write(self, name: str, terms: list[Term], error: float | None = None) -> None:
         """Store a weight's terms."""
@@ -80,11 +87,19 @@ class Matrices:
         self.store.write(entry, {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
 
     def _known(self, name: str, second_moment: Tensor | None) -> MatrixDelta:
-        """All that the method gets to know of a matrix."""
+        """All that the method gets to know of a matrix but for its bases."""
         sensitivity, energy = sensitivity_of(name, self.sensitivities), self.energies.get(name)
         values, _ = read_delta(self.pairs[name], self.base, self.finetuned)
+        values = values.to(self.device)
+        energy = None if energy is None else energy.to(self.device)
         layers = self.layers[module_kind(name)]
         return MatrixDelta(values, is_embedding(name), second_moment, energy, sensitivity, layers, self.bits_per_weight)
+
+    def _bases(self, name: str) -> tuple[Basis, ...]:
+        """A matrix's bases, as far as they have been found."""
+        kept = self.shared.load_intermediate(f"bases of {name}") or {}
+        kept = {key: tensor.to(self.device) for key, tensor in kept.items()}
+        return tuple(Basis(kept[f"s{i}"], kept[f"vectors{i}"]) for i in range(len(kept) // 2))
 
 
 def sensitivity_of(name: str, measured: Mapping[str, float]) -> float:

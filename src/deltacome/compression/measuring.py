@@ -14,6 +14,7 @@ from deltacome.compression.executors import Executor
 from deltacome.compression.journal import Store
 from deltacome.compression.matrices import Matrices
 from deltacome.compression.sensitivity import measure_sensitivities
+from deltacome.device import CPU
 from deltacome.errors import DeltacomeError
 from deltacome.memory import is_out_of_memory
 from deltacome.progress import bar
@@ -33,22 +34,23 @@ def measure_inputs(
     calibration: CalibrationStream | None,
     store: Store,
     warn: Callable[[str], None],
+    device: torch.device = CPU,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Energies and sensitivities of matrices by name, as `MatrixDelta` has them.
 
     Measured by random tokens, the energies in equal parts by the calibration data, if there are any; only once a run,
-    however often that is killed.
+    however often that is killed, and for however many ratios.
     """
     stored = store.load_intermediate("inputs")
     if stored is None:
-        energies, sensitivities = measure(finetuned, matrices, calibration, warn)
+        energies, sensitivities = measure(finetuned, matrices, calibration, warn, device)
         kept = {f"energy {name}": energy for name, energy in energies.items()}
         for name, value in sensitivities.items():
             kept[f"sensitivity {name}"] = torch.tensor(value, dtype=torch.float64)  # to the last bit
         store.save_intermediate("inputs", kept)
         return energies, sensitivities
     if matrices and not any(name.startswith("energy ") for name in stored):
-        warn("the inputs of the layers could not be measured when the interrupted run began, so linears count alike")
+        warn("the inputs of the layers could not be measured at the first go, so linears count alike")
     return (
         {name.removeprefix("energy "): found for name, found in stored.items() if name.startswith("energy ")},
         {
@@ -64,6 +66,7 @@ def measure(
     matrices: Sequence[Pair],
     calibration: CalibrationStream | None,
     warn: Callable[[str], None],
+    device: torch.device = CPU,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """What `measure_inputs` gives, with nothing stored; nothing of what cannot be measured."""
     sizes = {p.name: torch.Size(p.shape).numel() for p in matrices if not is_embedding(p.name)}
@@ -71,7 +74,7 @@ def measure(
     sensitivities: dict[str, float] = {}
     with bar("measuring inputs", (3 if calibration else 2) * sum(sizes.values())) as advance:
         try:
-            stream = _random_stream(finetuned)
+            stream = _random_stream(finetuned, device)
             energies.append({})
             found = measure_sensitivities(stream, finetuned.read_float, advance, SEQUENCES, energies[0])
             sensitivities = _relative(found, sizes)
@@ -91,7 +94,7 @@ def measure(
         each = [own[name] for own in energies if name in own]
         mean = torch.stack([x / x.mean().clamp_min(1e-30) for x in each]).mean(0)
         if torch.isfinite(mean).all():  # not so if the model overflows; then this layer's inputs count alike
-            merged[name] = mean
+            merged[name] = mean.cpu()
     return merged, sensitivities
 
 
@@ -105,9 +108,9 @@ def _relative(sensitivities: dict[str, float], sizes: dict[str, int]) -> dict[st
     return {name: value / mean for name, value in known.items()}
 
 
-def _random_stream(finetuned: Checkpoint) -> CalibrationStream:
+def _random_stream(finetuned: Checkpoint, device: torch.device) -> CalibrationStream:
     try:
-        stream = CalibrationStream(finetuned, *random_tokens(finetuned))
+        stream = CalibrationStream(finetuned, *random_tokens(finetuned), device)
         if not stream.sources.experts:
             stream.ids, stream.mask = stream.ids[:SEQUENCES], stream.mask[:SEQUENCES]
         return stream

@@ -2,9 +2,11 @@
 
 import hashlib
 import math
+import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,22 +19,24 @@ from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.folding import Folded
 from deltacome.checkpoints.pairing import Pair, pair
 from deltacome.checkpoints.rebuilding import rebuild
+from deltacome.compression.allocation import Spectrum
 from deltacome.compression.budget import DEFAULT_RATIO, Budget, check_ratio
 from deltacome.compression.calibration import CalibrationStream, batch
 from deltacome.compression.executors import Executor, ExecutorName, make_executor
-from deltacome.compression.journal import Journal
+from deltacome.compression.journal import Journal, Store
 from deltacome.compression.matrices import Matrices, count_layers, read_delta
 from deltacome.compression.measuring import measure_inputs, measure_spectra
 from deltacome.compression.methods import DEFAULT_METHOD, CodesBits, Method, SharesByError, describe, make_method
 from deltacome.compression.writing import check_names, write_artifact
 from deltacome.data import Encoder, read_examples
+from deltacome.device import choose_device
 from deltacome.errors import BadInputError, DeltacomeError
 from deltacome.files import disk_errors, raw
 from deltacome.format.artifact import Artifact
 from deltacome.format.terms import Dense
 from deltacome.language import load_tokenizer
 from deltacome.memory import peak_memory
-from deltacome.outputs import refuse_existing
+from deltacome.outputs import WorkFolder, refuse_existing
 from deltacome.progress import bar, print_warning
 from deltacome.version import __version__
 from deltacome.weights import is_embedding
@@ -43,6 +47,7 @@ FEW = 1 / 4  # of the entries: where so few change, they do by a step or two
 VALUE_BITS = 2  # of such an entry, besides its place
 
 Warn = Callable[[str], None]
+Phases = dict[str, float]  # seconds
 Tokens = tuple[Tensor, Tensor]  # ids and mask, see `CalibrationStream`
 
 
@@ -51,7 +56,7 @@ def compress(
     finetuned: str | Path,
     out: str | Path,
     *,
-    ratio: float | None = None,
+    ratio: float | Sequence[float] | None = None,
     method: str | None = None,
     embeddings: Literal["compress", "exact"] = "compress",
     calibration: str | Path | None = None,
@@ -60,6 +65,7 @@ def compress(
     fold_norms: bool = False,
     renames: Mapping[str, str] | None = None,
     engine: ExecutorName = "local",
+    device: str | torch.device | None = None,
     warn: Warn = print_warning,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -68,7 +74,8 @@ def compress(
     Args:
         base, finetuned: checkpoint folders or hub ids; `finetuned` may be a folder with a LoRA adapter of the base.
         ratio: bytes of the fine-tuned weights in 16 bit over those of the artifact, 16 by default. A method or
-            precision plan that fixes its own size must reach it, if it is given.
+            precision plan that fixes its own size must reach it, if it is given. Of several, each gets an artifact in
+            the folder `out`, which has its ratio for a name; what they have in common is computed once.
         method: one of `deltacome.compression.methods.METHODS`; by default `delta-come` for a precision plan, else the
             first.
         embeddings: `exact` keeps changed embeddings and the head as they are and leaves them out of the ratio's sum.
@@ -80,11 +87,13 @@ def compress(
             `deltacome.checkpoints.folding.Folded`.
         renames: beginnings of the fine-tuned weights' names and the base's for them, if they differ.
         engine: where the work on matrices is done, see `deltacome.compression.executors`.
+        device: what it is done on, `cpu` or `cuda`; by default a GPU if there is one.
         warn: called with each warning.
         settings: the method's own; None keeps its default.
 
     Returns:
-        Sizes in bytes, `artifact_ratio`, `linear_ratio`, `seconds`, and `peak_bytes` of memory above that at the call.
+        Sizes in bytes, `artifact_ratio`, `linear_ratio`, `seconds`, those of each phase (`phases`), and `peak_bytes` of
+        memory above that at the call. For several ratios the sizes and ratios of each are in a list, `artifacts`.
 
     Raises:
         DeltacomeError: on any bad input; nothing is left behind then. After anything else that ends it early, a kill, a
@@ -92,20 +101,26 @@ def compress(
     """
     started, out = time.monotonic(), Path(out)
     refuse_existing(out)
-    if ratio is not None:
-        check_ratio(ratio)
+    ratios = sorted(set(ratio)) if isinstance(ratio, Sequence) else [ratio]
+    for each in ratios:
+        if each is not None:
+            check_ratio(each)
     method = method or (DEFAULT_METHOD if settings.get("precision") is None else "delta-come")
     chosen = make_method(method, **settings)
     if isinstance(chosen, CodesBits) and fold_norms:
         raise DeltacomeError(f"folding norms rounds weights, which method {method} does not; leave out --fold-norms")
+    if isinstance(ratio, Sequence) and not (ratios and chosen.spends_a_budget):
+        raise DeltacomeError(f"method {method} fixes the size by itself; give it one ratio, or none")
     _check_statistics(method, chosen, calibration is not None, engine)
+    phases: Phases = {}
     with peak_memory() as peak:
         opened, exact = Checkpoint(base), embeddings == "exact"
         tuned = _open(opened, finetuned, exact, fold_norms, renames)
         if isinstance(tuned, Adapted):
             renames = None  # its names are the base's by now
-        budget = Budget(chosen, {p.name: p for p in pair(opened, tuned, renames)}, ratio, exact)
-        run = _Run(opened, tuned, budget, make_executor(engine), warn)
+        pairs = {p.name: p for p in pair(opened, tuned, renames)}
+        budgets = [Budget(chosen, pairs, each, exact) for each in ratios]
+        run = _Run(opened, tuned, budgets[0], budgets[-1], make_executor(engine), choose_device(device), warn, phases)
         tokens = None
         if calibration is not None:
             tokens = _read_tokens(opened, tuned, calibration, calibration_examples, chat_template)
@@ -116,7 +131,22 @@ def compress(
         if isinstance(tuned, Folded):
             recorded["folded_norms"] = len(tuned.norms)
         with disk_errors(f"write {out}"):
-            _make(run, out, recorded, tokens)
+            if isinstance(ratio, Sequence):
+                _make_all(run, budgets, out, recorded, tokens)
+            else:
+                _make(run, out, recorded, tokens)
+    costs = {
+        "seconds": round(time.monotonic() - started, 2),
+        "phases": {phase: round(seconds, 2) for phase, seconds in phases.items()},
+        "peak_bytes": peak.bytes,
+    }
+    if isinstance(ratio, Sequence):
+        return {"artifacts": [_sizes(_place(out, budget)) for budget in budgets], **costs}
+    return _sizes(out) | costs
+
+
+def _sizes(out: Path) -> dict[str, Any]:
+    """What the report says of an artifact."""
     artifact = Artifact(out)
     return {
         "artifact": str(out),
@@ -125,8 +155,6 @@ def compress(
         "finetuned_bytes": artifact.finetuned_bytes,
         "artifact_ratio": round(artifact.ratio, 3),
         "linear_ratio": artifact.manifest["linear_ratio"],
-        "seconds": round(time.monotonic() - started, 2),
-        "peak_bytes": peak.bytes,
     }
 
 
@@ -157,13 +185,28 @@ def _open(
 
 @dataclass(frozen=True)
 class _Run:
-    """What one compression reads, what it may spend, where the work on matrices is done, and who hears of doubts."""
+    """What one compression reads, what it may spend, where the work on matrices is done, and who hears of doubts.
+
+    last_budget: the least of those that the same run is to keep to, one after the other. phases: get the seconds that
+    each takes. shared: where the matrices' bases are put, if not with the finished ones.
+    """
 
     base: Checkpoint
     finetuned: Checkpoint
     budget: Budget
+    last_budget: Budget
     executor: Executor
+    device: torch.device
     warn: Warn
+    phases: Phases
+    shared: Store | None = None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the block's seconds among those of a phase."""
+        started = time.monotonic()
+        yield
+        self.phases[name] = self.phases.get(name, 0.0) + time.monotonic() - started
 
 
 def _warn_of_odd_change(run: _Run) -> None:
@@ -204,9 +247,38 @@ def _exact_bits(share: float) -> float:
     return places + VALUE_BITS * share
 
 
-def _make(run: _Run, out: Path, method: dict[str, Any], tokens: Tokens | None) -> None:
-    """Compress into the folder `out`, going on from what a killed run of the same job has left."""
-    job = {
+def _make_all(run: _Run, budgets: Sequence[Budget], out: Path, method: dict[str, Any], tokens: Tokens | None) -> None:
+    """Compress to each of some budgets, in a folder in the folder `out`, going on from what a killed run has left."""
+    work = WorkFolder(out, {**_job(run, method, tokens), "ratio": [budget.ratio for budget in budgets]})
+    folder, shared = work.path / "output", Store(work.path / "shared")
+    is_over = False
+    try:
+        for path in (folder, shared.folder):
+            path.mkdir(exist_ok=True)
+        for path in shared.folder.glob("*.partial"):  # a killed process was at it
+            path.unlink()
+        for budget in budgets:
+            if not _place(folder, budget).exists():
+                _make(replace(run, budget=budget, shared=shared), _place(folder, budget), method, tokens)
+        for path in folder.glob(".*"):  # of a run that was killed when its artifact was there
+            shutil.rmtree(path)
+        work.publish(folder)
+        is_over = True
+    except BadInputError:
+        is_over = True
+        raise
+    finally:
+        work.close(remove=is_over)
+
+
+def _place(out: Path, budget: Budget) -> Path:
+    """The artifact's folder of one of several budgets."""
+    return out / f"{budget.ratio:g}"
+
+
+def _job(run: _Run, method: dict[str, Any], tokens: Tokens | None) -> dict[str, Any]:
+    """All that a result depends on."""
+    return {
         "deltacome": __version__,
         "checkpoints": [run.base.stamp(), run.finetuned.stamp()],
         "method": method,
@@ -215,6 +287,11 @@ def _make(run: _Run, out: Path, method: dict[str, Any], tokens: Tokens | None) -
         "base names": [p.base_name for p in run.budget.pairs.values()],
         "calibration": hashlib.sha256(raw(tokens[0])).hexdigest() if tokens else None,
     }
+
+
+def _make(run: _Run, out: Path, method: dict[str, Any], tokens: Tokens | None) -> None:
+    """Compress into the folder `out`, going on from what a killed run of the same job has left."""
+    job = _job(run, method, tokens)
     journal = Journal(out, job)
     is_over = False
     try:
@@ -225,7 +302,8 @@ def _make(run: _Run, out: Path, method: dict[str, Any], tokens: Tokens | None) -
             raise
         if [run.base.stamp(), run.finetuned.stamp()] != job["checkpoints"]:
             raise DeltacomeError(f"{run.base.source} or {run.finetuned.source} has changed meanwhile; start again")
-        write_artifact(journal, run.base, run.finetuned, method, run.budget.check)
+        with run.phase("writing"):
+            write_artifact(journal, run.base, run.finetuned, method, run.budget.check)
         is_over = True
     finally:
         journal.work.close(remove=is_over)
@@ -237,21 +315,34 @@ def _compress_weights(run: _Run, journal: Journal, tokens: Tokens | None) -> Non
     if journal.entries:
         run.warn(f"going on with the interrupted run: {len(journal.entries)} of {len(budget.pairs)} weights are done")
     # Opened first: an architecture that cannot be calibrated is found out before the work.
-    stream = CalibrationStream(run.finetuned, *tokens) if tokens else None
+    stream = CalibrationStream(run.finetuned, *tokens, run.device) if tokens else None
     layers = count_layers(p.name for p in budget.matrices)
     bits = 16 / (budget.ratio or DEFAULT_RATIO)
-    work = Matrices(run.base, run.finetuned, method, journal.store, budget.pairs, layers, bits)
+    shared = run.shared or journal.store
+    is_last = budget is run.last_budget
+    work = Matrices(
+        run.base, run.finetuned, method, journal.store, budget.pairs, layers, bits, shared, is_last, run.device
+    )
     matrices = {p.name for p in budget.matrices}
-    for name in budget.pairs.keys() - matrices - journal.entries.keys():
-        _store_exact(work, budget.pairs[name])
-        journal.add(name)
-    budget.check_reachable(journal.entries)
+    with run.phase("exact weights"):
+        for name in budget.pairs.keys() - matrices - journal.entries.keys():
+            _store_exact(work, budget.pairs[name])
+            journal.add(name)
+    run.last_budget.check_reachable(journal.entries)
     if method.statistics == "energies":
-        energies, sensitivities = measure_inputs(run.finetuned, budget.matrices, stream, journal.store, run.warn)
+        with run.phase("inputs"):
+            energies, sensitivities = measure_inputs(
+                run.finetuned, budget.matrices, stream, shared, run.warn, run.device
+            )
         work = replace(work, energies=energies, sensitivities=sensitivities)
-    shares_by_error = budget.ratio is not None and isinstance(method, SharesByError)
-    spectra = measure_spectra(work, budget.matrices, run.executor) if shares_by_error else {}
-    with bar("compressing", sum(run.finetuned.tensors[name].elements for name in budget.pairs)) as advance:
+    spectra: Mapping[str, list[Spectrum]] = {}
+    if budget.ratio is not None and isinstance(method, SharesByError):
+        with run.phase("singular values"):
+            spectra = measure_spectra(work, budget.matrices, run.executor)
+    with (
+        run.phase("codes"),
+        bar("compressing", sum(run.finetuned.tensors[name].elements for name in budget.pairs)) as advance,
+    ):
         advance(sum(entry.elements for entry in journal.entries.values()))
         work = replace(work, budgets=budget.share_out(journal.entries, spectra))
         if stream is not None and method.statistics == "second moments":

@@ -202,7 +202,7 @@ def fit_steps(x: Tensor, bits: Tensor) -> Tensor:
 
 
 def _fit_steps(x: Tensor, bits: Tensor) -> Tensor:
-    normal = torch.tensor([NORMAL_STEP[int(b)] for b in bits[:, 0]], device=x.device)[:, None]
+    normal = torch.tensor([NORMAL_STEP[b] for b in bits[:, 0].tolist()], device=x.device)[:, None]
     usual = normal * x.square().mean(1, keepdim=True).sqrt_().clamp_min_(1e-30)
     widest = x.abs().amax(1, keepdim=True) / ((2**bits - 1) / 2)
     low, high = torch.minimum(0.7 * usual, widest), torch.maximum(1.3 * usual, widest)

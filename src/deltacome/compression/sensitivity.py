@@ -71,7 +71,7 @@ def measure_sensitivities(
         energies.update(measured)
     embedding_name = stream.name_of(model.get_input_embeddings())
     head_name = embedding_name if stream.own_head is None else stream.name_of(stream.own_head)
-    weight = read(head_name).float()
+    weight = read(head_name).float().to(stream.device)
     slope, of_head = _through_head(hidden[chosen].detach(), weight)
     own_count, length = stream.ids[chosen].shape
     found = {head_name: of_head / weight.numel()}
@@ -94,7 +94,7 @@ def measure_sensitivities(
         for alike in zip(*stack, strict=True):
             mean = torch.stack([found.get(name, torch.zeros(own_count)) for name in alike]).mean(0)
             found |= dict.fromkeys(alike, mean)
-    of_embedding = gradient.square().sum((1, 2)) / length / stream.tensors[embedding_name].elements
+    of_embedding = gradient.square().sum((1, 2)).cpu() / length / stream.tensors[embedding_name].elements
     found[embedding_name] = found.get(embedding_name, 0.0) + of_embedding
     return {name: float(own.double().log().mean().exp()) for name, own in found.items()}
 
@@ -113,9 +113,9 @@ def _add(sums: dict[str, list[float]], sequences: int, length: int, product: Pro
         if x.ndim == 3:
             squares = ((x @ x.mT) * (g @ g.mT)).sum((1, 2))
         else:
-            places = torch.arange(len(x)) if tokens is None else tokens
+            places = torch.arange(len(x), device=x.device) if tokens is None else tokens
             each = x.square().sum(-1) * g.square().sum(-1)
-            squares = torch.zeros(sequences).index_add_(0, places // length, each)
+            squares = x.new_zeros(sequences).index_add_(0, places // length, each)
         own[:] = [before + square for before, square in zip(own, squares.tolist(), strict=True)]
 
     product.y.register_hook(add)
@@ -124,12 +124,12 @@ def _add(sums: dict[str, list[float]], sequences: int, length: int, product: Pro
 def _through_head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the negative log-probabilities of drawn tokens with respect to the hidden states (sequences, length,
     n), one row a token, and each sequence's mean of (1 - Σ p²) |h|²."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(hidden.device).manual_seed(0)
     slopes: list[Tensor] = []
     energies: list[float] = []
     for h in hidden.flatten(0, 1).split(HEAD_TOKENS):
         p = (h @ weight.T).softmax(-1)
         energies += ((1 - p.square().sum(1)) * h.square().sum(1)).tolist()
-        p[torch.arange(len(p)), torch.multinomial(p, 1, generator=generator)[:, 0]] -= 1
+        p.scatter_add_(1, torch.multinomial(p, 1, generator=generator), -torch.ones_like(p[:, :1]))
         slopes.append(p @ weight)
     return torch.cat(slopes), torch.tensor(energies).view(hidden.shape[:2]).mean(1)

@@ -9,6 +9,7 @@ import torch
 
 from deltacome.checkpoints.architectures import auto_class
 from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.device import choose_device
 from deltacome.errors import DeltacomeError, reason
 from deltacome.hub import UNFIT_FILES
 from deltacome.language import as_set
@@ -41,10 +42,10 @@ def load(
         dtype: to compute in; the checkpoint's own on a GPU, float32 on the CPU.
 
     Raises:
-        DeltacomeError: if transformers cannot load the base, or a delta is broken, of another base, or has changes
-            that can only be merged.
+        DeltacomeError: if there is no such device, transformers cannot load the base, or a delta is broken, of another
+            base, or has changes that can only be merged.
     """
-    device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(device)
     checkpoint = Checkpoint(base)
     model = _load_base(checkpoint, dtype or (torch.float32 if device.type == "cpu" else None)).to(device).eval()
     share(model, checkpoint)

@@ -24,7 +24,7 @@ class MatrixDelta:
     bits_per_weight: what the asked ratio leaves each weight of the model.
     sensitivity: what a unit of squared error in the weight costs in KL, to second order, against the geometric mean of
         the model's linear weights; 1 if it was not measured.
-    bases: what `SharesByError.spectra` gave of it, if that is at hand.
+    bases: what `SharesByError.spectra` gave of it, perhaps for more bits, if that is at hand.
     """
 
     values: Tensor
@@ -87,6 +87,7 @@ class SharesByError(Protocol):
     def spectra(self, delta: MatrixDelta) -> tuple[list[Spectrum], tuple[Basis, ...]]:
         """What sharing out needs to know of a matrix: one spectrum, or one for each class of its rows.
 
-        And the decompositions behind them, which `compress` need not do again.
+        And the decompositions behind them, the delta's own `bases` if it has any: neither `compress` nor the same for
+        fewer bits need do them again.
         """
         ...

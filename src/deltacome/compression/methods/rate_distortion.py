@@ -18,7 +18,6 @@ from deltacome.format.manifest import MOST_CLASSES, class_bits
 from deltacome.format.rotation import rotate, rotated_diagonal
 from deltacome.format.terms import Factored, Term, component_bits
 
-BIAS_POWER = 0.3  # 8 of 30 layers at 1/64 of the bytes, 6.5 at 1/32
 MOST_OF_SHARE = 2.0  # of its share of the bits that a linear hardly gets: what it takes is decomposed again
 TALL = 6  # times as many rows as columns has an embedding whose rows are put into classes
 
@@ -56,6 +55,7 @@ class RateDistortion:
     drop_weight: what the error of a dropped component weighs for each layer of the model at 1/4 bit a weight, against
         that of a coded one. Dropping is bias, which adds up over layers; the error of a code is noise, which averages
         out. With more bits there is less bias left than noise, so it weighs less, but never less than noise.
+    bias_power: how fast that weight falls as the bits a weight grow.
     input_weight: share of the inputs' energies in the metric, the rest being the identity.
     sensitivity_power: what the sensitivity of a linear weight counts in sharing out. Noise costs in proportion to it,
         dropping less so.
@@ -67,6 +67,7 @@ class RateDistortion:
     """
 
     drop_weight: float = 4 / 15  # 8 for the 30 layers that it was chosen on
+    bias_power: float = 0.3  # 8 of 30 layers at 1/64 of the bytes, 6.5 at 1/32
     input_weight: float = 0.5
     sensitivity_power: float = 0.25
     row_classes: tuple[float, ...] = (0, 1 / 8, 1 / 4, 1 / 2, 1)
@@ -82,13 +83,10 @@ class RateDistortion:
         return "energies" if self.input_weight else "nothing"
 
     def spectra(self, delta: MatrixDelta) -> tuple[list[Spectrum], tuple[Basis, ...]]:
-        root = self._energy(delta).sqrt()
         blocks = self._blocks(delta)
-        bases = []
-        for block in blocks:
-            share = None if delta.is_embedding else MOST_OF_SHARE * delta.bits_per_weight * block.values.numel()
-            bases.append(self._basis(delta, block, root, _most(block, share)))
-        return [self.spectrum(delta, block, basis.s) for block, basis in zip(blocks, bases, strict=True)], tuple(bases)
+        share = None if delta.is_embedding else MOST_OF_SHARE * delta.bits_per_weight * delta.values.numel()
+        bases = self._bases(delta, blocks, share)
+        return [self.spectrum(delta, block, basis.s) for block, basis in zip(blocks, bases, strict=True)], bases
 
     def compress(self, delta: MatrixDelta, budget_bits: float) -> list[Term]:
         return self.quantize(delta, self.decompose(delta, budget_bits), budget_bits)
@@ -98,18 +96,25 @@ class RateDistortion:
         root = self._energy(delta).sqrt()
         blocks = self._blocks(delta)
         found = []
-        for block, known in zip(blocks, delta.bases or [None] * len(blocks), strict=True):
-            most = _most(block, budget_bits)
-            if known is None or known.vectors.shape[1] < min(most, len(known.s)):
-                known = self._basis(delta, block, root, most)
-            u, s, v, rest = split_components(_in_metric(delta, block, root), most, known)
+        for block, basis in zip(blocks, self._bases(delta, blocks, budget_bits), strict=True):
+            u, s, v, rest = split_components(_in_metric(delta, block, root), _most(block, budget_bits), basis)
             found.append(Decomposed(block, u, s, v / root, rest))
         return found
 
-    def _basis(self, delta: MatrixDelta, block: _Block, root: Tensor, most: int) -> Basis:
-        """In half precision, as it may lie on a disk meanwhile: far more exact than any code."""
-        basis = find_basis(_in_metric(delta, block, root), most)
-        return Basis(basis.s, basis.vectors.half())
+    def _bases(self, delta: MatrixDelta, blocks: list[_Block], budget_bits: float | None) -> tuple[Basis, ...]:
+        """The blocks' bases: those that are known, or others where these are too short for `budget_bits`.
+
+        In half precision, as they may lie on a disk meanwhile: far more exact than any code.
+        """
+        root = self._energy(delta).sqrt()
+        bases = []
+        for block, known in zip(blocks, delta.bases or [None] * len(blocks), strict=True):
+            most = _most(block, budget_bits)
+            if known is None or known.vectors.shape[1] < min(most, len(known.s)):
+                found = find_basis(_in_metric(delta, block, root), most)
+                known = Basis(found.s, found.vectors.half())
+            bases.append(known)
+        return tuple(bases)
 
     def quantize(self, delta: MatrixDelta, parts: list[Decomposed], budget_bits: float) -> list[Term]:
         """Terms that take `budget_bits` at most, all scales counted, of what `decompose` gave."""
@@ -127,7 +132,7 @@ class RateDistortion:
         """What sharing out needs to know of a block with these singular values."""
         shape = block.values.shape[0], block.values.shape[1]
         weight = delta.sensitivity if delta.is_embedding else delta.sensitivity**self.sensitivity_power
-        drop_weight = self.drop_weight * delta.layers * (4 * delta.bits_per_weight) ** -BIAS_POWER
+        drop_weight = self.drop_weight * delta.layers * (4 * delta.bits_per_weight) ** -self.bias_power
         return Spectrum(shape, s, weight, max(1.0, drop_weight), fixed_bits=block.fixed_bits)
 
     def _code(self, delta: MatrixDelta, part: Decomposed, widths: Tensor, energy: Tensor) -> list[Term]:
@@ -170,7 +175,7 @@ class RateDistortion:
         if changed < m and len(starts) > MOST_CLASSES:  # those that don't change are a class
             starts = starts[:1] + starts[2:]
         edges = [int(start * changed) for start in (starts if changed >= TALL * n else (0, 1))]
-        classes = [order[first:last].sort().values for first, last in pairwise(edges)]
+        classes = [order[first:last].sort().values.cpu() for first, last in pairwise(edges)]
         bits = m * class_bits(len(classes) + (changed < m))
         return [_Block(values[rows], rows, 0 if number else bits) for number, rows in enumerate(classes)]
 

@@ -1,0 +1,52 @@
+"""Compression on another device than the CPU, a pretended one where there is no GPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import Save, fine_tune, make_any
+from deltacome import Artifact, DeltacomeError, compress
+from deltacome.device import choose_device
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "has_data"),
+    [("llama", "rate-distortion", True), ("llama", "delta-come", True), ("mixtral", "rate-distortion", False)],
+)
+def test_nothing_is_left_on_the_cpu_by_mistake(
+    family: str, method: str, has_data: bool, save: Save, examples: Path, tmp_path: Path
+) -> None:
+    """Every operator that takes tensors of two devices fails, as on a GPU; and what comes out is the CPU's."""
+    model = make_any(family)
+    base = save(model, "base")
+    fine_tune(model)
+    finetuned = save(model, "finetuned")
+    data = [str(examples)] if has_data else []
+    command = [sys.executable, "tests/elsewhere.py", str(base), str(finetuned), str(tmp_path / "there"), method, *data]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    calibration = examples if has_data else None
+    compress(base, finetuned, tmp_path / "here", ratio=(4, 5), method=method, calibration=calibration)
+    for ratio in "45":
+        there, here = (Artifact(tmp_path / place / ratio) for place in ("there", "here"))
+        assert abs(there.bytes - here.bytes) < 0.02 * here.bytes
+        for name, entry in here.entries.items():
+            found = there.entries[name].error
+            assert (found is None) == (entry.error is None)
+            assert found is None or found == pytest.approx(entry.error, rel=0.05, abs=0.02), name
+
+
+@pytest.mark.parametrize("name", ["gpu", "meta", "cuda:99"])
+def test_a_device_that_is_not_there(name: str) -> None:
+    with pytest.raises(DeltacomeError, match="choose cpu"):
+        choose_device(name)
+
+
+def test_phases_make_up_the_time(base: Path, finetuned: Path, tmp_path: Path) -> None:
+    report = compress(base, finetuned, tmp_path / "delta", ratio=4, device="cpu")
+    assert list(report["phases"]) == ["exact weights", "inputs", "singular values", "codes", "writing"]
+    assert 0.5 * report["seconds"] < sum(report["phases"].values()) <= report["seconds"] + 0.05
+    assert json.dumps(report)

@@ -47,10 +47,10 @@ def test_matrices_are_decomposed_once(
     base: Path, finetuned: Path, tmp_path: Path, decomposed: list[tuple[int, ...]]
 ) -> None:
     compress(base, finetuned, tmp_path / "one", ratio=4)
-    once = list(decomposed)
+    once = sorted(decomposed)
     decomposed.clear()
     compress(base, finetuned, tmp_path / "three", ratio=[4, 5, 6])
-    assert once and decomposed == once
+    assert once and sorted(decomposed) == once
 
 
 def test_a_broken_off_sweep_is_gone_on_with(

@@ -22,9 +22,21 @@ class Executor(Protocol):
         ...
 
 
+def threads_for(work: Matrices, names: Sequence[str], available: int) -> dict[str, int]:
+    """How many of the threads each matrix gets: all at once take no more memory than the model's largest by itself.
+
+    One each is best: linear algebra of a matrix spreads badly, above all where other processes take cores away.
+    """
+    elements = {name: torch.Size(p.shape).numel() for name, p in work.pairs.items()}
+    largest = max(elements.values())
+    return {name: available // max(1, min(largest // elements[name], available)) for name in names}
+
+
 class LocalExecutor:
-    """One matrix after another, each on all cores; on a GPU a few at once, which is busy with some of them while others
-    are read and written."""
+    """As many matrices at once as there are threads, each on one, but large ones fewer at once; see `threads_for`.
+
+    On a GPU a few at once, which is busy with some of them while others are read and written.
+    """
 
     def each(self, task: Task, work: Matrices, names: Sequence[str]) -> Iterator[str]:
         """Yields each name when its task is done."""
@@ -33,19 +45,32 @@ class LocalExecutor:
             task(work, name)
             return name
 
-        if work.device.type == "cpu":
-            yield from map(do, names)
+        if work.device.type != "cpu":
+            with ThreadPoolExecutor(ON_GPU_AT_ONCE) as pool:
+                yield from pool.map(do, names)
             return
-        with ThreadPoolExecutor(ON_GPU_AT_ONCE) as pool:
-            yield from pool.map(do, names)
+        available = torch.get_num_threads()
+        groups: dict[int, list[str]] = {}
+        for name, threads in threads_for(work, names, available).items():
+            groups.setdefault(threads, []).append(name)
+        for threads, own in groups.items():
+            if threads == available:
+                yield from map(do, own)
+                continue
+            pool = ThreadPoolExecutor(available // threads, initializer=torch.set_num_threads, initargs=(threads,))
+            try:
+                with pool:
+                    yield from pool.map(do, own)
+            finally:
+                torch.set_num_threads(available)
 
 
 class RayExecutor:
     """Matrices spread over a Ray cluster: that of RAY_ADDRESS or of this machine, or one that is started here.
 
-    Ray does what a lost worker was at again. Each task has as many threads as torch has here, or as the smallest node
-    has cores if these are fewer: on one kind of machine the results are those of `LocalExecutor`, to the last bit, for
-    the same number of threads.
+    Ray does what a lost worker was at again. Each task has the threads that `LocalExecutor` would give it, of as many
+    as torch has here, or as the smallest node has cores if these are fewer: on one kind of machine the results are the
+    same, to the last bit.
 
     Raises:
         DeltacomeError: if Ray is not installed, or there is no cluster where RAY_ADDRESS says.
@@ -73,9 +98,9 @@ class RayExecutor:
         import ray
 
         shared = ray.put(work)
-        gpus = 0 if work.device.type == "cpu" else 1
-        remote = ray.remote(num_cpus=self.threads, num_gpus=gpus)(_run)
-        running = {remote.remote(task, shared, name, self.threads): name for name in names}
+        remote = ray.remote(num_gpus=0 if work.device.type == "cpu" else 1)(_run)
+        threads = threads_for(work, names, self.threads)
+        running = {remote.options(num_cpus=own).remote(task, shared, name, own): name for name, own in threads.items()}
         name = ""
         try:
             while running:

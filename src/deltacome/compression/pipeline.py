@@ -17,6 +17,7 @@ from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.folding import Folded
 from deltacome.checkpoints.pairing import Pair, pair
 from deltacome.checkpoints.rebuilding import rebuild
+from deltacome.checkpoints.rebuilt import Rebuilt
 from deltacome.compression.budget import DEFAULT_RATIO, Budget, check_ratio
 from deltacome.compression.calibration import CalibrationStream, batch
 from deltacome.compression.executors import Executor, ExecutorName, make_executor
@@ -29,6 +30,8 @@ from deltacome.data import Encoder, read_examples
 from deltacome.errors import BadInputError, DeltacomeError
 from deltacome.files import disk_errors, raw
 from deltacome.format.artifact import Artifact
+from deltacome.format.lineage import MOST_PARENTS
+from deltacome.format.manifest import MANIFEST, is_parent_name
 from deltacome.format.terms import Dense
 from deltacome.language import load_tokenizer
 from deltacome.memory import peak_memory
@@ -41,6 +44,7 @@ SUSPICIOUS_CHANGE = 0.5  # of the base's norm; a fine-tune changes a model by a 
 SAMPLED_WEIGHTS = 8
 FEW = 1 / 4  # of the entries: where so few change, they do by a step or two
 VALUE_BITS = 2  # of such an entry, besides its place
+ALONE = ("bitdelta", "lossless")  # methods whose terms stand for a whole delta
 
 Warn = Callable[[str], None]
 Tokens = tuple[Tensor, Tensor]  # ids and mask, see `CalibrationStream`
@@ -59,6 +63,7 @@ def compress(
     chat_template: str | None = None,
     fold_norms: bool = False,
     renames: Mapping[str, str] | None = None,
+    parent: str | Path | None = None,
     engine: ExecutorName = "local",
     warn: Warn = print_warning,
     **settings: Any,
@@ -66,7 +71,8 @@ def compress(
     """Compress the delta between two checkpoints into the folder `out`.
 
     Args:
-        base, finetuned: checkpoint folders or hub ids; `finetuned` may be a folder with a LoRA adapter of the base.
+        base, finetuned: checkpoint folders or hub ids; `finetuned` may be a folder with a LoRA adapter of the base, or
+            with a delta of it.
         ratio: bytes of the fine-tuned weights in 16 bit over those of the artifact, 16 by default. A method or
             precision plan that fixes its own size must reach it, if it is given.
         method: one of `deltacome.compression.methods.METHODS`; by default `delta-come` for a precision plan, else the
@@ -79,6 +85,8 @@ def compress(
         fold_norms: put what changed in a norm into the layers behind it, where that is exact; see
             `deltacome.checkpoints.folding.Folded`.
         renames: beginnings of the fine-tuned weights' names and the base's for them, if they differ.
+        parent: a delta of the base, a folder beside `out` or a hub id: the new one is made on what that rebuilds, holds
+            what has changed since, and is used together with it. Names in `renames` are then the parent's.
         engine: where the work on matrices is done, see `deltacome.compression.executors`.
         warn: called with each warning.
         settings: the method's own; None keeps its default.
@@ -99,17 +107,23 @@ def compress(
     if isinstance(chosen, CodesBits) and fold_norms:
         raise DeltacomeError(f"folding norms rounds weights, which method {method} does not; leave out --fold-norms")
     _check_statistics(method, chosen, calibration is not None, engine)
+    if parent is not None:
+        _check_child(method, chosen, fold_norms)
     with peak_memory() as peak:
         opened, exact = Checkpoint(base), embeddings == "exact"
+        before = opened if parent is None else _open_parent(opened, parent, out)
         tuned = _open(opened, finetuned, exact, fold_norms, renames)
         if isinstance(tuned, Adapted):
             renames = None  # its names are the base's by now
-        budget = Budget(chosen, {p.name: p for p in pair(opened, tuned, renames)}, ratio, exact)
-        run = _Run(opened, tuned, budget, make_executor(engine), warn)
+        pairs = {p.name: p for p in pair(before, tuned, renames)}
+        if parent is not None:
+            _check_rows(before, tuned, pairs)
+        budget = Budget(chosen, pairs, ratio, exact)
+        run = _Run(before, tuned, budget, make_executor(engine), warn)
         tokens = None
         if calibration is not None:
             tokens = _read_tokens(opened, tuned, calibration, calibration_examples, chat_template)
-        check_names(opened, tuned)
+        check_names(before, tuned)
         if not isinstance(chosen, CodesBits):
             _warn_of_odd_change(run)
         recorded = {**describe(method, chosen), "calibration_examples": len(tokens[0]) if tokens else 0}
@@ -128,6 +142,71 @@ def compress(
         "seconds": round(time.monotonic() - started, 2),
         "peak_bytes": peak.bytes,
     }
+
+
+def flatten(
+    base: str | Path, delta: str | Path, out: str | Path, *, ratio: float | None = None, warn: Warn = print_warning
+) -> dict[str, Any]:
+    """Compress what a delta on a delta rebuilds into the folder `out`: a delta of the same model that has no parent.
+
+    Args:
+        base: checkpoint folder or hub id.
+        delta: folder or hub id of the delta.
+        ratio, warn: as of `compress`, by whose default method it is done.
+
+    Returns:
+        As `compress`.
+
+    Raises:
+        DeltacomeError: as `compress`, and if the delta has no parent.
+    """
+    artifact = Artifact(delta)
+    if artifact.parent is None:
+        raise DeltacomeError(f"{delta} has no parent: there is nothing to flatten")
+    return compress(base, artifact.folder, out, ratio=ratio, warn=warn)
+
+
+def _check_child(method: str, chosen: Method, fold_norms: bool) -> None:
+    """Refuse what a delta on a delta cannot have."""
+    if method in ALONE or getattr(chosen, "groups", None):
+        what = f"method {method}" if method in ALONE else "terms with a scale a group"
+        raise DeltacomeError(f"{what} cannot be added to those of a parent; leave out --parent, or take another method")
+    if fold_norms:
+        raise DeltacomeError(
+            "norms are folded on the base's own, not on a parent's; leave out --fold-norms or --parent"
+        )
+
+
+def _open_parent(base: Checkpoint, parent: str | Path, out: Path) -> Rebuilt:
+    """What a new delta in `out` is made on."""
+    rebuilt = Rebuilt(base, parent)
+    artifact, name = rebuilt.artifact, rebuilt.delta_name
+    if any(entry.sign or entry.group_size or entry.coded for a in artifact.chain for entry in a.entries.values()):
+        raise DeltacomeError(
+            f"{parent} has terms that no others can be added to, its method being {artifact.method['name']}; leave out "
+            "--parent"
+        )
+    if any(a.method.get("folded_norms") for a in artifact.chain):
+        raise DeltacomeError(f"{parent} has folded norms, on which no delta can be made; compress without --parent")
+    if len(artifact.chain) > MOST_PARENTS:
+        raise DeltacomeError(f"{parent} is under {MOST_PARENTS} other deltas already; flatten it first")
+    if not is_parent_name(name):
+        raise DeltacomeError(f"{parent} cannot be a parent by the name {name!r}; rename its folder")
+    beside = out.absolute().parent / name
+    if "/" not in name and not (beside.is_dir() and beside.samefile(artifact.folder)):
+        raise DeltacomeError(
+            f"a delta looks for its parent beside itself; write to {artifact.folder.parent / out.name}"
+        )
+    return rebuilt
+
+
+def _check_rows(parent: Checkpoint, finetuned: Checkpoint, pairs: Mapping[str, Pair]) -> None:
+    """Refuse a vocabulary that is smaller than the parent's, whose terms are for all of its rows."""
+    for p in pairs.values():
+        if p.base_name is not None and p.shape < parent.tensors[p.base_name].shape:
+            raise DeltacomeError(
+                f"{p.name} has fewer rows in {finetuned.source} than in {parent.source}; compress without --parent"
+            )
 
 
 def _check_statistics(name: str, method: Method, has_data: bool, engine: ExecutorName) -> None:
@@ -152,6 +231,8 @@ def _open(
         if fold_norms:
             raise DeltacomeError(f"norms cannot be folded in {finetuned}, a LoRA adapter; leave out --fold-norms")
         return Adapted(base, finetuned, renames)
+    if (Path(finetuned) / MANIFEST).is_file():
+        return Rebuilt(base, finetuned)
     return Folded(base, finetuned, exact_embeddings) if fold_norms else Checkpoint(finetuned)
 
 
@@ -187,7 +268,8 @@ def _warn_of_odd_change(run: _Run) -> None:
             f"few per cent; is {run.base.source} the right base?"
         )
     shares = {kind: differing[kind] / count for kind, count in looked_at.items()}
-    if run.budget.ratio and any(shares.values()) and max(shares.values()) < FEW:
+    is_on_base = not isinstance(run.base, Rebuilt)
+    if run.budget.ratio and is_on_base and any(shares.values()) and max(shares.values()) < FEW:
         known = sum(entries[kind] for kind in shares)
         share = sum(entries[kind] * share for kind, share in shares.items()) / known
         bits = sum(entries[kind] * _exact_bits(share) for kind, share in shares.items()) / known
@@ -292,9 +374,9 @@ def _store_exact(work: Matrices, p: Pair) -> None:
     if value.dtype.is_floating_point:
         work.finetuned.check_finite(p.name, value.float())
     same = False
-    if p.base_name is not None and p.rows == (p.shape[0] if p.shape else 0):
+    if p.base_name is not None:
         base = work.base.read(p.base_name)
-        same = torch.equal(value, (base[: p.rows] if base.ndim else base).to(value.dtype))
+        same = torch.equal(value, (base[: p.shape[0]] if p.shape else base).to(value.dtype))
     work.write(p.name, [] if same else [Dense(value)])
 
 
@@ -314,6 +396,8 @@ def _check_outcome(run: _Run, journal: Journal) -> None:
 def _read_tokens(
     base: Checkpoint, finetuned: Checkpoint, calibration: str | Path, count: int, chat_template: str | None
 ) -> Tokens:
+    if isinstance(finetuned, Rebuilt):
+        raise DeltacomeError(f"{finetuned.source} is a delta; merge it, and calibrate on that")
     examples = read_examples(calibration, count)
     tokenizer = load_tokenizer(finetuned.source, finetuned.tokenizer_folder, base.folder)
     return batch(examples, Encoder(tokenizer, chat_template))

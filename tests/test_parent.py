@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import deltacome
-from commands import fail, succeed
+from commands import fail, run, succeed
 from conftest import Save, files, fine_tune, make_any, make_model
 from deltacome import Artifact, DeltacomeError, compress, export, flatten, load, merge
 from deltacome.checkpoints.checkpoint import Checkpoint
@@ -276,6 +276,14 @@ def test_commands(chain: Chain, tmp_path: Path) -> None:
     names = {name.partition(".lora")[0] for name in load_file(tmp_path / "lora" / "adapter_model.safetensors")}
     assert len(names) == 2 + 7 * 2 - 1 and report["error"] < 0.01
     assert succeed("generate", base, "--delta", f"a={delta}", "--prompt", "Hello", "--max-new-tokens", 2)
+
+
+def test_pushed_by_itself(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed: list[Any] = []
+    monkeypatch.setattr("deltacome.hub.push", lambda *arguments, **_: pushed.append(arguments))
+    result = run("push", chain.deltas[1], "someone/v2")
+    assert result.returncode == 0 and "it is a delta on v1, which is no hub id" in result.stderr
+    assert pushed[0][0] == chain.deltas[1] and "delta.safetensors" in pushed[0][1]
 
 
 def test_what_each_part_costs(chain: Chain, examples: Path) -> None:
@@ -563,9 +571,10 @@ def test_a_server_has_a_child_when_its_parent_is_there(
     assert [record.message for record in caplog.records] == ["delta refused"]  # once
     weights = chain.deltas[0] / "delta.safetensors"
     shutil.copytree(chain.deltas[0], tmp_path / "v1")
-    (tmp_path / "v1" / weights.name).write_bytes(weights.read_bytes()[:-9])  # half of it
-    assert names() == names() == set()
-    shutil.copyfile(weights, tmp_path / "v1" / weights.name)
+    for path in (weights, chain.deltas[0] / MANIFEST):  # half of it
+        (tmp_path / "v1" / path.name).write_bytes(path.read_bytes()[:-9])
+        assert names() == names() == set()
+        shutil.copyfile(path, tmp_path / "v1" / path.name)
     assert names() == {"v1", "v2"}
     known = registry.deltas["v2"]
     assert known.size == Artifact(chain.deltas[1]).chain_bytes

@@ -81,8 +81,7 @@ CHECKING = ("verify", "merge", "load")  # promise to notice any damage
 
 @pytest.fixture(scope="module")
 def artifacts(save: Save, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Doors, Files]]:
-    """Of five kinds: embeddings by rows and a grown vocabulary, biases and groups, signs, coded bits, a delta on a delta
-    of the first kind."""
+    """Embeddings by rows and a grown vocabulary, biases and groups, signs, coded bits, a delta on one of the first."""
     found = []
     kinds: list[tuple[Callable[..., Any], dict[str, Any]]] = [
         (lambda: make_model(num_hidden_layers=1, tie_word_embeddings=True), {"ratio": 3}),

@@ -61,11 +61,11 @@ class Artifact:
 
     def _open_parent(self) -> "Artifact | None":
         found: Artifact | None = None
-        for folder in reversed(find_lineage(self.folder, self.manifest)):
-            try:
+        try:
+            for folder in reversed(find_lineage(self.folder, self.manifest)):
                 found = Artifact(folder, found)
-            except DeltacomeError as error:
-                raise ParentError(str(error)) from error
+        except DeltacomeError as error:
+            raise ParentError(str(error)) from error
         return found
 
     def _parse(self) -> None:

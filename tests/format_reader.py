@@ -103,11 +103,19 @@ class Reader:
         assert text.startswith(b'{"sha256":"')
         assert hashlib.sha256(text[:11] + b"0" * 64 + text[75:]).hexdigest().encode() == text[11:75]
         self.manifest: dict[str, Any] = json.loads(text)
-        assert self.manifest["format_version"] == 5
+        assert self.manifest["format_version"] == (6 if "parent" in self.manifest else 5)
+        self.parent: Reader | None = None
+        if "parent" in self.manifest:
+            self.parent = Reader(folder.parent / self.manifest["parent"]["name"], base)
+            assert self.parent.manifest["sha256"] == self.manifest["parent"]["sha256"]
+            assert self.parent.manifest["base"]["fingerprint"] == self.manifest["base"]["fingerprint"]
+        self.files = dict(self.parent.files) if self.parent else {}
         for name, digest in self.manifest["files"].items():
             assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
         for name, digest in self.manifest["base_files"].items():
-            assert hashlib.sha256((base / name).read_bytes()).hexdigest() == digest
+            assert hashlib.sha256(self.files.get(name, base / name).read_bytes()).hexdigest() == digest
+        own = {name: folder / name for name in self.manifest["files"] if not name.endswith(".safetensors")}
+        self.files = {name: path for name, path in self.files.items() if name in self.manifest["base_files"]} | own
         assert fingerprint(base) == self.manifest["base"]["fingerprint"]
         self.raw: dict[str, tuple[str, list[int], bytes]] = {}
         for name in self.manifest["files"]:
@@ -123,11 +131,32 @@ class Reader:
     def weight(self, name: str) -> np.ndarray:
         """The rebuilt weight in float64."""
         entry = self.manifest["weights"][name]
-        shape, base_name = entry["shape"], entry.get("base", name)
         if "coded" in entry:
-            return array(entry["dtype"], shape, self.bits(name))
+            return array(entry["dtype"], entry["shape"], self.bits(name))
+        rebuilt = self.sum(name)
+        exact = self.exact(name)
+        if exact is not None:
+            rebuilt[exact[0] :] = exact[1]
+        return rebuilt
+
+    def exact(self, name: str) -> tuple[int, np.ndarray] | None:
+        """The rows that replace others, and which is the first."""
+        entry = self.manifest["weights"][name]
+        if "dense" in entry:
+            return entry["dense"], self.tensor(f"{name}.dense")
+        return self.parent.exact(entry.get("base", name)) if self.parent else None
+
+    def sum(self, name: str) -> np.ndarray:
+        """The base's weight and all that is added."""
+        entry = self.manifest["weights"][name]
+        shape, base_name = entry["shape"], entry.get("base", name)
         rebuilt = np.zeros(shape)
-        if base_name is not None:
+        if entry.get("dense") == 0:
+            return rebuilt
+        if self.parent:
+            theirs = self.parent.sum(base_name)
+            rebuilt[: theirs.shape[0]] = theirs
+        elif base_name is not None:
             theirs = array(*self.base[base_name])
             rebuilt[: theirs.shape[0]] = theirs
         if "factored" in entry:
@@ -137,8 +166,6 @@ class Reader:
             for row in range(shape[0]):
                 codes, _ = vectors(words[row], 0, 1, shape[1], 1)
                 rebuilt[row] += np.where(codes[0] == 1, scale, -scale)
-        if "dense" in entry:
-            rebuilt[entry["dense"] :] = self.tensor(f"{name}.dense")
         return rebuilt
 
     def bits(self, name: str) -> bytes:

@@ -18,6 +18,7 @@ from deltacome.checkpoints.rebuilding import rebuild
 from deltacome.compression.methods import rate_distortion
 from deltacome.format import digests
 from deltacome.format.manifest import (
+    CHILD_VERSION,
     DIGEST_START,
     FORMAT_VERSION,
     MANIFEST,
@@ -369,9 +370,9 @@ def test_what_is_no_file_is_missing(make: Callable[[Path], None], artifact: Path
 def test_other_format_versions_are_refused(artifact: Path, tmp_path: Path) -> None:
     shutil.copytree(artifact, tmp_path / "copy")
     text = (artifact / MANIFEST).read_text()
-    text = text.replace(f'"format_version":{FORMAT_VERSION}', f'"format_version":{FORMAT_VERSION + 1}')
+    text = text.replace(f'"format_version":{FORMAT_VERSION}', f'"format_version":{CHILD_VERSION + 1}')
     (tmp_path / "copy" / MANIFEST).write_text(text)
-    message = f"format version {FORMAT_VERSION + 1}, and this deltacome reads version {FORMAT_VERSION}"
+    message = f"version {CHILD_VERSION + 1}, and this deltacome reads versions {FORMAT_VERSION} and {CHILD_VERSION}"
     with pytest.raises(DeltacomeError, match=message):
         Artifact(tmp_path / "copy")
 

@@ -95,5 +95,6 @@ def test_the_command_takes_a_list(base: Path, finetuned: Path, tmp_path: Path) -
     for wrong in ("4,x", "4,", "x"):
         fail(f"--ratio {wrong} is no number", *arguments, "--ratio", wrong)
     fail("method bitdelta fixes the size by itself", *arguments, "--ratio", "4,6", "--method", "bitdelta")
+    fail("give one ratio", *arguments, "--ratio", "4,6", "--parent", tmp_path / "sweep" / "4")
     fail("there is no device 'gpu'", *arguments, "--device", "gpu")
     assert not (tmp_path / "other").exists()

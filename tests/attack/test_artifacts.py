@@ -81,7 +81,7 @@ CHECKING = ("verify", "merge", "load")  # promise to notice any damage
 
 @pytest.fixture(scope="module")
 def artifacts(save: Save, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Doors, Files]]:
-    """Of four kinds: embeddings by rows and a grown vocabulary, biases and groups, signs, coded bits."""
+    """Embeddings by rows and a grown vocabulary, biases and groups, signs, coded bits, a delta on one of the first."""
     found = []
     kinds: list[tuple[Callable[..., Any], dict[str, Any]]] = [
         (lambda: make_model(num_hidden_layers=1, tie_word_embeddings=True), {"ratio": 3}),
@@ -91,17 +91,23 @@ def artifacts(save: Save, tmp_path_factory: pytest.TempPathFactory) -> list[tupl
         ),
         (lambda: make_model(num_hidden_layers=1), {"method": "bitdelta"}),
         (lambda: make_model(num_hidden_layers=1), {"method": "lossless"}),  # which is not to be loaded beside the base
+        (lambda: make_model(num_hidden_layers=1, tie_word_embeddings=True), {"ratio": 3, "parent": "parent"}),
     ]
     for number, (make, options) in enumerate(kinds):
         model = make()
         base = save(model, "base")
         fine_tune(model)
-        if not number:
+        if "ratio" in options:
             model.resize_token_embeddings(262, mean_resizing=False)
         finetuned = save(model, "finetuned")
         (finetuned / "chat_template.jinja").write_text("{{ messages }}")
         (finetuned / "generation_config.json").write_text('{"eos_token_id": 1, "max_length": 20, "more": {"a": [1]}}')
         folder = tmp_path_factory.mktemp("doors")
+        if "parent" in options:
+            options["parent"] = folder / "parent"
+            compress(base, finetuned, folder / "parent", ratio=3)
+            fine_tune(model, 2)
+            finetuned = save(model, "next")
         compress(base, finetuned, folder / "delta", **options)
         files = {path.name: path.read_bytes() for path in (folder / "delta").iterdir()}
         assert {"config.json", "generation_config.json", "chat_template.jinja"} <= files.keys() or number

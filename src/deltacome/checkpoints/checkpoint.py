@@ -101,6 +101,11 @@ class Checkpoint:
         if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
             raise BadInputError(f"{name} in {self.source} holds NaN or infinity; the checkpoint is broken")
 
+    def rows_to_add_to(self, name: str) -> int:
+        """How many of a weight's rows, the first ones, a delta can add to."""
+        shape = self.tensors[name].shape
+        return shape[0] if shape else 0
+
     def sidecars(self) -> list[Path]:
         """The files that belong to the model besides its weights, by name."""
         return sidecars_in(self.folder)

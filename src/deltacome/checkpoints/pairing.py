@@ -15,7 +15,7 @@ from deltacome.weights import OUTPUT_EMBEDDINGS, is_embedding, is_matrix
 class Pair:
     """One weight of the fine-tuned checkpoint and the base's counterpart.
 
-    base_name: None where the base has none. rows: leading rows that both have.
+    base_name: None where the base has none. rows: leading rows that both have, and that a delta can add to.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Pair:
     @property
     def is_matrix(self) -> bool:
         """Whether a method compresses it: a floating-point matrix of some size with a counterpart in the base."""
-        return self.base_name is not None and self.dtype.is_floating_point and is_matrix(self.shape)
+        return self.base_name is not None and self.rows > 0 and self.dtype.is_floating_point and is_matrix(self.shape)
 
 
 def pair(base: Checkpoint, finetuned: Checkpoint, renames: Mapping[str, str] | None = None) -> list[Pair]:
@@ -68,7 +68,7 @@ def pair(base: Checkpoint, finetuned: Checkpoint, renames: Mapping[str, str] | N
         rows = 0
         if base_name is not None:
             shape = base.tensors[base_name].shape
-            rows = min(shape[0], info.shape[0]) if shape and info.shape else 0
+            rows = min(base.rows_to_add_to(base_name), info.shape[0]) if shape and info.shape else 0
             other_vocabulary = is_embedding(name) and len(shape) == 2 and shape[1:] == info.shape[1:]
             if shape != info.shape and not other_vocabulary:
                 raise DeltacomeError(

@@ -1,4 +1,6 @@
-"""Fine-tuned weights, from an artifact and its base."""
+"""Fine-tuned weights and the files beside them, from an artifact and its base."""
+
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,7 +30,8 @@ def rebuild(entry: WeightEntry, terms: list[Term], base: Checkpoint) -> Tensor:
         DeltacomeError: if coded bits are damaged, or another base's.
     """
     if entry.dense == 0 or entry.base is None:
-        return next(term.value for term in terms if isinstance(term, Dense))
+        value = next(term.value for term in terms if isinstance(term, Dense))
+        return value.to(entry.dtype)  # a parent's own may differ
     if not terms:
         weight = base.read(entry.base).to(entry.dtype)
         return weight[: entry.shape[0]] if entry.shape else weight
@@ -53,6 +56,11 @@ def _decoded(entry: WeightEntry, coded: Coded, terms: list[Term], base: Checkpoi
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
+def sidecars(artifact: Artifact, base: Checkpoint) -> dict[str, Path]:
+    """The files of the fine-tuned model beside its weights, by name."""
+    return {name: path or base.folder / name for name, path in artifact.sidecars().items()}
+
+
 def check_base(artifact: Artifact, base: Checkpoint) -> None:
     """Compare the base's weights and the files that the artifact takes from it.
 
@@ -64,6 +72,29 @@ def check_base(artifact: Artifact, base: Checkpoint) -> None:
             f"{base.source} is not the base of {artifact.folder}: its weights' fingerprint differs; "
             f"the delta was made on {artifact.base_name}"
         )
-    for name, digest in artifact.base_files.items():
-        if base.sidecar_digest(name) != digest:
+    for name, path in artifact.sidecars().items():
+        if path is None and base.sidecar_digest(name) != artifact.base_files[name]:
             raise DeltacomeError(f"{name} in {base.source} is not the one that {artifact.folder} was made with")
+
+
+def check_shapes(artifact: Artifact, base: Checkpoint) -> None:
+    """See that every weight that is not stored whole has a counterpart in the base that its terms can be added to.
+
+    Raises:
+        DeltacomeError: naming one that has none.
+    """
+    for name, entry in artifact.weights.items():
+        if entry.base is None or entry.dense == 0:
+            continue
+        found = base.tensors.get(entry.base)
+        if (
+            found is None
+            or len(found.shape) != len(entry.shape)
+            or found.shape[1:] != entry.shape[1:]
+            or (found.shape < entry.shape and not entry.tensors())
+            or (entry.coded is not None and found.shape[0] < entry.coded_rows)
+        ):
+            raise DeltacomeError(
+                f"{artifact.folder} is a broken artifact: {name} has the shape {list(entry.shape)}, which does not fit "
+                f"{entry.base} in {base.source}; fetch or compress it again"
+            )

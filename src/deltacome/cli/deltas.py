@@ -69,6 +69,13 @@ def compress(
         list[str] | None,
         typer.Option(metavar="OLD=NEW", help="Names that begin with OLD begin with NEW in the base; may be repeated."),
     ] = None,
+    parent: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DELTA",
+            help="Make a delta on this delta of BASE, a folder beside the output or a hub id: what has changed since.",
+        ),
+    ] = None,
     engine: Annotated[
         Literal["local", "ray"], typer.Option(help="'ray' spreads the matrices over the cluster of RAY_ADDRESS.")
     ] = "local",
@@ -93,12 +100,31 @@ def compress(
         chat_template=chat_template,
         fold_norms=fold_norms,
         renames=_renames(map) if map else None,
+        parent=parent,
         engine=engine,
         device=device,
         precision=precision,
         scale=scale,
         group_size=group_size,
     )
+    print(json.dumps(report) if as_json else _as_text(report))
+
+
+@app.command(epilog="Example: deltacome flatten base/ math-v3-delta/ -o math-delta/ --ratio 16")
+def flatten(
+    base: Base,
+    delta: DeltaFolder,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
+    ratio: Annotated[
+        float | None, typer.Option(help="Bytes of the fine-tuned weights in 16 bit over the artifact's. [default: 16]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make one delta of a delta and those that it is made on (compress --parent)."""
+    from deltacome.compression.pipeline import flatten as run
+
+    quiet()
+    report = run(base, delta, output, ratio=ratio)
     print(json.dumps(report) if as_json else _as_text(report))
 
 
@@ -173,6 +199,11 @@ def inspect(
         f"{totals['artifact_bytes']:,} bytes for {totals['finetuned_bytes']:,}: artifact ratio "
         f"1/{totals['artifact_ratio']:.2f}, linear ratio 1/{totals['linear_ratio']:.2f}"
     )
+    if "parent" in totals:
+        print(
+            f"on the delta {totals['parent']}; all together {totals['chain_bytes']:,} bytes, ratio "
+            f"1/{totals['chain_ratio']:.2f}"
+        )
 
 
 @app.command(epilog="Example: deltacome verify math-delta/ --base base/")
@@ -193,11 +224,12 @@ def verify(
     else:
         checkpoint = Checkpoint(base)
         artifact = open_checked(checkpoint, delta)  # this process has read no file before
-    for name, entry in artifact.entries.items():
+    for name, entry in artifact.weights.items():
         terms = artifact.terms(name)  # refuses NaN
         if base is not None and entry.coded is not None:
             rebuild(entry, terms, checkpoint)  # compares the weight with its own SHA-256
-    report = {"artifact": str(delta), "files": len(artifact.files) + 1, "base_checked": base is not None}
+    files = sum(len(each.files) + 1 for each in artifact.chain)
+    report = {"artifact": str(delta), "files": files, "base_checked": base is not None}
     print(json.dumps(report) if as_json else f"{delta} is whole" + (f", and {base} is its base" if base else ""))
 
 
@@ -264,4 +296,7 @@ def push(
     artifact.check_digests()
     if "/" not in artifact.base_name:
         print_warning(f"the base is called {artifact.base_name}, which is no hub id; put it into {delta / MODEL_CARD}")
+    parent = artifact.manifest["parent"]["name"] if artifact.parent is not None else "/"
+    if "/" not in parent:
+        print_warning(f"it is a delta on {parent}, which is no hub id: whoever downloads it must have that beside it")
     print(hub.push(artifact.folder, [MANIFEST, MODEL_CARD, *artifact.files], repository, private=private))

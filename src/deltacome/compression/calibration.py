@@ -122,13 +122,15 @@ class CalibrationStream:
         """
         inside = {id(parameter) for layer in self.layers for parameter in layer.parameters()}
         skipped = inside | (set() if self.own_head is None else {id(self.own_head.weight)})
-        for name, parameter in list(self.model.named_parameters()):
-            if id(parameter) not in skipped:
-                _assign(self.model, name, self.sources.read(name, read).to(self.device))
+        outside = [name for name, parameter in self.model.named_parameters() if id(parameter) not in skipped]
+        for name in outside:
+            _assign(self.model, name, self.sources.read(name, read).to(self.device))
         for layer in self.layers:
             layer.forward = partial(forward_layer, layer)
         output = self.model.base_model(input_ids=self.ids, attention_mask=self.mask.long(), use_cache=False)
         hidden: Tensor = output.last_hidden_state
+        for name in outside:  # an embedding may be the largest weight of all
+            _assign(self.model, name, torch.empty(0))
         return hidden
 
     def _forward_layer(self, layer: nn.Module, hidden: Tensor, *arguments: Any, **options: Any) -> Any:

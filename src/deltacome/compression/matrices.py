@@ -74,10 +74,18 @@ class Matrices:
             terms = self.method.compress(replace(delta, bases=self._bases(name)), self.budgets.get(name, 0))
             error = float(f"{float(add_terms(delta.values.neg_(), terms).norm()) / norm:.4g}")
         if p.rows < p.shape[0]:
-            terms.append(Dense(self.finetuned.read(name)[p.rows :], p.rows))
+            rest = self.finetuned.read(name)[p.rows :]
+            if not self._has_rows(p, rest):
+                terms.append(Dense(rest, p.rows))
         self.write(name, terms, error)
         if self.is_last:
             self.shared.drop_intermediate(f"bases of {name}")
+
+    def _has_rows(self, p: Pair, rest: Tensor) -> bool:
+        """Whether the base has these exact rows too, as what is rebuilt from a delta may."""
+        if p.base_name is None or self.base.tensors[p.base_name].shape != p.shape:
+            return False
+        return torch.equal(rest, self.base.read(p.base_name)[p.rows :].to(rest.dtype))
 
     def write(self, name: str, terms: list[Term], error: float | None = None) -> None:
         """Store a weight's terms."""

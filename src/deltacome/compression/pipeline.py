@@ -1,10 +1,8 @@
 """The pipeline: pair the checkpoints, share out the bytes, compress every weight, write the artifact."""
 
 import hashlib
-import math
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,41 +12,42 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from deltacome.checkpoints.adapter import Adapted, is_adapter
+from deltacome.checkpoints.adapter import Adapted
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.folding import Folded
 from deltacome.checkpoints.pairing import Pair, pair
 from deltacome.checkpoints.rebuilding import rebuild
 from deltacome.compression.allocation import Spectrum
 from deltacome.compression.budget import DEFAULT_RATIO, Budget, check_ratio
-from deltacome.compression.calibration import CalibrationStream, batch
+from deltacome.compression.calibration import CalibrationStream
 from deltacome.compression.executors import Executor, ExecutorName, make_executor
 from deltacome.compression.journal import Journal, Store
-from deltacome.compression.matrices import Matrices, count_layers, read_delta
+from deltacome.compression.matrices import Matrices, count_layers
 from deltacome.compression.measuring import measure_inputs, measure_spectra
-from deltacome.compression.methods import DEFAULT_METHOD, CodesBits, Method, SharesByError, describe, make_method
+from deltacome.compression.methods import DEFAULT_METHOD, CodesBits, SharesByError, describe, make_method
+from deltacome.compression.opening import (
+    Tokens,
+    Warn,
+    check_child,
+    check_rows,
+    check_statistics,
+    open_finetuned,
+    open_parent,
+    read_tokens,
+    warn_of_odd_change,
+)
 from deltacome.compression.writing import check_names, write_artifact
-from deltacome.data import Encoder, read_examples
 from deltacome.device import choose_device
 from deltacome.errors import BadInputError, DeltacomeError
 from deltacome.files import disk_errors, raw
 from deltacome.format.artifact import Artifact
 from deltacome.format.terms import Dense
-from deltacome.language import load_tokenizer
 from deltacome.memory import peak_memory
 from deltacome.outputs import WorkFolder, refuse_existing
 from deltacome.progress import bar, print_warning
 from deltacome.version import __version__
-from deltacome.weights import is_embedding
 
-SUSPICIOUS_CHANGE = 0.5  # of the base's norm; a fine-tune changes a model by a few per cent
-SAMPLED_WEIGHTS = 8
-FEW = 1 / 4  # of the entries: where so few change, they do by a step or two
-VALUE_BITS = 2  # of such an entry, besides its place
-
-Warn = Callable[[str], None]
 Phases = dict[str, float]  # seconds
-Tokens = tuple[Tensor, Tensor]  # ids and mask, see `CalibrationStream`
 
 
 def compress(
@@ -64,6 +63,7 @@ def compress(
     chat_template: str | None = None,
     fold_norms: bool = False,
     renames: Mapping[str, str] | None = None,
+    parent: str | Path | None = None,
     engine: ExecutorName = "local",
     device: str | torch.device | None = None,
     warn: Warn = print_warning,
@@ -72,7 +72,8 @@ def compress(
     """Compress the delta between two checkpoints into the folder `out`.
 
     Args:
-        base, finetuned: checkpoint folders or hub ids; `finetuned` may be a folder with a LoRA adapter of the base.
+        base, finetuned: checkpoint folders or hub ids; `finetuned` may be a folder with a LoRA adapter of the base, or
+            with a delta of it.
         ratio: bytes of the fine-tuned weights in 16 bit over those of the artifact, 16 by default. A method or
             precision plan that fixes its own size must reach it, if it is given. Of several, each gets an artifact in
             the folder `out`, which has its ratio for a name; what they have in common is computed once.
@@ -86,6 +87,8 @@ def compress(
         fold_norms: put what changed in a norm into the layers behind it, where that is exact; see
             `deltacome.checkpoints.folding.Folded`.
         renames: beginnings of the fine-tuned weights' names and the base's for them, if they differ.
+        parent: a delta of the base, a folder beside `out` or a hub id: the new one is made on what that rebuilds, holds
+            what has changed since, and is used together with it. Names in `renames` are then the parent's.
         engine: where the work on matrices is done, see `deltacome.compression.executors`.
         device: what it is done on, `cpu` or `cuda`; by default a GPU if there is one.
         warn: called with each warning.
@@ -111,22 +114,29 @@ def compress(
         raise DeltacomeError(f"folding norms rounds weights, which method {method} does not; leave out --fold-norms")
     if isinstance(ratio, Sequence) and not (ratios and chosen.spends_a_budget):
         raise DeltacomeError(f"method {method} fixes the size by itself; give it one ratio, or none")
-    _check_statistics(method, chosen, calibration is not None, engine)
+    check_statistics(method, chosen, calibration is not None, engine)
+    if parent is not None:
+        if isinstance(ratio, Sequence):
+            raise DeltacomeError("a delta lies beside its parent, several would lie in a folder; give one ratio")
+        check_child(method, chosen, fold_norms)
     phases: Phases = {}
     with peak_memory() as peak:
         opened, exact = Checkpoint(base), embeddings == "exact"
-        tuned = _open(opened, finetuned, exact, fold_norms, renames)
+        before = opened if parent is None else open_parent(opened, parent, out)
+        tuned = open_finetuned(opened, finetuned, exact, fold_norms, renames)
         if isinstance(tuned, Adapted):
             renames = None  # its names are the base's by now
-        pairs = {p.name: p for p in pair(opened, tuned, renames)}
+        pairs = {p.name: p for p in pair(before, tuned, renames)}
+        if parent is not None:
+            check_rows(before, tuned, pairs)
         budgets = [Budget(chosen, pairs, each, exact) for each in ratios]
-        run = _Run(opened, tuned, budgets[0], budgets[-1], make_executor(engine), choose_device(device), warn, phases)
+        run = _Run(before, tuned, budgets[0], budgets[-1], make_executor(engine), choose_device(device), warn, phases)
         tokens = None
         if calibration is not None:
-            tokens = _read_tokens(opened, tuned, calibration, calibration_examples, chat_template)
-        check_names(opened, tuned)
+            tokens = read_tokens(opened, tuned, calibration, calibration_examples, chat_template)
+        check_names(before, tuned)
         if not isinstance(chosen, CodesBits):
-            _warn_of_odd_change(run)
+            warn_of_odd_change(before, tuned, budgets[0], warn)
         recorded = {**describe(method, chosen), "calibration_examples": len(tokens[0]) if tokens else 0}
         if isinstance(tuned, Folded):
             recorded["folded_norms"] = len(tuned.norms)
@@ -158,29 +168,26 @@ def _sizes(out: Path) -> dict[str, Any]:
     }
 
 
-def _check_statistics(name: str, method: Method, has_data: bool, engine: ExecutorName) -> None:
-    """Refuse calibration data that the method makes no use of, and a method that cannot do without."""
-    if method.needs_calibration and not has_data:
-        raise DeltacomeError(f"method {name} needs data with these settings; add --calibration FILE.jsonl")
-    if method.statistics == "nothing" and has_data:
-        raise DeltacomeError(f"method {name} makes no use of data with these settings; leave out --calibration")
-    if engine != "local" and has_data and method.statistics == "second moments":
-        raise DeltacomeError(f"method {name} goes through calibration data layer by layer; leave out --engine {engine}")
+def flatten(
+    base: str | Path, delta: str | Path, out: str | Path, *, ratio: float | None = None, warn: Warn = print_warning
+) -> dict[str, Any]:
+    """Compress what a delta on a delta rebuilds into the folder `out`: a delta of the same model that has no parent.
 
+    Args:
+        base: checkpoint folder or hub id.
+        delta: folder or hub id of the delta.
+        ratio, warn: as of `compress`, by whose default method it is done.
 
-def _open(
-    base: Checkpoint,
-    finetuned: str | Path,
-    exact_embeddings: bool,
-    fold_norms: bool,
-    renames: Mapping[str, str] | None,
-) -> Checkpoint:
-    """The fine-tuned side."""
-    if is_adapter(finetuned):
-        if fold_norms:
-            raise DeltacomeError(f"norms cannot be folded in {finetuned}, a LoRA adapter; leave out --fold-norms")
-        return Adapted(base, finetuned, renames)
-    return Folded(base, finetuned, exact_embeddings) if fold_norms else Checkpoint(finetuned)
+    Returns:
+        As `compress`.
+
+    Raises:
+        DeltacomeError: as `compress`, and if the delta has no parent.
+    """
+    artifact = Artifact(delta)
+    if artifact.parent is None:
+        raise DeltacomeError(f"{delta} has no parent: there is nothing to flatten")
+    return compress(base, artifact.folder, out, ratio=ratio, warn=warn)
 
 
 @dataclass(frozen=True)
@@ -207,44 +214,6 @@ class _Run:
         started = time.monotonic()
         yield
         self.phases[name] = self.phases.get(name, 0.0) + time.monotonic() - started
-
-
-def _warn_of_odd_change(run: _Run) -> None:
-    """Look at a few matrices for a delta as large as the weights, the sign of a wrong base, or with few entries."""
-    changed = total = 0.0
-    matrices = run.budget.matrices
-    entries: Counter[bool] = Counter()  # of all matrices and of those that are looked at: embeddings, and the others
-    looked_at: Counter[bool] = Counter()
-    differing: Counter[bool] = Counter()
-    for p in matrices:
-        entries[is_embedding(p.name)] += torch.Size(p.shape).numel()
-    for p in matrices[:: max(1, len(matrices) // SAMPLED_WEIGHTS)]:
-        delta, norm = read_delta(p, run.base, run.finetuned)
-        changed, total = changed + float(delta.square().sum()), total + norm**2
-        looked_at[is_embedding(p.name)] += delta.numel()
-        differing[is_embedding(p.name)] += int(delta.count_nonzero())
-    change = (changed / total) ** 0.5 if total else 0.0
-    if change > SUSPICIOUS_CHANGE:
-        run.warn(
-            f"the delta is {change:.2f} times as large as the base's weights, where a fine-tune changes them by a "
-            f"few per cent; is {run.base.source} the right base?"
-        )
-    shares = {kind: differing[kind] / count for kind, count in looked_at.items()}
-    if run.budget.ratio and any(shares.values()) and max(shares.values()) < FEW:
-        known = sum(entries[kind] for kind in shares)
-        share = sum(entries[kind] * share for kind, share in shares.items()) / known
-        bits = sum(entries[kind] * _exact_bits(share) for kind, share in shares.items()) / known
-        if bits < 16 / run.budget.ratio:
-            run.warn(
-                f"only some {100 * share:.2g} % of the weights differ from the base's; --lossless would keep every bit "
-                f"of them in about 1/{16 / bits:.0f} of the bytes, for merging, not for serving"
-            )
-
-
-def _exact_bits(share: float) -> float:
-    """What it takes to keep every bit of a matrix of which this share of the entries differs, in bits a weight."""
-    places = -sum(p * math.log2(p) for p in (share, 1 - share) if p)
-    return places + VALUE_BITS * share
 
 
 def _make_all(run: _Run, budgets: Sequence[Budget], out: Path, method: dict[str, Any], tokens: Tokens | None) -> None:
@@ -383,9 +352,9 @@ def _store_exact(work: Matrices, p: Pair) -> None:
     if value.dtype.is_floating_point:
         work.finetuned.check_finite(p.name, value.float())
     same = False
-    if p.base_name is not None and p.rows == (p.shape[0] if p.shape else 0):
+    if p.base_name is not None:
         base = work.base.read(p.base_name)
-        same = torch.equal(value, (base[: p.rows] if base.ndim else base).to(value.dtype))
+        same = torch.equal(value, (base[: p.shape[0]] if p.shape else base).to(value.dtype))
     work.write(p.name, [] if same else [Dense(value)])
 
 
@@ -400,11 +369,3 @@ def _check_outcome(run: _Run, journal: Journal) -> None:
             f"the ratio leaves {len(dropped)} of {len(run.budget.matrices)} matrices not even one component, so they "
             f"stay the base's ({dropped[0]} is one); lower the ratio, or the bits of the first components"
         )
-
-
-def _read_tokens(
-    base: Checkpoint, finetuned: Checkpoint, calibration: str | Path, count: int, chat_template: str | None
-) -> Tokens:
-    examples = read_examples(calibration, count)
-    tokenizer = load_tokenizer(finetuned.source, finetuned.tokenizer_folder, base.folder)
-    return batch(examples, Encoder(tokenizer, chat_template))

@@ -117,13 +117,16 @@ def feed_back_in_blocks(x: Tensor, factors: Tensor, bits: Tensor) -> Quantized:
     half = 2.0 ** (bits[:, 0] - 1)
     rows, length = x.shape
     blocks, size, _ = factors.shape
-    w = torch.nn.functional.pad(x, (0, blocks * size - length)).view(rows, blocks, size).permute(2, 1, 0).contiguous()
-    levels = torch.empty_like(w)
-    factors = factors.permute(1, 2, 0).unsqueeze(-1)  # (size, size, blocks, 1)
+    # In steps, and half a step lower, so that levels are whole numbers; each row of a factor by its diagonal entry.
+    w = torch.nn.functional.pad(x / step[:, None] - 0.5, (0, blocks * size - length))
+    w = w.view(rows, blocks, size).permute(2, 1, 0).contiguous()
+    factors = (
+        (factors / factors.diagonal(dim1=1, dim2=2)[..., None]).permute(1, 2, 0).unsqueeze(-1)
+    )  # (size, size, blocks, 1)
+    levels, low, high = torch.empty_like(w), -half, half - 1
     for j in range(size):
-        levels[j] = (w[j] / step).floor_().clamp_(-half, half - 1)
-        error = ((levels[j] + 0.5) * step).sub_(w[j]).div_(factors[j, j])
-        w[j + 1 :].addcmul_(factors[j, j + 1 :], error)
+        torch.round(w[j], out=levels[j]).clamp_(low, high)
+        w[j + 1 :].addcmul_(factors[j, j + 1 :], levels[j] - w[j])
     levels = levels.permute(2, 1, 0).reshape(rows, -1)[:, :length].contiguous()
     return Quantized((levels + half[:, None]).to(torch.int32), (levels + 0.5) * step[:, None], step)
 

@@ -130,6 +130,9 @@ def _through_head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     for h in hidden.flatten(0, 1).split(HEAD_TOKENS):
         p = (h @ weight.T).softmax(-1)
         energies += ((1 - p.square().sum(1)) * h.square().sum(1)).tolist()
-        p.scatter_add_(1, torch.multinomial(p, 1, generator=generator), -torch.ones_like(p[:, :1]))
+        # By the inverse of the distribution: `torch.multinomial` draws a number for each token of the vocabulary.
+        places = torch.rand(len(p), 1, generator=generator, device=p.device)
+        drawn = torch.searchsorted(p.cumsum(1), places).clamp_(max=p.shape[1] - 1)
+        p.scatter_add_(1, drawn, -torch.ones_like(places))
         slopes.append(p @ weight)
     return torch.cat(slopes), torch.tensor(energies).view(hidden.shape[:2]).mean(1)

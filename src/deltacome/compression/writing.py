@@ -8,12 +8,14 @@ from typing import Any
 import torch
 
 from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.checkpoints.rebuilt import Rebuilt
 from deltacome.compression.journal import Journal
 from deltacome.errors import DeltacomeError
 from deltacome.files import sha256, shard_names, shards, write_safetensors
 from deltacome.format.artifact import Artifact
 from deltacome.format.card import model_card
 from deltacome.format.manifest import (
+    CHILD_VERSION,
     FORMAT_VERSION,
     MODEL_CARD,
     WEIGHTS,
@@ -62,6 +64,7 @@ def write_artifact(
     """Write the journal's weights as an artifact in its folder, and give that its name when it is complete.
 
     Args:
+        base: what the weights are deltas on; if that is rebuilt from a delta, this is the artifact's parent.
         method: the method and its settings, as the manifest has them.
         check: raises if the artifact is not what was asked for; it does not get its name then.
     """
@@ -79,11 +82,12 @@ def write_artifact(
         else:
             shutil.copyfile(path, folder / path.name)
             files[path.name] = digest
-    manifest = {
-        "format_version": FORMAT_VERSION,
+    root, parent = (base.base, base.artifact) if isinstance(base, Rebuilt) else (base, None)
+    manifest: dict[str, Any] = {
+        "format_version": FORMAT_VERSION if parent is None else CHILD_VERSION,
         "deltacome": __version__,
         "method": method,
-        "base": {"name": base.name, "fingerprint": base.fingerprint()},
+        "base": {"name": root.name, "fingerprint": root.fingerprint()},
         "finetuned": {"name": finetuned.name},
         "finetuned_bytes": 2 * finetuned.elements,
         "linear_ratio": round(linear_ratio(entries), 3),
@@ -91,8 +95,10 @@ def write_artifact(
         "base_files": base_files,
         "weights": {entry.name: entry.fields() for entry in entries},
     }
+    if isinstance(base, Rebuilt):
+        manifest["parent"] = {"name": base.delta_name, "sha256": base.artifact.manifest["sha256"]}
     write_manifest(folder, manifest, weight_bytes)
-    artifact = Artifact(folder)
+    artifact = Artifact(folder, parent)
     check(artifact)
     (folder / MODEL_CARD).write_text(model_card(artifact), encoding="utf-8")
     journal.work.publish(folder)

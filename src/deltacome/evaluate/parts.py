@@ -105,15 +105,15 @@ def parts_of(artifact: Artifact, model: Any) -> list[Part]:
     names = ModuleNames(model)
     kinds: dict[tuple[str, str], Part] = {}
     exact = Part("exact", "")
-    for entry in artifact.entries.values():
+    for entry in artifact.weights.values():  # the error may be a parent's
         if not (entry.factored or entry.sign or entry.error):
-            exact.bytes += entry.bytes
+            exact.bytes += artifact.entries[entry.name].bytes
             continue
         slot = names.find_expert(entry.name)
         parameter = names.find(entry.name) if slot is None else slot.parameter
         key = _classify(parameter)
         kind = kinds.setdefault(key, Part(*key))
-        kind.bytes += entry.bytes
+        kind.bytes += artifact.entries[entry.name].bytes
         kind.parameters.add(parameter)
     found = [_together("all", list(kinds.values()))]
     for part in dict.fromkeys(part for part, _ in kinds):

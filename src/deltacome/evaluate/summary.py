@@ -51,7 +51,14 @@ def table(artifact: Artifact, by_weight: bool = False) -> list[dict[str, Any]]:
 
 
 def totals(artifact: Artifact) -> dict[str, Any]:
-    """Sizes, ratios, method and base."""
+    """Sizes, ratios, method and base; of a delta on a delta also its `parent` and what the whole chain takes."""
+    of_chain = {}
+    if artifact.parent is not None:
+        of_chain = {
+            "parent": artifact.manifest["parent"]["name"],
+            "chain_bytes": artifact.chain_bytes,
+            "chain_ratio": round(artifact.finetuned_bytes / artifact.chain_bytes, 3),
+        }
     return {
         "method": artifact.method,
         "base": artifact.base_name,
@@ -60,6 +67,7 @@ def totals(artifact: Artifact) -> dict[str, Any]:
         "finetuned_bytes": artifact.finetuned_bytes,
         "artifact_ratio": round(artifact.ratio, 3),
         "linear_ratio": artifact.manifest["linear_ratio"],
+        **of_chain,
     }
 
 
@@ -100,7 +108,7 @@ def plot(artifact: Artifact, path: Path) -> None:
     spectra: dict[str, list[torch.Tensor]] = {}
     widths: dict[str, list[torch.Tensor]] = {}
     for name, entry in artifact.entries.items():
-        terms = [term for term in artifact.terms(name) if isinstance(term, Factored)]
+        terms = [term for term in artifact.own_terms(name) if isinstance(term, Factored)]
         if terms:
             kind = module_kind(name).removesuffix(".weight").rpartition(".")[2]
             spectra.setdefault(kind, []).append(torch.cat([component_sizes(term) for term in terms]))

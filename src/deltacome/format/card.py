@@ -8,6 +8,8 @@ from deltacome.format.artifact import Artifact
 def model_card(artifact: Artifact) -> str:
     """README.md as the Hub shows it."""
     name = artifact.manifest["finetuned"]["name"]
+    parent = artifact.manifest["parent"]["name"] if artifact.parent is not None else None
+    on_parent = f"\nIt is a delta on the delta `{parent}`, which belongs beside it.\n" if parent else ""
     settings = ", ".join(f"{key} {value}" for key, value in artifact.method.items() if key != "name" and value)
     return f"""---
 base_model: {json.dumps(artifact.base_name)}
@@ -20,7 +22,7 @@ tags:
 
 The difference between `{name}` and its base `{artifact.base_name}`, compressed by
 `{artifact.method["name"]}`{f" ({settings})" if settings else ""}.
-
+{on_parent}
 | | |
 |---|---|
 | bytes of the delta | {artifact.bytes:,} |

@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from deltacome.errors import DeltacomeError
 from deltacome.files import SAFETENSORS_DTYPES, TORCH_DTYPES
 from deltacome.format.bits import BIT_WIDTHS, pack, unpack, words_per_row
 from deltacome.format.terms import Coded, Dense, Factored, Groups, Sign, Term, groups_per_row
+from deltacome.hub import HUB_ID
 from deltacome.weights import is_embedding, is_matrix
 
 FORMAT_VERSION = 5
+CHILD_VERSION = 6  # of an artifact with a parent, which readers of version 5 would leave out
 MANIFEST = "deltacome.json"
 WEIGHTS = "delta"
 MODEL_CARD = "README.md"
@@ -168,6 +170,25 @@ class WeightEntry:
         if error is not None and (isinstance(error, bool) or not isinstance(error, int | float)):
             raise ValueError(f"error {error!r}")
         return cls(name, shape, dtype, base, factored, rotated, rows, group_size, sign, dense, coded, error)
+
+    def on(self, above: "WeightEntry | None") -> "WeightEntry":
+        """What it comes to on its counterpart in a parent, see `Artifact`; not of a weight that is stored whole.
+
+        Raises:
+            ValueError: if it cannot be on that.
+        """
+        if above is None or len(above.shape) != len(self.shape) or above.shape[1:] != self.shape[1:]:
+            raise ValueError(f"{self.name}: its parent has no weight {self.base!r} of its shape")
+        if any(entry.sign or entry.group_size or entry.coded for entry in (self, above)):
+            raise ValueError(f"{self.name}: terms that cannot be on others")
+        exact = above.dense if above.dense is not None else (above.shape or (0,))[0]  # the first row not to be added to
+        has_grown = above.shape != self.shape
+        if above.shape > self.shape or (self.dense is None and has_grown) or (self.dense or 0) > exact:
+            raise ValueError(f"{self.name}: rows that do not fit its parent's")
+        if above.dense == 0 and self.tensors():
+            raise ValueError(f"{self.name}: terms on a weight that its parent has whole")
+        dense = above.dense if self.dense is None else self.dense
+        return replace(self, base=above.base, dense=dense, error=above.error if self.error is None else self.error)
 
     def fields(self) -> dict[str, Any]:
         """The inverse of `parse`: the manifest's fields, defaults left out."""
@@ -406,10 +427,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         version = manifest["format_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DeltacomeError(f"{path} is damaged: it is not the JSON that was written ({error})") from error
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, CHILD_VERSION):
         raise DeltacomeError(
-            f"{folder} has format version {str(version)[:20]}, and this deltacome reads version {FORMAT_VERSION}; "
-            "install the release that wrote it, or compress again"
+            f"{folder} has format version {str(version)[:20]}, and this deltacome reads versions {FORMAT_VERSION} and "
+            f"{CHILD_VERSION}; install the release that wrote it, or compress again"
         )
     start = len(DIGEST_START)
     blank = text[:start] + NO_DIGEST.encode() + text[start + len(NO_DIGEST) :]
@@ -420,7 +441,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DeltacomeError(f"{path} has been changed since it was written (its SHA-256 differs); fetch it again")
     if not isinstance(manifest.get("ratio"), int | float):
         raise DeltacomeError(f"{path} is damaged: it names no ratio")
+    is_child = version == CHILD_VERSION
+    if is_child != ("parent" in manifest) or (is_child and not _names_parent(manifest["parent"])):
+        raise DeltacomeError(f"{path} is damaged: a parent is named in version {CHILD_VERSION}, and in no other")
     return manifest
+
+
+def _names_parent(field: Any) -> bool:
+    is_named = isinstance(field, dict) and isinstance(field.get("name"), str) and is_parent_name(field["name"])
+    return is_named and _is_digest(field.get("sha256"))
+
+
+def is_parent_name(name: str) -> bool:
+    """Whether a parent may be called so: by a hub id, or as a folder that lies beside its child and nowhere else."""
+    is_folder = name.isprintable() and name not in ("", ".", "..") and not set("/\\").intersection(name)
+    return HUB_ID.fullmatch(name) is not None or (is_folder and len(name) < 256)
 
 
 def check_fields(manifest: dict[str, Any]) -> None:
@@ -437,7 +472,7 @@ def check_fields(manifest: dict[str, Any]) -> None:
         if not isinstance(text, str):
             raise ValueError(f"the name in {key}")
     for name, digest in {**manifest["files"], **manifest["base_files"]}.items():
-        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        if not _is_digest(digest):
             raise ValueError(f"the SHA-256 of {name}")
     if manifest["finetuned_bytes"] < 0 or manifest["files"].keys() & manifest["base_files"].keys():
         raise ValueError("finetuned_bytes, or a file twice")
@@ -456,6 +491,10 @@ def _coded(field: Any, dtype: torch.dtype) -> tuple[torch.dtype, int]:
     if not _is_count(size):
         raise ValueError("bits coded in so many bytes")
     return TORCH_DTYPES[name], size
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _is_count(value: Any) -> bool:

@@ -3,7 +3,7 @@
 A weight W of shape (m, n) is rebuilt as `W_base + sum of terms`, a `Dense` term replacing rows instead of adding.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -151,6 +151,12 @@ class Coded:
 
 
 Term = Factored | Sign | Dense | Coded
+
+
+def of_rows(terms: list[Term], count: int) -> list[Term]:
+    """The terms of a weight of `count` rows, as those of one that has more rows behind them."""
+    rows = torch.arange(count)
+    return [replace(term, rows=rows) if isinstance(term, Factored) and term.rows is None else term for term in terms]
 
 
 def add_terms(weight: Tensor, terms: list[Term]) -> Tensor:

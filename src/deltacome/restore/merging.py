@@ -11,7 +11,7 @@ import torch
 
 from deltacome.checkpoints.architectures import auto_class
 from deltacome.checkpoints.checkpoint import Checkpoint
-from deltacome.checkpoints.rebuilding import check_base, rebuild_stored
+from deltacome.checkpoints.rebuilding import check_base, check_shapes, rebuild_stored, sidecars
 from deltacome.errors import DeltacomeError, reason
 from deltacome.files import shard_names, shards, write_safetensors
 from deltacome.format.artifact import Artifact
@@ -85,36 +85,17 @@ def open_checked(base: Checkpoint, delta: str | Path) -> Artifact:
     artifact = Artifact(delta)
     artifact.check_files()
     check_base(artifact, base)
-    _check_shapes(artifact, base)
-    _settings(artifact.folder / "config.json")  # refused before the work, if it is broken
+    check_shapes(artifact, base)
+    config = artifact.sidecars().get("config.json")
+    if config is not None:
+        _settings(config)  # refused before the work, if it is broken
     return artifact
-
-
-def _check_shapes(artifact: Artifact, base: Checkpoint) -> None:
-    """Every weight that is not stored whole has a counterpart in the base that its terms can be added to."""
-    for name, entry in artifact.entries.items():
-        if entry.base is None or entry.dense == 0:
-            continue
-        found = base.tensors.get(entry.base)
-        if (
-            found is None
-            or len(found.shape) != len(entry.shape)
-            or found.shape[1:] != entry.shape[1:]
-            or (found.shape < entry.shape and not entry.tensors())
-            or (entry.coded is not None and found.shape[0] < entry.coded_rows)
-        ):
-            raise DeltacomeError(
-                f"{artifact.folder} is a broken artifact: {name} has the shape {list(entry.shape)}, which does not fit "
-                f"{entry.base} in {base.source}; fetch or compress it again"
-            )
 
 
 def copy_sidecars(artifact: Artifact, base: Checkpoint, folder: Path) -> None:
     """Put the fine-tuned model's tokenizer and configuration files, of weights not quantized, into a folder."""
-    for name in artifact.base_files:
-        shutil.copyfile(base.folder / name, folder / name)
-    for name in artifact.files.keys() - {path.name for path in artifact.weight_files}:
-        shutil.copyfile(artifact.folder / name, folder / name)
+    for name, path in sidecars(artifact, base).items():
+        shutil.copyfile(path, folder / name)
     config = folder / "config.json"
     settings = _settings(config)
     kept = {key: value for key, value in settings.items() if key not in OF_THE_FILES}

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from deltacome.format.artifact import Artifact
 from deltacome.format.manifest import WeightEntry
 from deltacome.format.terms import Dense, Factored, Term, add_terms
 from deltacome.hub import UNFIT_FILES
-from deltacome.runtime.kernels.packed import Packed, pack_blocks, pack_terms, transposed
+from deltacome.runtime.kernels.packed import Packed, blocks_of, pack_blocks, transposed
 from deltacome.runtime.kernels.reference import take_signs
 from deltacome.weights import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS
 
@@ -165,12 +164,12 @@ def _change_expert(
         terms, (m, n) = transposed(terms), (n, m)
     stack = getattr(module, parameter)
     first = expert.half * stack.shape[2 if module.is_transposed else 1] // 2
-    packed = pack_terms(terms, (m, n), device)
-    change.experts.setdefault((parameter, expert.expert), []).append((first, packed))
+    packed = pack_blocks(terms, (m, n), device)
+    change.experts.setdefault((parameter, expert.expert), []).extend((first, block) for block in packed)
 
 
 def embedding_vectors(name: str, terms: Sequence[Term]) -> tuple[Tensor, ...]:
-    """`Change.vectors` of the terms of an embedding of that name: those of each class of rows, nothing of a sign term.
+    """`Change.vectors` of the terms of an embedding of that name: those of each block, nothing of a sign term.
 
     Raises:
         DeltacomeError: if rows of it cannot be looked up.
@@ -178,9 +177,9 @@ def embedding_vectors(name: str, terms: Sequence[Term]) -> tuple[Tensor, ...]:
     factored = [term for term in terms if isinstance(term, Factored)]
     if any("u" in term.rotated for term in factored):
         raise DeltacomeError(f"the rows of {name} are rotated, so that tokens cannot be looked up; merge it")
-    blocks = groupby(factored, lambda term: None if term.rows is None else term.rows.data_ptr())
     return tuple(
-        torch.cat([term.right_vectors() * term.scale.float()[:, None] for term in block]) for _, block in blocks
+        torch.cat([term.right_vectors() * term.scale.float()[:, None] for term in block])
+        for block in blocks_of(factored)
     )
 
 
@@ -195,17 +194,18 @@ def check_config(artifact: Artifact, base: Checkpoint) -> None:
             f"{artifact.folder} holds weights to the last bit, which cannot be served beside the base; merge it, or "
             "compress without --lossless"
         )
-    if "config.json" not in artifact.files:
+    config = artifact.sidecars().get("config.json")
+    if config is None:
         return
     from transformers import AutoConfig
 
     try:
         ours, theirs = (
             AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
-            for folder in (base.folder, artifact.folder)
+            for folder in (base.folder, config.parent)
         )
     except UNFIT_FILES:  # a model that transformers does not know
-        ours, theirs = base.config, json.loads((artifact.folder / "config.json").read_text())
+        ours, theirs = base.config, json.loads(config.read_text())
     difference = next(_differences(ours, theirs), None)
     if difference is not None:
         name, values = difference

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.checkpoints.rebuilding import sidecars
 from deltacome.errors import DeltacomeError
 from deltacome.format.artifact import Artifact
 from deltacome.language import end_tokens
@@ -144,9 +145,5 @@ class Tenants:
 def _end_tokens(artifact: Artifact, base: Checkpoint) -> set[int]:
     """Those that the fine-tuned model's configuration names."""
 
-    def find(name: str) -> Path | None:
-        if name in artifact.files:
-            return artifact.folder / name
-        return base.folder / name if name in artifact.base_files else None
-
-    return end_tokens(find("generation_config.json"), find("config.json"))
+    found = sidecars(artifact, base)
+    return end_tokens(found.get("generation_config.json"), found.get("config.json"))

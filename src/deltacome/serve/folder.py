@@ -78,6 +78,14 @@ def stamp(folder: Path) -> Stamp:
     return tuple(found)
 
 
+def stamp_if_there(folder: Path) -> Stamp:
+    """As `stamp`, empty if the folder cannot be read."""
+    try:
+        return stamp(folder)
+    except (OSError, DeltacomeError):
+        return ()
+
+
 @contextmanager
 def readable(folder: Path) -> Iterator[None]:
     """Make a sentence of whatever goes wrong with the files of a folder, which are anybody's.

@@ -13,10 +13,11 @@ from typing import Any
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.rebuilding import check_base
 from deltacome.errors import DeltacomeError
-from deltacome.format.artifact import Artifact, locate_artifact
+from deltacome.format.artifact import Artifact
+from deltacome.format.lineage import ParentError, locate_artifact
 from deltacome.runtime.kernels.cpu import compute_alone
 from deltacome.runtime.tenant import Tenant, check_config
-from deltacome.serve.folder import LONGEST_NAME, Stamp, find, is_name, readable, stamp
+from deltacome.serve.folder import LONGEST_NAME, Stamp, find, is_name, readable, stamp, stamp_if_there
 from deltacome.serve.languages import Language, Languages
 from deltacome.serve.metrics import Metrics
 
@@ -53,7 +54,8 @@ class Loaded:
 
 @dataclass(eq=False)
 class RegisteredDelta:
-    """A delta that can be asked for. size: bytes of its artifact. is_watched: it came from the watched folder.
+    """A delta that can be asked for. size: bytes of its artifact, parents' included. stamp: of its own folder, stamps:
+    of its parents' by theirs. is_watched: it came from the watched folder.
 
     arriving: what loads it. wanted: how many wait for that.
     """
@@ -62,11 +64,16 @@ class RegisteredDelta:
     size: int
     full_bytes: int
     stamp: Stamp
+    stamps: dict[Path, Stamp] = field(default_factory=dict)
     is_watched: bool = False
     loaded: Loaded | None = None
     arriving: asyncio.Task[None] | None = None
     wanted: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def is_current(self, found: Stamp) -> bool:
+        """Whether its files, of which those of its own folder have that stamp now, are as they were."""
+        return found == self.stamp and all(own == stamp_if_there(folder) for folder, own in self.stamps.items())
 
 
 class Registry:
@@ -100,7 +107,7 @@ class Registry:
         self._coming = 0  # bytes of what is being read
         self._freed = asyncio.Event()  # set, and another put in its place, when there may be more room
         self._claimed: set[str] = set()  # names whose delta `load` is loading
-        self._refused: dict[str, tuple[Stamp, str]] = {}  # what the watched folder has and why not
+        self._refused: dict[str, tuple[Stamp | None, str]] = {}  # what the watched folder has and why not
         self._reader = ThreadPoolExecutor(1, "reader", compute_alone)
         metrics.add(name)
 
@@ -160,7 +167,8 @@ class Registry:
             artifact = Artifact(folder)
             check_base(artifact, self.base_checkpoint)
             check_config(artifact, self.base_checkpoint)
-            return RegisteredDelta(folder, artifact.bytes, artifact.finetuned_bytes, found, is_watched)
+            stamps = {parent.folder: stamp_if_there(parent.folder) for parent in artifact.chain[1:]}
+            return RegisteredDelta(folder, artifact.chain_bytes, artifact.finetuned_bytes, found, stamps, is_watched)
 
     def _register(self, name: str, delta: RegisteredDelta) -> None:
         known = self.deltas.get(name)
@@ -211,7 +219,7 @@ class Registry:
         for name, (folder, found) in present.items():
             delta = known.get(name)
             stamp_before, reason = self._refused.get(name, (None, None))
-            if found == stamp_before or (delta is not None and (not delta.is_watched or delta.stamp == found)):
+            if found == stamp_before or (delta is not None and (not delta.is_watched or delta.is_current(found))):
                 continue
             try:
                 if not is_name(name) or name == self.name:
@@ -219,7 +227,8 @@ class Registry:
                 new[name] = self._open(folder, is_watched=True)
                 self._refused.pop(name, None)
             except DeltacomeError as error:
-                self._refused[name] = found, str(error)
+                # A parent may come, or become whole, while nothing changes in its child's folder: look at that again.
+                self._refused[name] = None if isinstance(error, ParentError) else found, str(error)
                 if reason != str(error):
                     log.warning("delta refused", extra={"fields": {"tenant": name, "reason": str(error)}})
         return {name: folder for name, (folder, _) in present.items()}, new

@@ -76,9 +76,9 @@ class Manager(internals.LRUCacheLoRAModelManager):
         artifact = open_checked(self.base, folder)
         layers = Layers(self.model, self.modules, self.packed_modules)
         delta = LoadedDelta(number, read(artifact, self.base, layers))
-        internals.logger.info("%s takes %d bytes, its artifact %d", folder, delta.bytes, artifact.bytes)
-        for name in sorted(artifact.files):
-            if name.startswith(("tokenizer", "chat_template", "generation_config")):
+        internals.logger.info("%s takes %d bytes, its artifact %d", folder, delta.bytes, artifact.chain_bytes)
+        for name, path in sorted(artifact.sidecars().items()):
+            if path is not None and name.startswith(("tokenizer", "chat_template", "generation_config")):
                 internals.logger.warning("%s brings its own %s; vLLM goes on using the base's", folder, name)
         return delta
 

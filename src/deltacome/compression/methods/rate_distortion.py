@@ -26,10 +26,10 @@ TALL = 6  # times as many rows as columns has an embedding whose rows are put in
 class _Block:
     """Rows of a matrix that are coded together.
 
-    values: (rows, n). rows: which these are, ascending, None for all. fixed_bits: what it takes to say so.
+    shape: (rows, n). rows: which these are, ascending, None for all. fixed_bits: what it takes to say so.
     """
 
-    values: Tensor
+    shape: tuple[int, int]
     rows: Tensor | None = None
     fixed_bits: int = 0
 
@@ -130,10 +130,9 @@ class RateDistortion:
 
     def spectrum(self, delta: MatrixDelta, block: _Block, s: Tensor) -> Spectrum:
         """What sharing out needs to know of a block with these singular values."""
-        shape = block.values.shape[0], block.values.shape[1]
         weight = delta.sensitivity if delta.is_embedding else delta.sensitivity**self.sensitivity_power
         drop_weight = self.drop_weight * delta.layers * (4 * delta.bits_per_weight) ** -self.bias_power
-        return Spectrum(shape, s, weight, max(1.0, drop_weight), fixed_bits=block.fixed_bits)
+        return Spectrum(block.shape, s, weight, max(1.0, drop_weight), fixed_bits=block.fixed_bits)
 
     def _code(self, delta: MatrixDelta, part: Decomposed, widths: Tensor, energy: Tensor) -> list[Term]:
         """The terms of a block whose components have these bit-widths."""
@@ -166,18 +165,18 @@ class RateDistortion:
         """
         values = delta.values
         m, n = values.shape
-        squares = values.square().sum(1)
-        changed = int(squares.count_nonzero())
+        sizes = values.norm(dim=1)  # with no copy of the whole, as their squares would be
+        changed = int(sizes.count_nonzero())
         if not delta.is_embedding or (changed == m and m < TALL * n):
-            return [_Block(values)]
-        order = squares.argsort(descending=True, stable=True)[:changed]
+            return [_Block((m, n))]
+        order = sizes.argsort(descending=True, stable=True)[:changed]
         starts = self.row_classes
         if changed < m and len(starts) > MOST_CLASSES:  # those that don't change are a class
             starts = starts[:1] + starts[2:]
         edges = [int(start * changed) for start in (starts if changed >= TALL * n else (0, 1))]
         classes = [order[first:last].sort().values.cpu() for first, last in pairwise(edges)]
         bits = m * class_bits(len(classes) + (changed < m))
-        return [_Block(values[rows], rows, 0 if number else bits) for number, rows in enumerate(classes)]
+        return [_Block((len(rows), n), rows, 0 if number else bits) for number, rows in enumerate(classes)]
 
     def _energy(self, delta: MatrixDelta) -> Tensor:
         """The energies of a delta's metric, (n,). An embedding's inputs are no vectors, so its metric is plain."""
@@ -198,11 +197,12 @@ class RateDistortion:
 
 
 def _in_metric(delta: MatrixDelta, block: _Block, root: Tensor) -> Tensor:
-    """A block as it is decomposed. A copy of an embedding may not fit in memory; its metric is plain."""
-    return block.values if delta.is_embedding else block.values * root
+    """A block (rows, n) as it is decomposed: a copy, but not of a whole embedding, whose metric is plain."""
+    values = delta.values if block.rows is None else delta.values[block.rows]
+    return values if delta.is_embedding else values * root
 
 
 def _most(block: _Block, budget_bits: float | None) -> int:
     """How many components of a block such a budget can hold, 1 at least."""
-    shape = block.values.shape
+    shape = block.shape
     return min(shape) if budget_bits is None else max(1, min(*shape, int(budget_bits // component_bits(1, *shape))))

@@ -111,10 +111,10 @@ class Work:
     """What one matrix of a batch has to do, or several that share an input: as `reference.Work`."""
 
     def __init__(self, deltas: Sequence[tuple[Packed, Tensor]], firsts: Sequence[int] | None = None) -> None:
-        parts: dict[int, list[tuple[Packed, Tensor]]] = {}
+        parts: dict[tuple[int, int], list[tuple[Packed, Tensor]]] = {}
         for delta, first in zip(deltas, firsts or [0] * len(deltas), strict=True):
-            parts.setdefault(first, []).append(delta)
-        self.parts = [(first, _Part(own)) for first, own in parts.items()]
+            parts.setdefault((first, delta[0].turn), []).append(delta)
+        self.parts = [(first, _Part(own)) for (first, _), own in parts.items()]
 
     def add(self, y: Tensor, x: Tensor) -> None:
         """As `reference.Work.add`."""
@@ -123,7 +123,7 @@ class Work:
 
 
 class _Part:
-    """Deltas whose first output is the same."""
+    """Deltas whose first output is the same, and that are for different ones."""
 
     def __init__(self, deltas: list[tuple[Packed, Tensor]]) -> None:
         self.outputs = max(packed.shape[0] for packed, _ in deltas)

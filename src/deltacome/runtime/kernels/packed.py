@@ -4,6 +4,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from deltacome.runtime.kernels.layout import (
 
 UNIT = 128  # bits that a column of codes is filled up to on a GPU, and reads at once
 CPU = torch.device("cpu")
+AnyTerm = TypeVar("AnyTerm", bound=Term)
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,8 @@ class Packed:
 
     terms: factored terms whose entries have one scale a vector. rotated: their rotated sides. rows: int32, the rows of
     the weight that they add to, None for all. groups: their codes. signs: the codes of a sign term, a column a row of
-    the weight. grouped: terms with scales per group of entries, which only the reference kernel computes.
+    the weight. grouped: terms with scales per group of entries, which only the reference kernel computes. turn: of
+    several deltas of a weight those of one turn add to different rows, so that kernels may compute them at once.
     """
 
     shape: tuple[int, int]
@@ -154,6 +157,7 @@ class Packed:
     signs: Tiled | Lined | None = None
     sign_scale: Tensor | None = None
     grouped: tuple[Factored, ...] = ()
+    turn: int = 0
 
     @property
     def factored_rows(self) -> int:
@@ -182,6 +186,7 @@ class Packed:
             None if self.signs is None else codes(self.signs),
             scale,
             tuple(_to(term, device) for term in self.grouped),
+            self.turn,
         )
         return for_gpu(moved) if device.type == "cuda" else moved
 
@@ -215,12 +220,27 @@ class Packed:
 
 
 def pack_blocks(terms: Sequence[Term], shape: tuple[int, int], device: torch.device) -> tuple[Packed, ...]:
-    """Lay out the factored and sign terms of a weight of `shape`: one delta, or one for each class of its rows."""
-    blocks: dict[int | None, list[Term]] = {}
+    """Lay out the factored and sign terms of a weight of `shape`: one delta, or one for each of `blocks_of`."""
+    packed: list[Packed] = []
+    taken: list[Tensor] = []  # by turn, of each row whether a delta adds to it
+    for block in blocks_of(terms):
+        own = pack_terms(block, shape, device)
+        rows = slice(None) if own.rows is None else own.rows.to(CPU, torch.int64)
+        turn = next((i for i, others in enumerate(taken) if not others[rows].any()), len(taken))
+        if turn == len(taken):
+            taken.append(torch.zeros(shape[0], dtype=torch.bool))
+        taken[turn][rows] = True
+        packed.append(replace(own, turn=turn))
+    return tuple(packed)
+
+
+def blocks_of(terms: Sequence[AnyTerm]) -> list[list[AnyTerm]]:
+    """Terms by the class of rows that they are for and the sides that are rotated."""
+    blocks: dict[tuple[int | None, str], list[AnyTerm]] = {}
     for term in terms:
-        rows = term.rows if isinstance(term, Factored) else None
-        blocks.setdefault(None if rows is None else rows.data_ptr(), []).append(term)
-    return tuple(pack_terms(block, shape, device) for block in blocks.values())
+        rows, rotated = (term.rows, term.rotated) if isinstance(term, Factored) else (None, "")
+        blocks.setdefault((None if rows is None else rows.data_ptr(), rotated), []).append(term)
+    return list(blocks.values())
 
 
 def pack_terms(terms: Sequence[Term], shape: tuple[int, int], device: torch.device) -> Packed:

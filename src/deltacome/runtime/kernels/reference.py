@@ -14,7 +14,8 @@ class Work:
     """What one matrix of a batch has to do.
 
     deltas: of shapes (m, n), n being the same, each with the numbers (int64) of its rows. firsts: of each the output
-    that is its first, by default that of y. The deltas of one row are for different outputs.
+    that is its first, by default that of y. The deltas of one row and turn are for different
+    outputs.
     """
 
     def __init__(self, deltas: Sequence[tuple[Packed, Tensor]], firsts: Sequence[int] | None = None) -> None:

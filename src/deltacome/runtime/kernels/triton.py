@@ -44,8 +44,8 @@ class Work:
     """What some matrices of a batch that share an input have to do.
 
     Args:
-        deltas: of shapes (m, n), n being the same, each with the numbers (int64) of its rows. Deltas of one row are for
-            different outputs.
+        deltas: of shapes (m, n), n being the same, each with the numbers (int64) of its rows. Deltas of one row and
+            turn are for different outputs.
         firsts: of each delta the output that is its first, by default that of y.
         room: of what `update` is to have room for; then all tables stay where they are.
     """
@@ -56,8 +56,13 @@ class Work:
         self.room = room
         firsts = [0] * len(deltas) if firsts is None else firsts
         both = [(*delta, first) for delta, first in zip(deltas, firsts, strict=True) if len(delta[1])]
-        fast = [delta for delta in both if _is_fast(delta[0])]
+        turns: dict[int, list[tuple[Packed, Tensor, int]]] = {0: []}
+        for delta in both:
+            if _is_fast(delta[0]):
+                turns.setdefault(delta[0].turn, []).append(delta)
+        fast = turns.pop(0)
         self.fast = _Fast(fast, room) if fast or room else None
+        self.later = [_Fast(own) for own in turns.values()]
         others = [(packed, rows, first) for packed, rows, first in both if not _is_fast(packed)]
         self.others = reference.Work([(packed, rows) for packed, rows, _ in others], [first for *_, first in others])
 
@@ -67,15 +72,15 @@ class Work:
         Raises:
             ValueError: if there is no room for them.
         """
-        if self.room is None or not all(_is_fast(packed) for packed, _ in deltas):
+        if self.room is None or not all(_is_fast(packed) and not packed.turn for packed, _ in deltas):
             raise ValueError("there is no room for other deltas")
         assert self.fast is not None
         self.fast.fill([(*delta, first) for delta, first in zip(deltas, firsts or [0] * len(deltas), strict=True)])
 
     def add(self, y: Tensor, x: Tensor) -> None:
         """As `reference.Work.add`."""
-        if self.fast is not None:
-            self.fast.finish(y, self.fast.compute(x))
+        for fast in [*([] if self.fast is None else [self.fast]), *self.later]:
+            fast.finish(y, fast.compute(x))
         self.others.add(y, x)
 
 
@@ -86,11 +91,15 @@ class SharedWork:
     """
 
     def __init__(self, deltas: Sequence[Sequence[Delta]]) -> None:
-        fast = [[(*delta, 0) for delta in own if _is_fast(delta[0])] for own in deltas]
+        fast = [[(*delta, 0) for delta in own if self._is_shared(delta[0])] for own in deltas]
         self.fast = _Fast(list(chain(*fast))) if any(fast) else None
         counts = [sum(len(rows) for _, rows, _ in own) for own in fast]
         self.edges = list(pairwise([0, *accumulate(counts)]))
-        self.others = [reference.Work([delta for delta in own if not _is_fast(delta[0])]) for own in deltas]
+        self.others = [Work([delta for delta in own if not self._is_shared(delta[0])]) for own in deltas]
+
+    @staticmethod
+    def _is_shared(packed: Packed) -> bool:
+        return _is_fast(packed) and not packed.turn
 
     def compute(self, x: Tensor) -> Tensor | None:
         """What `finish` adds for each of the layers, while x stays as it is."""

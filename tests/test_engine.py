@@ -252,7 +252,8 @@ def test_a_guilty_row_fails_alone(
     answers: dict[int, list[int]] = {}
     engine = Engine(served.model, limits)
     sequences = [ask(served, number, answers) for number in range(12)]
-    culprit = ask(served, 4, {})
+    # One of the first delta's, whose answer is no end token at once: it must come to all the places where it can fail.
+    culprit = ask(served, next(number for number in range(1, 12, 3) if len(served.alone[number]) > 1), {})
     events = told(culprit)
     broken = Tenant("broken", None, served.tenants[1].changes)
     guilty(step)(culprit)

@@ -92,6 +92,16 @@ def test_replaced_in_place(served: Served, tmp_path: Path) -> None:
     served.check(["x", "a"], make_prompts(2))
 
 
+def test_a_delta_on_a_delta_beside_its_parent(served: Served, save: Save, tmp_path: Path) -> None:
+    parent = served.deltas["a"]
+    model = make("llama", tie_word_embeddings=True)
+    name = "child"
+    served.deltas[name] = make_delta(save, served.base, model, 9, parent.with_name(name), parent=parent)
+    served.add_model(name, served.deltas[name], tmp_path)
+    names = ["child", "a", "base", "child", "b"]
+    served.check(names, make_prompts(len(names)))
+
+
 def test_peft_adapters_in_the_same_batch(served: Served, tmp_path: Path) -> None:
     served.deltas["peft"] = make_adapter(served, tmp_path / "peft")
     names = ["peft", "a", "base", "peft", "b"]

@@ -32,6 +32,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from deltacome.format.artifact import Artifact
 from deltacome.format.terms import Factored, Sign
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -247,3 +248,12 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def check_alike(one: Artifact, other: Artifact) -> None:
+    """See that two artifacts of the same model have the same size and errors, but for rounding."""
+    assert abs(one.bytes - other.bytes) < 0.02 * other.bytes
+    for name, entry in other.entries.items():
+        found = one.entries[name].error
+        assert (found is None) == (entry.error is None)
+        assert found is None or found == pytest.approx(entry.error, rel=0.05, abs=0.02), name

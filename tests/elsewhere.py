@@ -100,7 +100,8 @@ def main() -> None:
         patch("torch.tensor", lambda *numbers, device=None, **options: make(*numbers, **options).to(device)),
         Mode(),
     ):
-        pipeline.compress(base, finetuned, out, ratio=(4, 5), method=method, calibration=calibration, warn=sys.exit)
+        ratio = None if method == "bitdelta" else 4
+        pipeline.compress(base, finetuned, out, ratio=ratio, method=method, calibration=calibration, warn=sys.exit)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import deltacome
+from conftest import check_alike
 from deltacome.benchmark.random_model import random_delta
 from deltacome.benchmark.timing import captured
 from deltacome.runtime.kernels import kernels_for, reference
@@ -31,6 +32,14 @@ def test_rows_are_those_of_merged_models(method: str, base: Path, finetuned: Pat
             expected = torch.cat((merged(ids[:1]).logits, plain(ids[1:2]).logits, merged(ids[2:]).logits))
             logits = shared(ids.to(PLACE), tenants=["a", None, "a"]).logits.cpu().double()
             assert (logits - expected).abs().max() <= 2e-4 * (expected.max() - expected.min())
+
+
+@pytest.mark.parametrize("method", ["rate-distortion", "delta-come"])
+def test_compression_is_the_cpus(method: str, base: Path, finetuned: Path, examples: Path, tmp_path: Path) -> None:
+    for place in ("cpu", "cuda"):
+        options = {"method": method, "calibration": examples, "device": place}
+        deltacome.compress(base, finetuned, tmp_path / place, ratio=4, **options)
+    check_alike(deltacome.Artifact(tmp_path / "cuda"), deltacome.Artifact(tmp_path / "cpu"))
 
 
 def test_a_step_is_a_cuda_graph(base: Path, finetuned: Path, tmp_path: Path) -> None:

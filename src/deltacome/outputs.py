@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from deltacome.errors import DeltacomeError
+from deltacome.errors import BadInputError, DeltacomeError
 from deltacome.files import disk_errors, sync, write_atomically
 
 LOCK, JOB, DONE = "lock", "job.json", "done"  # files of a work folder that are none of the work
@@ -70,6 +70,22 @@ class WorkFolder:
         (self.path / DONE).touch()
         folder.rename(self.out)
         sync(self.out.absolute().parent)
+
+    @contextmanager
+    def until_over(self) -> Iterator[None]:
+        """Let go of the folder when the block ends, which removes it after a good end and after bad input.
+
+        After anything else it stays for another run.
+        """
+        is_over = False
+        try:
+            yield
+            is_over = True
+        except BadInputError:
+            is_over = True
+            raise
+        finally:
+            self.close(remove=is_over)
 
     def close(self, remove: bool = False) -> None:
         """Let go of the folder, for another run to go on from unless it is empty, or to be removed.

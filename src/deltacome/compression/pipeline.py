@@ -220,8 +220,7 @@ def _make_all(run: _Run, budgets: Sequence[Budget], out: Path, method: dict[str,
     """Compress to each of some budgets, in a folder in the folder `out`, going on from what a killed run has left."""
     work = WorkFolder(out, {**_job(run, method, tokens), "ratio": [budget.ratio for budget in budgets]})
     folder, shared = work.path / "output", Store(work.path / "shared")
-    is_over = False
-    try:
+    with work.until_over():
         for path in (folder, shared.folder):
             path.mkdir(exist_ok=True)
         for path in shared.folder.glob("*.partial"):  # a killed process was at it
@@ -232,12 +231,6 @@ def _make_all(run: _Run, budgets: Sequence[Budget], out: Path, method: dict[str,
         for path in folder.glob(".*"):  # of a run that was killed when its artifact was there
             shutil.rmtree(path)
         work.publish(folder)
-        is_over = True
-    except BadInputError:
-        is_over = True
-        raise
-    finally:
-        work.close(remove=is_over)
 
 
 def _place(out: Path, budget: Budget) -> Path:

@@ -17,7 +17,7 @@ from deltacome.compression.budget import DEFAULT_RATIO, check_ratio
 from deltacome.compression.pipeline import compress
 from deltacome.compression.precision import TRIPLE, PrecisionPlan
 from deltacome.data import Encoded, Encoder, read_examples
-from deltacome.errors import BadInputError, DeltacomeError, UnreachableRatioError
+from deltacome.errors import DeltacomeError, UnreachableRatioError
 from deltacome.evaluate.comparison import cut, load
 from deltacome.evaluate.metrics import divergence
 from deltacome.files import check_writable, disk_errors, write_atomically
@@ -86,19 +86,12 @@ def search(
     }
     with disk_errors(f"write {out}"):
         work = WorkFolder(out, job)
-        is_over = False
-        try:
+        with work.until_over():
             results = _Results(out, job)
             objective = partial(_divergence, *checkpoints, ratio, reference, encoded, work.path / "delta")
             measure = partial(_measure, results, objective, on_stage)
             measure("default", [PrecisionPlan.parse(TRIPLE)])
             run(measure)
-            is_over = True
-        except BadInputError:
-            is_over = True
-            raise
-        finally:
-            work.close(remove=is_over)
     plan = results.best
     if plan is None:
         raise DeltacomeError(f"no plan will do: {results.candidates[TRIPLE]['infeasible']}")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from conftest import files
+from conftest import Save, files, fine_tune, make_model
 from deltacome import DeltacomeError, compress, export, merge
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.compression.executors import LocalExecutor
@@ -341,7 +341,12 @@ def test_an_output_that_cannot_be_written_is_one_sentence(
 
 
 @pytest.fixture
-def process(base: Path, finetuned: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def process(save: Save, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A compression of many layers, which is not over before somebody looks at it on a busy machine."""
+    model = make_model(num_hidden_layers=30)
+    base = save(model, "base")
+    fine_tune(model)
+    finetuned = save(model, "finetuned")
     command = [
         sys.executable,
         "-m",

@@ -1,6 +1,7 @@
 """Compression on a Ray cluster of two nodes, on this machine."""
 
 import os
+import shutil
 import signal
 import time
 from collections import Counter
@@ -13,10 +14,10 @@ import pytest
 import ray
 import torch
 from ray.cluster_utils import Cluster
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from conftest import Save, fine_tune, make_model
-from deltacome import DeltacomeError, compress
+from conftest import Save, check_alike, fine_tune, make_model
+from deltacome import Artifact, DeltacomeError, compress
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.pairing import pair
 from deltacome.compression.executors import LocalExecutor, RayExecutor, Task, make_executor
@@ -147,3 +148,48 @@ def test_engines_are_named(pair_of_models: Any, tmp_path: Path) -> None:
 def test_calibration_layer_by_layer_is_local(pair_of_models: Any, examples: Path, tmp_path: Path) -> None:
     with pytest.raises(DeltacomeError, match="layer by layer; leave out --engine ray"):
         compress(*pair_of_models, tmp_path / "o", method="delta-come", calibration=examples, engine="ray")
+
+
+@pytest.mark.parametrize("method", ["rate-distortion", "delta-come", "low-rank", "bitdelta", "lossless"])
+def test_side_by_side_as_one_after_the_other(
+    method: str, pair_of_models: tuple[Path, Path], tmp_path: Path, one_thread: None
+) -> None:
+    ratio = None if method in ("bitdelta", "lossless") else 4
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        compress(*pair_of_models, tmp_path / str(threads), ratio=ratio, method=method, device="cpu")
+        assert torch.get_num_threads() == threads
+    check_alike(*(Artifact(tmp_path / threads) for threads in "13"))
+    if method == "lossless":
+        assert contents(tmp_path / "1") == contents(tmp_path / "3")
+
+
+def test_bad_input_side_by_side_is_one_sentence(pair_of_models: tuple[Path, Path], tmp_path: Path) -> None:
+    base, finetuned = pair_of_models
+    broken = tmp_path / "broken"
+    shutil.copytree(finetuned, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = torch.nan
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(DeltacomeError, match="holds NaN or infinity"):
+            compress(base, broken, tmp_path / "out", ratio=4, device="cpu")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_a_weight_without_entries(pair_of_models: tuple[Path, Path], tmp_path: Path) -> None:
+    places = []
+    for folder in pair_of_models:
+        place = tmp_path / f"with-{folder.name}"
+        shutil.copytree(folder, place)
+        tensors = load_file(place / "model.safetensors")
+        save_file({**tensors, "empty": torch.zeros(0, 3)}, place / "model.safetensors", {"format": "pt"})
+        places.append(place)
+    for method in ("rate-distortion", "lossless"):
+        compress(*places, tmp_path / method, method=method, device="cpu")
+        assert Artifact(tmp_path / method).entries["empty"].shape == (0, 3)

@@ -27,7 +27,7 @@ def threads_for(work: Matrices, names: Sequence[str], available: int) -> dict[st
 
     One each is best: linear algebra of a matrix spreads badly, above all where other processes take cores away.
     """
-    elements = {name: torch.Size(p.shape).numel() for name, p in work.pairs.items()}
+    elements = {name: max(1, torch.Size(p.shape).numel()) for name, p in work.pairs.items()}
     largest = max(elements.values())
     return {name: available // max(1, min(largest // elements[name], available)) for name in names}
 

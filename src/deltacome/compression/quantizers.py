@@ -120,9 +120,8 @@ def feed_back_in_blocks(x: Tensor, factors: Tensor, bits: Tensor) -> Quantized:
     # In steps, and half a step lower, so that levels are whole numbers; each row of a factor by its diagonal entry.
     w = torch.nn.functional.pad(x / step[:, None] - 0.5, (0, blocks * size - length))
     w = w.view(rows, blocks, size).permute(2, 1, 0).contiguous()
-    factors = (
-        (factors / factors.diagonal(dim1=1, dim2=2)[..., None]).permute(1, 2, 0).unsqueeze(-1)
-    )  # (size, size, blocks, 1)
+    factors = factors / factors.diagonal(dim1=1, dim2=2)[..., None]
+    factors = factors.permute(1, 2, 0).unsqueeze(-1)  # (size, size, blocks, 1)
     levels, low, high = torch.empty_like(w), -half, half - 1
     for j in range(size):
         torch.round(w[j], out=levels[j]).clamp_(low, high)

@@ -26,6 +26,7 @@ SPANS = [(page, " ".join(found[2].split())) for page, text in PROSE.items() for 
 BLOCKS = [(page, *block) for page, text in PAGES.items() for block in FENCE.findall(text)]
 VLLM = "docs/vllm.md"  # most options there are vLLM's own; some elsewhere are those of other programs
 OTHERS = {
+    "--enforce-eager",
     "--help",
     "--install-completion",
     "--slow",

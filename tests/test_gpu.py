@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -62,20 +63,29 @@ def test_a_step_is_a_cuda_graph(base: Path, finetuned: Path, tmp_path: Path) -> 
 
 
 def test_a_graph_goes_on_with_other_tenants() -> None:
-    kernels, m, n = kernels_for("cuda"), 300, 700
+    """As the layers of the plugin for vLLM do it: graphs of two sizes, and tenants that come when both are there."""
+    kernels, widths, n = kernels_for("cuda"), (300, 100), 700
     generator = torch.Generator(PLACE).manual_seed(0)
-    deltas = [random_delta(m, n, ratio, "uv", generator) for ratio in (4, 8, 16)]
-    room = kernels.Room(4, max(map(kernels.planes_of, deltas)), m, n, PLACE)
-    work = kernels.Work([], room=room)
-    x, y = torch.randn(5, n, device=PLACE), torch.zeros(5, m, device=PLACE)
-    replay = captured(lambda: work.add(y.zero_(), x), PLACE)
-    for batch in ([(0, [0, 1, 2]), (1, [4])], [(2, [3])], [(1, [2]), (0, [0])], []):
-        own = [(deltas[i], torch.tensor(rows, device=PLACE)) for i, rows in batch]
-        work.update(own)
-        replay()
-        expected = torch.zeros(5, m, device=PLACE)
-        reference.Work(own).add(expected, x)
-        assert (y - expected).abs().max() <= 3e-4 * expected.abs().max()
+    slots = kernels.Slots(3, 64, torch.device(PLACE))
+    work = kernels.SlotWork(slots, (0, 300), widths, n)
+    plain = reference.SlotWork(reference.Slots(3, 64, torch.device(PLACE)), (0, 300), widths, n)
+    x, y = torch.randn(64, n, device=PLACE), torch.zeros(64, sum(widths), device=PLACE)
+    slots.set(np.arange(3))
+    replays = {rows: captured(lambda rows=rows: work.add(y[:rows].zero_(), x[:rows]), PLACE) for rows in (8, 64)}
+    for slot, ratio in ((0, 4), (1, 8), (2, 16)):
+        for index, m in enumerate(widths):
+            blocks = [random_delta(m, n, ratio, "uv", generator)]
+            work.fill(index, slot, blocks)
+            plain.fill(index, slot, blocks)
+    for of_rows in ([0, 0, 3, 1, 1], [2, 3], [1, 0, 0, 0, 0, 0, 0, 2], [3], [0, 1, 2, 3] * 16):
+        for tables in (slots, plain.slots):
+            tables.set(np.array(of_rows))
+        for rows, replay in replays.items():
+            if len(of_rows) <= rows:
+                replay()
+                expected = torch.zeros(rows, sum(widths), device=PLACE)
+                plain.add(expected, x[:rows])
+                assert (y[:rows] - expected).abs().max() <= 3e-4 * expected.abs().max()
 
 
 def test_results_do_not_depend_on_the_batch() -> None:

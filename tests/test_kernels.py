@@ -4,6 +4,7 @@ from collections import Counter
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from deltacome.benchmark.random_model import PLAN
 from deltacome.format.terms import Factored, Groups, Sign, Term, add_terms
 from deltacome.runtime.kernels.layout import GPU_WIDTHS, WIDTHS, plan_groups
 from deltacome.runtime.kernels.packed import UNIT, for_gpu, pack_terms, transposed
+from graphs import Captured
 
 CPU = torch.device("cpu")
 
@@ -305,35 +307,106 @@ def test_parts_of_one_output(kernels: Any) -> None:
     assert torch.equal(result[0].cpu(), y[0])
 
 
-def test_tables_of_a_fixed_size_take_other_deltas() -> None:
-    kernels, m, n = gpu_kernels(), 60, 140
-    device = device_of(kernels)
-    plans = [[(3, 5), (1, 30)], [(8, 2)], [(2, 60)], []]
-    terms = [
-        factored(m, n, plan, rotated, seed=i)
-        for i, (plan, rotated) in enumerate(zip(plans, ("uv", "", "v", "uv"), strict=True))
-    ]
-    packed = [pack_terms(own, (m, n), device) for own in terms]
-    room = kernels.Room(6, max(map(kernels.planes_of, packed[:3])), m, n, device)
-    work = kernels.Work([], room=room)
-    table = work.fast.table.data_ptr()
-    x = torch.randn(7, n)
-    for batch in ([(0, [0, 4, 1, 2, 3]), (1, [6])], [(2, [6])], [], [(1, [5, 0]), (0, [3]), (2, [1])]):
-        work.update([(packed[i], torch.tensor(rows, device=device)) for i, rows in batch])
-        y = torch.randn(7, m)
-        result = y.to(device, copy=True)
-        work.add(result, x.to(device))
-        expected = y.double()
-        for i, rows in batch:
-            expected[rows] += x.double()[rows] @ delta_of(terms[i], m, n).T
-        assert work.fast.table.data_ptr() == table
-        assert (result.cpu().double() - expected).abs().max() <= 2e-4 * expected.abs().max()
-    for too_many in (
-        [(packed[0], torch.arange(7, device=device))],
-        [(pack_terms(factored(m, n, [(4, 200)]), (m, n), device), torch.arange(1, device=device))],
-    ):
-        with pytest.raises(ValueError, match="no room"):
-            work.update(too_many)
+class Layer:
+    """Some matrices that share an input, in slots, and what they are to give in float64."""
+
+    def __init__(self, kernels: Any, slots: Any, widths: list[int], n: int, seed: int) -> None:
+        self.widths, self.n, self.seed, self.device = widths, n, seed, device_of(kernels)
+        self.columns = [sum(widths[:i]) for i in range(len(widths))]
+        self.work = kernels.SlotWork(slots, self.columns, widths, n)
+        self.whole: dict[tuple[int, int], torch.Tensor] = {}
+
+    def fill(self, index: int, slot: int, plan: list[tuple[int, int]] | None, rotated: str = "uv") -> None:
+        blocks, m = [], self.widths[index]
+        self.whole.pop((index, slot), None)
+        if plan is not None:
+            terms = factored(m, self.n, plan, rotated, seed=self.seed + 10 * index + slot)
+            blocks = [pack_terms(terms, (m, self.n), self.device)]
+            self.whole[index, slot] = delta_of(terms, m, self.n)
+        assert self.work.refusal(index, blocks) is None
+        self.work.fill(index, slot, blocks)
+
+    def expected(self, x: torch.Tensor, y: torch.Tensor, of_rows: list[int]) -> torch.Tensor:
+        result = y.double()
+        for (index, slot), delta in self.whole.items():
+            for row in (i for i, own in enumerate(of_rows) if own == slot):
+                first = self.columns[index]
+                result[row, first : first + len(delta)] += delta @ x[row].double()
+        return result
+
+
+@pytest.fixture
+def two_layers(kernels: Any) -> tuple[Any, list[Layer]]:
+    if not hasattr(kernels, "SlotWork"):
+        pytest.skip("there are no graphs on a CPU")
+    slots = kernels.Slots(3, 70, device_of(kernels))
+    layers = [Layer(kernels, slots, [60, 20], 140, 0), Layer(kernels, slots, [130], 50, 100)]
+    layers[0].fill(0, 0, [(3, 5), (1, 30)])
+    layers[0].fill(1, 0, [(8, 2)], "")  # its inputs are not rotated, those of the other are
+    layers[0].fill(0, 1, [(2, 50)], "v")
+    layers[0].fill(1, 2, [(4, 1)])
+    layers[1].fill(0, 0, [(2, 7)])
+    return slots, layers
+
+
+def test_slots(two_layers: tuple[Any, list[Layer]]) -> None:
+    """Any rows of any tenants, and tenants that come and go; sizes in between are those of a graph."""
+    slots, layers = two_layers
+    generator = torch.Generator().manual_seed(0)
+    few, many = [0, 3, 1, 0, 0, 0, 0, 2], torch.randint(0, 4, (70,), generator=generator).tolist()
+    for of_rows in [few, [1], [3, 3, 3], many, "other", few]:
+        if of_rows == "other":
+            layers[0].fill(0, 0, None)
+            layers[1].fill(0, 2, [(1, 5), (6, 1)])
+            continue
+        slots.set(np.array(of_rows))
+        for layer in layers:
+            count = min(-(-len(of_rows) // 8) * 8, 70)  # what a graph of a larger batch has behind
+            x, y = torch.randn(count, layer.n), torch.randn(count, sum(layer.widths))
+            result = y.to(layer.device, copy=True)
+            layer.work.add(result, x.to(layer.device))
+            expected = layer.expected(x, y, of_rows)
+            assert (result.cpu().double() - expected).abs().max() <= 2e-4 * expected.abs().max()
+            assert torch.equal(result[len(of_rows) :].cpu(), y[len(of_rows) :])
+
+
+def test_what_has_no_place_in_a_slot(kernels: Any, two_layers: tuple[Any, list[Layer]]) -> None:
+    work, device = two_layers[1][0].work, device_of(kernels)
+    own = pack_terms(factored(60, 140, [(2, 5)]), (60, 140), device)
+    assert work.refusal(0, [own]) is None
+    assert "flatten it" in work.refusal(0, [own, own])
+    assert "not 20 x 140" in work.refusal(1, [own])
+    if kernels.__name__.endswith("triton"):
+        with pytest.raises(ValueError, match="joins after the first step"):
+            two_layers[0].set(np.array([0]))
+            kernels.SlotWork(two_layers[0], [0], [10], 10)
+
+
+def places_of(slots: Any) -> list[int]:
+    tensors = chain(*(vars(layout).values() for layout in slots.layouts), [slots.of_rows])
+    return [tensor.data_ptr() for tensor in tensors if torch.is_tensor(tensor)]
+
+
+def test_a_captured_step_serves_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA graph does, without one: the same launches on the same memory, whatever the tables say by then."""
+    kernels = gpu_kernels()
+    slots = kernels.Slots(3, 40, torch.device("cpu"))
+    layer = Layer(kernels, slots, [60, 20], 140, 0)
+    slots.set(np.array([0, 1, 2] * 3))
+    x, y = torch.zeros(12, 140), torch.zeros(12, 80)
+    with Captured(monkeypatch) as captured:
+        layer.work.add(y, x)
+    assert captured.launches and not captured.forbidden
+    places = places_of(slots)
+    layer.fill(0, 0, [(3, 5), (1, 30)])
+    layer.fill(1, 2, [(2, 9)])
+    for of_rows in ([0, 2, 0, 3, 2], [2], [3], [0] * 11):
+        slots.set(np.array(of_rows))
+        x.copy_(torch.randn(12, 140)), y.copy_(torch.randn(12, 80))
+        expected = layer.expected(x, y, of_rows)
+        captured.replay()
+        assert (y.double() - expected).abs().max() <= 2e-4 * expected.abs().max()
+    assert places == places_of(slots)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -4,7 +4,6 @@ import asyncio
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from conftest import Save
 from deltacome import load
 from deltacome.restore.exporting import export
 from vllm_models import (
-    LLM,
     LoRARequest,
     SamplingParams,
     Served,
@@ -24,15 +22,11 @@ from vllm_models import (
     make_adapter,
     make_delta,
     make_prompts,
+    manager_of,
     request,
     start,
     stop,
 )
-
-
-def manager_of(llm: LLM) -> Any:
-    executor = llm.llm_engine.model_executor
-    return executor.driver_worker.worker.model_runner.lora_manager._adapter_manager
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,11 @@ import httpx
 from openai import APIConnectionError, NotFoundError, OpenAI
 
 from conftest import Save
-from vllm_models import Models, Served, make_adapter, make_prompts, stop
+from deltacome.runtime.kernels import reference
+from deltacome.vllm import internals, layers, manager
+from deltacome.vllm.norms import Norm
+from graphs import Watched
+from vllm_models import Models, Served, make_adapter, make_prompts, manager_of, stop
 
 
 @pytest.mark.parametrize(
@@ -53,6 +57,66 @@ def test_compiled_models(save: Save, tmp_path: Path) -> None:
     served = Served(save, tmp_path, "llama", {}, {"enforce_eager": False}, tie_word_embeddings=True)
     try:
         served.check(["a", "base", "b", "a"], make_prompts(4))
+    finally:
+        stop(served.llm)
+
+
+def check_that_nothing_waits(manager: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No layer reads a value, or has operators that depend on one; the kernels are watched in test_kernels."""
+    monkeypatch.setattr(reference.SlotWork, "add", lambda self, y, x: None)
+    watched, count = Watched(), 0
+    for module in manager.modules.values():
+        if isinstance(module, layers.Linear):
+            x, y = (torch.randn(6, size) for size in (module.base_layer.input_size, sum(module.output_slices)))
+        elif isinstance(module, Norm):
+            x = y = torch.randn(6, module.base_layer.weight.shape[-1])
+        else:
+            continue
+        with watched:
+            module.change(y, x)
+        count += 1
+    assert manager.step.slots.used and count > 10 and not watched.forbidden
+
+
+@pytest.mark.parametrize(
+    "family, sizes, engine",
+    [
+        ("llama", {"tie_word_embeddings": True}, {}),
+        ("llama", {"tie_word_embeddings": False}, {"enforce_eager": False}),
+        ("qwen2", {"tie_word_embeddings": False, "num_key_value_heads": 2}, {"tensor_parallel_size": 2}),
+        ("qwen3", {"tie_word_embeddings": False}, {}),
+        ("phi3", {"tie_word_embeddings": False, "num_key_value_heads": 2}, {"tensor_parallel_size": 2}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_as_in_cuda_graphs(
+    family: str,
+    sizes: dict[str, Any],
+    engine: dict[str, Any],
+    save: Save,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The layers that a CUDA graph would have, by the plain kernel, in steps of up to 24 tokens; others in the rest.
+
+    What is not in the graph, embeddings and logits, is computed outside as it would be then.
+    """
+    if "tensor_parallel_size" in engine:
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+        sizes |= {"hidden_size": 128, "num_attention_heads": 4}
+    for module in (manager, layers):
+        monkeypatch.setattr(module, "kernels_for", lambda device: reference)
+    monkeypatch.setattr(internals, "graph_tokens", lambda config: 24)
+    served = Served(save, tmp_path, family, {}, engine, **sizes)
+    try:
+        names = ["a", "base", "b", "a"]
+        if family != "phi3":
+            served.deltas["peft"] = make_adapter(served, tmp_path / "peft")
+            names += ["peft", "b"]
+        served.check(names, make_prompts(len(names)))
+        served.check(names[1:3], make_prompts(2, seed=1))
+        if "tensor_parallel_size" not in engine:
+            check_that_nothing_waits(manager_of(served.llm), monkeypatch)
     finally:
         stop(served.llm)
 

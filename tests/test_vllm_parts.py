@@ -14,7 +14,7 @@ from deltacome.format.terms import Sign, add_terms
 from deltacome.runtime.kernels import reference
 from deltacome.runtime.kernels.packed import pack_blocks
 from deltacome.vllm import command
-from deltacome.vllm.changes import share
+from deltacome.vllm.changes import as_terms, share
 from deltacome.vllm.rows import COMPOSITIONS, Rows, Step
 
 CPU = torch.device("cpu")
@@ -79,6 +79,31 @@ def test_shares_add_up_to_the_whole(base: Path, finetuned: Path, tmp_path: Path,
         assert torch.allclose(product, x @ whole.T, atol=1e-4 * float(whole.abs().max()) * entry.shape[1])
         split += max(sum(len(term.scale) for term in own) for own in shares) < sum(rank for _, rank in entry.factored)
     assert split > 5
+
+
+def test_factors_of_lora_as_terms() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(8, 70, generator=generator), torch.randn(50, 8, generator=generator)
+    a[:, 3], b[4] = 9.0, 0.0  # an outlier, and a row that is not changed
+    a[5], b[:, 6] = 0.0, 0.0
+    terms = as_terms(a.bfloat16(), b.bfloat16())
+    whole = b.bfloat16().double() @ a.bfloat16().double()
+    found = add_terms(torch.zeros(50, 70, dtype=torch.float64), terms)
+    assert (found - whole).norm() <= 3e-4 * whole.norm()
+
+
+def test_steps_that_may_be_in_a_graph() -> None:
+    slots = reference.Slots(3, 4, CPU)
+    step = Step(CPU, slots)
+    place = slots.of_rows.data_ptr()
+    step.set([7, 0, 9], [7], (9, None, 7))
+    assert slots.of_rows.tolist() == [2, 3, 0, 3] and slots.used
+    step.set([0, 0], [0], (9, None, 7))
+    assert slots.of_rows.tolist() == [3, 3, 3, 3] and not slots.used
+    step.set([7] * 5, [7], (9, None, 7))  # more than any graph has
+    assert [step.in_graph(rows) for rows in (4, 5)] == [True, False]
+    assert place == slots.of_rows.data_ptr()
+    assert not Step(CPU).in_graph(1)
 
 
 def test_signs_cannot_be_shared_out() -> None:

@@ -163,6 +163,11 @@ def stop(llm: LLM) -> None:
     llm.llm_engine.engine_core.shutdown()
 
 
+def manager_of(llm: LLM) -> Any:
+    executor = llm.llm_engine.model_executor
+    return executor.driver_worker.worker.model_runner.lora_manager._adapter_manager
+
+
 NUMBERS: dict[tuple[str, Path], int] = {}
 
 

@@ -16,8 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from deltacome.benchmark.results import Row, Table
-from deltacome.runtime.kernels import programs
-from deltacome.runtime.kernels import triton as kernels
+from deltacome.runtime.kernels import plans, programs
 
 COLUMNS = {
     "kernel": "kernel",
@@ -29,7 +28,7 @@ COLUMNS = {
     "integer": "integer ones a word of codes, by width",
 }
 POINTERS = {
-    "segments": "*i64", "owner": "*i64", "x_of": "*i64", "x_row": "*i64", "rows": "*i64", "rotated": "*i64",
+    "segments": "*i64", "owner": "*i64", "x_row": "*i64", "rows": "*i64", "rotated": "*i64",
     "signs": "*fp32", "turns": "*fp16", "values": "*fp32", "product": "*fp32", "x_scale": "*fp32", "parts": "*i8",
 }  # fmt: skip
 ALU = {"LOP3", "IADD3", "SHF", "LEA", "ISETP", "PRMT", "SEL", "VIADD", "IMNMX", "I2F", "P2R", "R2P", "PLOP3"}
@@ -38,10 +37,10 @@ INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z0-9_]
 
 def compiled(architecture: int) -> list[Row]:
     """The kernels as they are compiled for an architecture of NVIDIA's, such as 90: a row each."""
-    few = {"columns": kernels.FEW[0], "step": kernels.FEW[1]}
-    many = {"columns": kernels.MANY[0], "step": kernels.MANY[1]}
+    few = {"columns": plans.FEW[0], "step": plans.FEW[1]}
+    many = {"columns": plans.MANY[0], "step": plans.MANY[1]}
     found = []
-    for parts, shape, warps in ((8, few, kernels.FEW[2]), (16, few, kernels.FEW[2]), (64, many, kernels.MANY[2])):
+    for parts, shape, warps in ((8, few, plans.FEW[2]), (16, few, plans.FEW[2]), (64, many, plans.MANY[2])):
         for kernel, pointers in (
             (programs.inner, {"x": "*i8", "out": "*i32"}),
             (programs.outer, {"x": "*i8", "scales": "*fp32", "sums": "*i32"}),

@@ -11,10 +11,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +37,7 @@ STEP_COLUMNS = {
     "rows": "rows each",
     "ratio": "ratio",
     "delta_ms": "deltas, ms",
+    "slots_ms": "in slots, ms",
     "floor_ms": "copying their bytes, ms",
     "share": "share of copy bandwidth",
     "base_ms": "base's products, ms",
@@ -111,12 +114,20 @@ def _steps(shape: str, place: torch.device, left: float) -> tuple[str, Table]:
             bytes_of_layer = tenants * sum(2 * n * sum(ms) / ratio for n, ms in groups)
             copies = max(1, min(MOST_COPIES, round(BEYOND_CACHES / bytes_of_layer)))
             works, read = [], 0
+            of_rows = np.repeat(np.arange(tenants), each)
+            slots = kernels.Slots(tenants, len(of_rows), place) if place.type == "cuda" else None
+            in_slots: list[tuple[Any, Tensor, Tensor]] = []
             for copy in range(copies):
                 for n, ms in groups:
                     deltas, firsts = _random(n, ms, tenants, each, ratio, place, copy)
                     read += sum(tensor.nbytes for packed, _ in deltas for tensor in packed.tensors())
                     y = torch.zeros(tenants * each, sum(ms), device=place, dtype=computed_in(place))
                     works.append((kernels.Work(deltas, firsts), y, inputs[n]))
+                    if slots is not None:
+                        work = kernels.SlotWork(slots, firsts[: len(ms)], ms, n)
+                        for i, (packed, _) in enumerate(deltas):
+                            work.fill(i % len(ms), i // len(ms), [packed])
+                        in_slots.append((work, y, inputs[n]))
 
             def run(works: list[tuple[Any, Tensor, Tensor]] = works) -> None:
                 for work, y, x in works:
@@ -127,6 +138,9 @@ def _steps(shape: str, place: torch.device, left: float) -> tuple[str, Table]:
                     inputs[weight.shape[1]] @ weight.T
 
             ways = {"delta": captured(run, place), "base": captured(base, place)}
+            if slots is not None:
+                slots.set(of_rows)
+                ways["slots"] = captured(partial(run, in_slots), place)
             seconds = {
                 key: sorted(values)[ROUNDS // 2] for key, values in measure(ways, ROUNDS, lambda _: None).items()
             }
@@ -138,13 +152,14 @@ def _steps(shape: str, place: torch.device, left: float) -> tuple[str, Table]:
                     "rows": each,
                     "ratio": f"1/{ratio}",
                     "delta_ms": round(1e3 * delta, 2),
+                    "slots_ms": round(1e3 * seconds["slots"] / copies * layers, 2) if "slots" in seconds else None,
                     "floor_ms": round(1e3 * floor, 2),
                     "share": round(floor / delta, 3),
                     "base_ms": round(1e3 * of_base, 2),
                     "over_base": round((delta + of_base) / of_base, 2),
                 }
             )
-            del works, ways, run
+            del works, in_slots, ways, run
             gc.collect()
             advance(1)
     title = f"Deltas of a step of {shape}, {layers} layers; copying {copied / 1e9:.0f} GB/s, read and written together"

@@ -39,6 +39,7 @@ def register() -> None:
     layers[internals.VocabParallelEmbeddingWithLoRA] = Embedding
     internals.replace_classes(layers, Logits, WorkerManager)
     internals.patch_prompt_logprobs()
+    internals.embed_before_graphs()
     internals.tolerate_llvmlite()
     folder = internals.delta_folder()
     if folder is not None:

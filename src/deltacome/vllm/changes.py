@@ -53,6 +53,26 @@ class Gains:
         return Gains(self.weight.to(device), None if self.bias is None else self.bias.to(device))
 
 
+def as_terms(lora_a: Tensor, lora_b: Tensor) -> list[Term]:
+    """LoRA's factors (rank, n) and (m, rank) as factored terms of 8 bits, since slots have no others.
+
+    What rounding takes from either vector is a component of its own, so that 1e-4 of the product is missing.
+    """
+    u, v = lora_b.T.float(), lora_a.float()
+    term, own_u, own_v = _rounded(u, v)
+    return [term, _rounded(u - own_u, v)[0], _rounded(own_u, v - own_v)[0]]
+
+
+def _rounded(u: Tensor, v: Tensor) -> tuple[Factored, Tensor, Tensor]:
+    """Vectors (rank, m) and (rank, n) as a term of 8 bits, and as they are in it."""
+    u_step, v_step = (x.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127.5 for x in (u, v))
+    scale = (u_step * v_step).to(torch.bfloat16)  # as a term has it
+    u_step = scale.float() / v_step
+    u_codes, v_codes = ((x / step + 127.5).round().clamp(0, 255).int() for x, step in ((u, u_step), (v, v_step)))
+    term = Factored.from_codes(8, u_codes, v_codes, scale[:, 0])
+    return term, (u_codes - 127.5) * u_step, (v_codes - 127.5) * v_step
+
+
 def share(terms: Sequence[Term], rank: int, size: int) -> list[Term]:
     """The terms that the GPU of that rank computes: of each factored term a slice of its components.
 

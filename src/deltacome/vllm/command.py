@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError
 from deltacome.restore.merging import open_checked
@@ -54,8 +52,6 @@ def arguments(base: str, deltas: Mapping[str, str], folder: Path | None, options
     """vLLM's arguments."""
     slots = len(deltas) + (0 if folder is None else FOLDER_SLOTS)
     found = ["--model", base, "--enable-lora", "--max-loras", str(max(slots, 1))]
-    if torch.cuda.is_available():
-        found.append("--enforce-eager")
     for name, value in options.items():
         if value is not None:
             found += [f"--{name}", str(value)]

@@ -48,7 +48,7 @@ from vllm.lora.utils import get_adapter_absolute_path, replace_submodule
 # `_load_adapter` reads an adapter's files.
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, LayerNorm, RMSNorm
-from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import QKVParallelLinear, ReplicatedLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -65,6 +65,7 @@ __all__ = [
     "LoRAResolverRegistry",
     "LogitsProcessorWithLoRA",
     "PPMissingLayer",
+    "QKVParallelLinear",
     "RMSNorm",
     "ReplicatedLinear",
     "RowParallelLinear",
@@ -150,9 +151,28 @@ def running_layer(name: str) -> Any:
     return get_forward_context().no_compile_layers[f"deltacome.{name}"]
 
 
-def has_graphs(config: Any) -> bool:
-    """Whether vLLM will record CUDA graphs."""
-    return bool(config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE)
+def graph_tokens(config: Any) -> int:
+    """How many tokens a step in a CUDA graph has at most; 0 if vLLM records none."""
+    compilation = config.compilation_config
+    if compilation.cudagraph_mode == CUDAGraphMode.NONE:
+        return 0
+    return int(compilation.max_cudagraph_capture_size or 0)
+
+
+def embed_before_graphs() -> None:
+    """Have the runner compute embeddings by itself, ahead of a model in CUDA graphs that has adapters.
+
+    What a delta adds to a token's embedding is looked up row by row, which no graph can do. vLLM does so where prompts
+    may be embeddings; here only the worker is told so, and requests with embeddings are refused as before.
+    """
+    original = GPUModelRunner.__init__
+
+    def initialize(self: Any, vllm_config: Any, *rest: Any, **named: Any) -> None:
+        if vllm_config.lora_config is not None and graph_tokens(vllm_config):
+            vllm_config.model_config.enable_prompt_embeds = True
+        original(self, vllm_config, *rest, **named)
+
+    GPUModelRunner.__init__ = initialize
 
 
 def gather(x: Tensor) -> Tensor:

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, layer_norm, rms_norm
+from torch.nn.functional import embedding
 
 from deltacome.errors import DeltacomeError
 from deltacome.runtime.kernels import kernels_for
+from deltacome.runtime.kernels.packed import pack_blocks
 from deltacome.runtime.tenant import embed
 from deltacome.vllm import internals
-from deltacome.vllm.changes import Gains, Part
+from deltacome.vllm.changes import Gains, Part, as_terms, share
 from deltacome.vllm.rows import Rows, Step
 
 Content = tuple[Part | None, ...] | Gains
@@ -41,14 +42,33 @@ class Layer:
         """Take the module's name, and the step that all layers of a model share."""
         self.name, self.step = name, step
         self.kernels = kernels_for(step.device.type)
+        if step.slots is not None:
+            self.make_tables()
+
+    def make_tables(self) -> None:
+        """Make what a layer in CUDA graphs has of all slots, in places that stay."""
+
+    def fill_tables(self, index: int) -> None:
+        """Put there what is in a slot now."""
+
+    def refusal(self, content: Content) -> str | None:
+        """Why a delta's content, still on the CPU, cannot be there; None if it can."""
+        return None
 
     def set_lora(self: Any, index: int, lora_a: Any, lora_b: Any) -> None:
         """Fill a slot, with LoRA's factors or, in place of the first, with a delta's content."""
-        self.slots[index] = self.take(lora_a if lora_b is None else self.factors(lora_a, lora_b))
+        self.put(index, self.take(lora_a if lora_b is None else self.factors(lora_a, lora_b)))
 
     def reset_lora(self, index: int) -> None:
         """Empty a slot."""
-        self.slots[index] = None
+        self.put(index, None)
+
+    def put(self, index: int, content: Content | None) -> None:
+        """Have a content in a slot, or none."""
+        if content is not None or self.slots[index] is not None:
+            self.slots[index] = content
+            if self.step.slots is not None:
+                self.fill_tables(index)
 
     def take(self, content: Content) -> Content:
         """The content on the layer's device."""
@@ -121,7 +141,13 @@ class Linear(Layer):
         elif len(lora_b) != self.n_slices:
             lora_a, lora_b = self.expand_packed_lora(lora_a, lora_b)
         pairs = zip(lora_a, lora_b, strict=True)
-        return tuple(None if a is None or b is None else Part(matrices=(a, b)) for a, b in pairs)
+        return tuple(None if a is None or b is None else self._of_factors(a, b) for a, b in pairs)
+
+    def _of_factors(self: Any, a: Tensor, b: Tensor) -> Part:
+        if self.step.slots is None:
+            return Part(matrices=(a, b))
+        terms = share(as_terms(a.cpu(), b.cpu()), self.tp_rank, self.tp_size)
+        return Part(pack_blocks(terms, (len(b), a.shape[1]), self.step.device))
 
     def _cut(self: Any, lora_b: Tensor) -> list[Tensor]:
         return [lora_b] if self.n_slices == 1 else list(lora_b.split(self.base_layer.output_sizes))
@@ -160,11 +186,88 @@ class Linear(Layer):
         apply_change(self, output, x)
         return output
 
+    def widths(self: Any) -> tuple[int, ...]:
+        """Outputs of each slice, those of all GPUs."""
+        base = self.base_layer
+        if not isinstance(base, internals.QKVParallelLinear):
+            return tuple(base.output_sizes) if self.n_slices > 1 else (base.output_size,)
+        keys = base.total_num_kv_heads
+        sizes = base.total_num_heads * base.head_size, keys * base.head_size, keys * base.v_head_size
+        return sizes if self.n_slices > 1 else (sum(sizes),)
+
+    def make_tables(self: Any) -> None:
+        widths = self.widths()
+        self.columns = [sum(widths[:i]) for i in range(len(widths))]
+        self.work = self.kernels.SlotWork(self.step.slots, self.columns, widths, self.base_layer.input_size)
+        own = [self.own_outputs(i, width) for i, width in enumerate(widths)]
+        self.own = [None if numbers is None else numbers.to(self.step.device) for numbers in own]
+        # As a layer without a bias would need one for a few deltas only, they have none there.
+        self.biases = None
+        if getattr(self.base_layer, "bias", None) is not None:
+            self.biases = torch.zeros(len(self.slots) + 1, sum(self.output_slices), device=self.step.device)
+
+    def fill_tables(self: Any, index: int) -> None:
+        parts = self.slots[index] or (None,) * self.n_slices
+        for i, part in enumerate(parts):
+            self.work.fill(i, index, () if part is None else part.packed)
+        if self.biases is not None:
+            for row, part in zip(self.biases[index].split(self.output_slices), parts, strict=True):
+                if part is None or part.bias is None:
+                    row.zero_()
+                else:
+                    row.copy_(part.bias)
+
+    def refusal(self: Any, content: Any) -> str | None:
+        for i, part in enumerate(content):
+            if part is None:
+                continue
+            if part.matrices:
+                return "its values are exact"
+            if part.bias is not None and self.biases is None:
+                return "the base has no bias there"
+            found = self.work.refusal(i, part.packed)
+            if found:
+                return found
+        return None
+
+    @property
+    def most_rank(self: Any) -> int:
+        """Of LoRA's factors in a slot: `as_terms` makes three components of one."""
+        return min(*self.widths(), self.base_layer.input_size) // 3
+
+    def _change_in_graph(self: Any, y: Tensor, x: Tensor) -> None:
+        """As `change`, with nothing that a CUDA graph would not do again for other tenants."""
+        if not self.step.slots.used:
+            return
+        if self.biases is not None:
+            y += self.biases.index_select(0, self.step.slots.of_rows[: len(y)]).to(y.dtype)
+        inputs = internals.gather(x) if self.splits_input else x
+        if self.tp_size == 1 or self.splits_input:  # the layer sums its outputs over GPUs itself
+            self.work.add(y, inputs)
+            return
+        widths = self.widths()
+        whole = torch.zeros(len(y), sum(widths), device=y.device)
+        self.work.add(whole, inputs)
+        parts = internals.all_reduce(whole).split(widths, dim=1)
+        own = [part if own is None else part.index_select(1, own) for part, own in zip(parts, self.own, strict=True)]
+        y += torch.cat(own, dim=1).to(y.dtype)
+
+    def try_in_graph(self: Any, rows: int, dtype: torch.dtype) -> None:
+        """Do once what a graph would have of the layer, for nothing."""
+        inputs = self.base_layer.input_size // (self.tp_size if self.splits_input else 1)
+        x, y = (
+            torch.zeros(rows, size, dtype=dtype, device=self.step.device) for size in (inputs, sum(self.output_slices))
+        )
+        self._change_in_graph(y, x)
+
     def change(self: Any, y: Tensor, x: Any) -> None:
+        y, x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        if self.step.in_graph(len(y)):
+            self._change_in_graph(y, x)
+            return
         job: _Job | None = self.step.tokens.prepared(self.name, self._job)
         if job is None:
             return
-        y, x = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
         for part in job.slices:
             for matrices, rows in part.products:
                 product = x[rows]
@@ -289,60 +392,6 @@ class Logits(Layer, internals.LogitsProcessorWithLoRA):
         packed = [(block, numbers) for part, numbers in parts for block in part.packed]
         products = [(part.matrices, numbers) for part, numbers in parts if part.matrices]
         return (self.kernels.Work(packed) if packed else None), products
-
-
-class Norm(Layer, internals.BaseLayerWithLoRA):
-    """A norm that adapters have their own of.
-
-    The rows of adapters are normalized a second time, in float32: scaling what the base's norm gives would round twice.
-    """
-
-    def __init__(self, base_layer: Any) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.is_layer_norm = isinstance(base_layer, internals.LayerNorm)
-        self.epsilon = base_layer.eps if self.is_layer_norm else base_layer.variance_epsilon
-        self.offset = 1.0 if isinstance(base_layer, internals.GemmaRMSNorm) else 0.0
-
-    def own(self, parameter: str) -> Tensor | None:
-        """A parameter of the base's norm, on the CPU."""
-        value = getattr(self.base_layer, parameter, None)
-        return None if value is None else value.detach().cpu()
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        if residual is None:
-            y = self.base_layer(x)
-            apply_change(self, y, x)
-            return y
-        total = x.float() + residual.float()  # before the base's norm, which may write over both
-        y, residual = self.base_layer(x, residual)
-        apply_change(self, y, total)
-        return y, residual
-
-    def change(self, y: Tensor, x: Any) -> None:
-        rows = self.step.tokens
-        values = rows.prepared((self.name, y.ndim), partial(self._values, rows, y.ndim))
-        if values is None:
-            return
-        numbers, weight, bias = values
-        normalize = layer_norm if self.is_layer_norm else rms_norm
-        changed = normalize(x[numbers].float(), x.shape[-1:], eps=self.epsilon) * weight
-        y[numbers] = (changed if bias is None else changed + bias).to(y.dtype)
-
-    def _values(self, rows: Rows, dimensions: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Row numbers, and of each row the gains and the biases: (rows, 1, ..., n)."""
-        contents = self.contents(rows)
-        if not contents:
-            return None
-        counts = torch.tensor([len(numbers) for _, numbers in contents], device=self.step.device)
-
-        def stack(values: list[Tensor]) -> Tensor:
-            stacked = torch.stack(values).float().repeat_interleave(counts, dim=0)
-            return stacked.view(len(stacked), *[1] * (dimensions - 2), -1)
-
-        biases = [gains.bias for gains, _ in contents if gains.bias is not None]
-        weight = stack([gains.weight for gains, _ in contents]) + self.offset
-        return torch.cat([numbers for _, numbers in contents]), weight, stack(biases) if biases else None
 
 
 def linear_class(vllm_class: type) -> type:

@@ -10,8 +10,10 @@ from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError
 from deltacome.format.manifest import MANIFEST
 from deltacome.restore.merging import open_checked
+from deltacome.runtime.kernels import kernels_for
 from deltacome.vllm import internals
-from deltacome.vllm.layers import Content, Layer, Norm
+from deltacome.vllm.layers import Content, Layer, Linear
+from deltacome.vllm.norms import Norm
 from deltacome.vllm.reading import Layers, read
 from deltacome.vllm.rows import Step
 
@@ -51,16 +53,19 @@ class Manager(internals.LRUCacheLoRAModelManager):
         for is_so, advice in (
             (lora_config.fully_sharded_loras, "leave out --fully-sharded-loras"),
             (lora_config.enable_tower_connector_lora, "leave out --enable-tower-connector-lora"),
-            (internals.has_graphs(vllm_config), "they do not run in CUDA graphs: add --enforce-eager"),
             (vllm_config.use_v2_model_runner, "set VLLM_USE_V2_MODEL_RUNNER=0 in the environment"),
         ):
             if is_so:
                 raise DeltacomeError(f"for deltacome's layers, {advice}; VLLM_PLUGINS= (empty) does without them")
-        self.step = Step(device)
+        rows = internals.graph_tokens(vllm_config)
+        slots = kernels_for(device.type).Slots(lora_config.max_loras, rows, device) if rows else None
+        self.step = Step(device, slots)
         self.config = vllm_config
         if not model.embedding_modules:
             model.embedding_modules = _embeddings(model)
         super().__init__(model=model, lora_config=lora_config, device=device, vllm_config=vllm_config, **rest)
+        if slots is not None:
+            self._compile(vllm_config.model_config.dtype)
 
     @cached_property
     def base(self) -> Checkpoint:
@@ -76,11 +81,41 @@ class Manager(internals.LRUCacheLoRAModelManager):
         artifact = open_checked(self.base, folder)
         layers = Layers(self.model, self.modules, self.packed_modules)
         delta = LoadedDelta(number, read(artifact, self.base, layers))
+        for name, given in delta.loras.items():
+            refusal = None if self.step.slots is None else self.modules[name].refusal(given.lora_a)
+            if refusal is not None:
+                raise DeltacomeError(
+                    f"{folder} changes {name} in a way that CUDA graphs have no room for: {refusal}; "
+                    "or start vLLM with --enforce-eager"
+                )
         internals.logger.info("%s takes %d bytes, its artifact %d", folder, delta.bytes, artifact.chain_bytes)
         for name, path in sorted(artifact.sidecars().items()):
             if path is not None and name.startswith(("tokenizer", "chat_template", "generation_config")):
                 internals.logger.warning("%s brings its own %s; vLLM goes on using the base's", folder, name)
         return delta
+
+    def _compile(self, dtype: torch.dtype) -> None:
+        """Have the kernels for slots compiled, for small and large batches: while a graph is captured is too late."""
+        self.step.set([1], [], [1])
+        for module in self.modules.values():
+            if isinstance(module, Linear):
+                for rows in (1, self.step.slots.rows):
+                    module.try_in_graph(rows, dtype)
+        self.step.forget()
+
+    def checked(self, adapter: Any, folder: str) -> Any:
+        """A LoRA adapter, of a rank that there is room for.
+
+        Raises:
+            DeltacomeError: if there is not.
+        """
+        most = min((module.most_rank for module in self.modules.values() if isinstance(module, Linear)), default=0)
+        if self.step.slots is not None and adapter.rank > most:
+            raise DeltacomeError(
+                f"{folder} has rank {adapter.rank}, and CUDA graphs have room for {most} here; start vLLM with "
+                "--enforce-eager"
+            )
+        return adapter
 
     def _create_lora_modules(self) -> None:
         super()._create_lora_modules()
@@ -145,7 +180,7 @@ class WorkerManager(internals.LRUCacheWorkerLoRAManager):
     def _load_adapter(self, lora_request: Any) -> Any:
         folder = internals.get_adapter_absolute_path(lora_request.lora_path)
         if not (Path(folder) / MANIFEST).is_file():
-            return super()._load_adapter(lora_request)
+            return self._adapter_manager.checked(super()._load_adapter(lora_request), folder)
         return self._adapter_manager.read(lora_request.lora_int_id, folder)
 
 

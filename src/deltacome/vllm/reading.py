@@ -15,7 +15,8 @@ from deltacome.runtime.kernels.packed import pack_blocks
 from deltacome.runtime.tenant import check_config, embedding_vectors
 from deltacome.vllm import internals
 from deltacome.vllm.changes import Gains, Part, share
-from deltacome.vllm.layers import Content, Embedding, Linear, Logits, Norm
+from deltacome.vllm.layers import Content, Embedding, Linear, Logits
+from deltacome.vllm.norms import Norm
 from deltacome.weights import OUTPUT_EMBEDDINGS, is_embedding
 
 CPU = torch.device("cpu")

@@ -37,10 +37,13 @@ class Rows:
 
 
 class Step:
-    """The running step: the rows of its tokens, and of those tokens whose logits are asked for."""
+    """The running step: the rows of its tokens, and of those tokens whose logits are asked for.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    slots: whose slot each row is, for layers in CUDA graphs, which have up to `slots.rows` rows; None without graphs.
+    """
+
+    def __init__(self, device: torch.device, slots: Any = None) -> None:
+        self.device, self.slots = device, slots
         self._sampling: int | None = None
         self.forget()
 
@@ -54,6 +57,16 @@ class Step:
         """Begin a step, given the adapters' numbers of both, and those in the slots."""
         self._slots = tuple(slots)
         self.tokens, self.samples = self._rows(np.asarray(tokens)), self._rows(np.asarray(samples))
+        if self.slots is not None and len(tokens) <= self.slots.rows:
+            of_rows = np.full(len(tokens), len(slots))
+            for slot, adapter in enumerate(slots):
+                if adapter is not None:
+                    of_rows[np.asarray(tokens) == adapter] = slot
+            self.slots.set(of_rows)
+
+    def in_graph(self, rows: int) -> bool:
+        """Whether a layer that is called with so many rows may be in a CUDA graph, now or as it is captured."""
+        return self.slots is not None and rows <= self.slots.rows
 
     @contextmanager
     def sampling(self, adapter: int) -> Iterator[None]:

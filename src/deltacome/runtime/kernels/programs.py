@@ -65,12 +65,23 @@ def _of(delta, number):  # type: ignore[no-untyped-def]
     return tl.load(delta + number, mask=delta.to(tl.int64) != 0, other=0)
 
 
-@triton.jit(do_not_specialize=["n", "length"])
+@triton.jit(do_not_specialize=["n", "length", "slices", "room", "x_room"])
 def prepare(  # type: ignore[no-untyped-def]
-    x, stride, rows, rotated, signs, turns, out, scales, sums, n, length, blocks: tl.constexpr
-):
-    """A row of x, rotated or not, in two parts of `length` bytes with zeros behind the n numbers."""
-    i = tl.program_id(0)
+    segments, owner, x, stride, rows, rotated, signs, turns, out, scales, sums, n, length, slices, room, x_room,
+    blocks: tl.constexpr,
+):  # fmt: skip
+    """A row of x, rotated or not, in two parts of `length` bytes with zeros behind the n numbers.
+
+    slices: 0, or how many have to be asked whether they want the row so.
+    """
+    i = tl.program_id(1) * x_room + tl.program_id(0)
+    wanted = 1 if slices == 0 else 0
+    for s in range(slices):
+        segment = segments + tl.load(owner + s * room + tl.program_id(0)) * SEGMENT
+        is_rotated = (tl.load(segment + X_FIRST) >= x_room).to(tl.int32)
+        wanted += ((tl.load(segment + DELTA) != 0) & (is_rotated == tl.program_id(1))).to(tl.int32)
+    if wanted == 0:
+        return
     block = tl.arange(0, blocks)
     place = block[:, None] * SIDE + tl.arange(0, SIDE)[None]
     value = tl.load(x + tl.load(rows + i) * stride + place, mask=place < n, other=0.0)
@@ -164,17 +175,27 @@ def _products(  # type: ignore[no-untyped-def]
     return a0 + (a1 >> width) + (a2 >> (2 * width)) + (a3 >> (3 * width))
 
 
-@triton.jit(do_not_specialize=["length_units", "plane_units", "count", "splits"])
+@triton.jit
+def _segment(segments, used, room):  # type: ignore[no-untyped-def]
+    """A program's segment: of each slice there are `used`, and room for more."""
+    i = tl.program_id(1)
+    return segments + (i // used * room + i % used) * SEGMENT
+
+
+@triton.jit(do_not_specialize=["used", "room", "length_units", "plane_units", "count", "splits"])
 def inner(  # type: ignore[no-untyped-def]
-    segments, x, out, length_units, plane_units, count, splits, columns: tl.constexpr, step: tl.constexpr,
+    segments, used, room, x, out, length_units, plane_units, count, splits, columns: tl.constexpr, step: tl.constexpr,
     parts: tl.constexpr,
 ):  # fmt: skip
     """Some of the planes of V times the parts of the rows of a segment, over a part of the inputs."""
-    segment = segments + tl.program_id(1) * SEGMENT
+    segment = _segment(segments, used, room)
     delta = tl.load(segment + DELTA).to(tl.pointer_type(tl.int64))
-    first = tl.program_id(0) * columns
     split = tl.program_id(2)
-    if first < _of(delta, PLANES):
+    known = _of(delta, PLANES).to(tl.int32)
+    # Once, but for deltas of more planes than the launch was made for. What is loaded in it stays in it: or registers,
+    # all in use, are spilled.
+    start, stride = tl.program_id(0) * columns, tl.num_programs(0) * columns
+    for first in tl.range(start, known, stride, num_stages=1, disable_licm=True):
         length, planes = length_units * SIDE, plane_units * SIDE
         parts_known = 2 * tl.load(segment + ROWS).to(tl.int32)
         own = x + tl.load(segment + X_FIRST) * 2 * length
@@ -205,13 +226,13 @@ def _part_of_inner(  # type: ignore[no-untyped-def]
     return _products(group, V, width, first - start, known, x, length, parts_known, begin, end, columns, step, parts)
 
 
-@triton.jit(do_not_specialize=["planes", "outputs", "count", "splits"])
+@triton.jit(do_not_specialize=["planes", "outputs", "count", "splits", "room"])
 def scale(  # type: ignore[no-untyped-def]
-    segments, owner, x_of, x_scale, x_sum, sums, values, parts, scales, part_sums, product, planes, outputs, count,
-    splits,
+    segments, owner, x_scale, x_sum, sums, values, parts, scales, part_sums, product, planes, outputs, count, splits,
+    room,
 ):  # fmt: skip
     """Of a row the sums of each component's planes, scaled, and for each plane again in parts."""
-    i = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1).to(tl.int64) * room + tl.program_id(0)
     segment = segments + tl.load(owner + i) * SEGMENT
     delta = tl.load(segment + DELTA).to(tl.pointer_type(tl.int64))
     own_planes = _of(delta, PLANES).to(tl.int32)
@@ -222,7 +243,7 @@ def scale(  # type: ignore[no-untyped-def]
     factors = tl.load(delta + FACTORS).to(tl.pointer_type(tl.float32))
     start2 = tl.load(delta + GROUPS + GROUP + START).to(tl.int32) * SIDE
     start1 = tl.load(delta + GROUPS + 2 * GROUP + START).to(tl.int32) * SIDE
-    x_row = tl.load(x_of + i)
+    x_row = tl.load(segment + X_FIRST) + i - tl.load(segment + FIRST)
     own_scale, own_sum = tl.load(x_scale + x_row), tl.load(x_sum + x_row).to(tl.int64)
     is_sign = tl.load(delta + IS_SIGN) != 0
     most4 = 0.0
@@ -279,13 +300,13 @@ def scale(  # type: ignore[no-untyped-def]
         tl.store(part_sums + i * 3 + 2, sum1)
 
 
-@triton.jit(do_not_specialize=["plane_units", "outputs"])
+@triton.jit(do_not_specialize=["used", "room", "plane_units", "outputs"])
 def outer(  # type: ignore[no-untyped-def]
-    segments, x, scales, sums, product, plane_units, outputs, columns: tl.constexpr, step: tl.constexpr,
+    segments, used, room, x, scales, sums, product, plane_units, outputs, columns: tl.constexpr, step: tl.constexpr,
     parts: tl.constexpr,
 ):  # fmt: skip
     """Some outputs of the rows of a segment: the scaled sums times all planes of U."""
-    segment = segments + tl.program_id(1) * SEGMENT
+    segment = _segment(segments, used, room)
     delta = tl.load(segment + DELTA).to(tl.pointer_type(tl.int64))
     first = tl.program_id(0) * columns
     known = _of(delta, OUTPUTS).to(tl.int32) - first
@@ -324,10 +345,10 @@ def _part_of_outer(  # type: ignore[no-untyped-def]
     return value * scale[None]
 
 
-@triton.jit(do_not_specialize=["start", "outputs"])
-def finish(segments, owner, rows, product, start, outputs, y, stride):  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["start", "outputs", "room"])
+def finish(segments, owner, rows, product, start, outputs, room, y, stride):  # type: ignore[no-untyped-def]
     """Some outputs of a row rotated back, and added to y."""
-    i = start + tl.program_id(1).to(tl.int64)
+    i = tl.program_id(2).to(tl.int64) * room + start + tl.program_id(1)
     segment = segments + tl.load(owner + i) * SEGMENT
     delta = tl.load(segment + DELTA).to(tl.pointer_type(tl.int64))
     own = _of(delta, OUTPUTS).to(tl.int32)

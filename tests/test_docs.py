@@ -35,6 +35,9 @@ OTHERS = {
     "--lora-modules",
     "--max-loras",
     "--max-cpu-loras",
+    "--tensor-parallel-size",
+    "--build-arg",
+    "--set",
 }
 # Blocks of Python that need what is not here. The others are run by the test below them.
 COMPILED_ONLY = {"openai": "a server", "vllm": "vLLM", "BitsAndBytesConfig": "a base of some size, to be quantized"}

@@ -40,6 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vllm": {**GPU, "keys": {"secret": "deltacome-keys"}, "tolerations": [{"key": "gpu", "operator": "Exists"}]},
     "keys": KEYS,
     "scaled": {"autoscaling": {"enabled": True, "maxReplicas": 8}, "nodeSelector": {"disk": "fast"}},
+    "no folder": {"deltas": "", "arguments": ["--delta=math=/data/math"]},
     "own volume": {"volume": {"claim": "models"}, "disruptionBudget": {"enabled": False}},
     "arguments": {
         "arguments": ["--memory-limit=2GB", "--max-batch=8"],
@@ -164,7 +165,11 @@ def test_chart_gives_valid_manifests(helm: Any, settings: str) -> None:
 def test_chart_starts_the_server(helm: Any, settings: str) -> None:
     server = server_of(render(helm, SETTINGS[settings]))
     given = check_command(server["args"])
-    assert given["base"].startswith("/data/") and str(given["delta_dir"]).startswith("/data/")
+    assert given["base"].startswith("/data/")
+    if settings == "no folder":
+        assert given["delta_dir"] is None and given["delta"] == ["math=/data/math"]
+    else:
+        assert str(given["delta_dir"]).startswith("/data/")
     assert given["engine"] == SETTINGS[settings].get("engine", "embedded")
     assert given["port"] == server["ports"][0]["containerPort"] and given["host"] == "0.0.0.0"
     has_key = any(item["name"] == "DELTACOME_API_KEY" for item in server.get("env", []))

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from commands import fail
-from deltacome.benchmark.load import plan
-from deltacome.benchmark.serve import CACHE, DELTAS, DISK
+from deltacome.benchmark.load import Answered, Planned, lengthen, plan
+from deltacome.benchmark.serve import CACHE, DELTAS, DISK, figures_of
 from serving import client
 
 pytest_plugins = ["serving"]
@@ -96,6 +96,50 @@ def test_benchmark(folder: Path, tmp_path: Path) -> None:
     assert rows[DELTAS]["swaps"] == 0 and rows[DISK]["swaps"] >= 2
     assert (tmp_path / "out/serve.png").stat().st_size > 10_000
     assert (tmp_path / "out/serve.md").read_text().count("\n| ") == 5
+
+    more = ["--system", "deltas", "--system-words", "9", "--long-share", "0.25", "--long-words", "40"]
+    command = [*command[:-2], str(tmp_path / "long"), "--json", *more]
+    result = subprocess.run([sys.executable, "-m", "deltacome.cli", *command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads(result.stdout)
+    assert (row["system"], row["same"], row["failed"]) == (DELTAS, 8, 0)
+    assert 0 < row["between_median"] <= row["between_p99"] and row["first_median"] > 0 < row["long_first_median"]
+    answers = json.loads((tmp_path / "long/serve.json").read_text())["answers"]
+    assert [answer["is_long"] for answer in answers] == [False, False, False, True] * 2
+    assert all(len(answer["between"]) == 5 for answer in answers)
+    short, long = ([answer["prompt_tokens"] for answer in answers if answer["is_long"] == kind] for kind in (0, 1))
+    assert max(short) < min(long)
+
+
+def test_a_system_that_there_is_not(folder: Path, tmp_path: Path) -> None:
+    options = ("--delta", f"a={folder / 'deltas/a'}", "--data", tmp_path, "-o", tmp_path / "out", "--system", "vllm")
+    fail("there is no system vllm to measure", "benchmark", "serve", folder / "base", *options)
+
+
+def test_lengthened_requests() -> None:
+    planned = [Planned(float(i), "ab"[i % 2], ({"role": "user", "content": f"q{i}"},)) for i in range(10)]
+    found = lengthen(planned, system_words=5, long_share=0.2, long_words=30, seed=0)
+    assert [request.is_long for request in found] == [False, False, False, False, True] * 2
+    systems = {request.model: set() for request in planned}  # type: ignore[var-annotated]
+    for before, after in zip(planned, found, strict=True):
+        system, user = (message["content"] for message in after.messages)
+        assert (after.seconds, after.model, after.messages[0]["role"]) == (before.seconds, before.model, "system")
+        systems[after.model].add(system)
+        assert len(system.split()) == 5 and len(user.split()) == (31 if after.is_long else 1)
+        assert user.endswith(before.messages[0]["content"])
+    assert len(systems["a"]) == len(systems["b"]) == 1 and systems["a"] != systems["b"]
+    assert found[4].messages[1] != found[9].messages[1]
+    assert lengthen(planned, system_words=0, long_share=0.0, long_words=30, seed=0) == planned
+
+
+def test_the_figures_of_a_load() -> None:
+    short = [Answered("a", tokens=3, first=0.1, last=0.5, between=[0.1, 0.3], ended=2.0) for _ in range(3)]
+    long = Answered("a", is_long=True, tokens=2, first=4.0, last=4.5, between=[0.5], ended=5.0)
+    row = figures_of([*short, long, Answered("a", failed="no")])
+    assert (row["failed"], row["requests_per_second"], row["tokens_per_second"]) == (1, 0.8, 2.2)
+    assert (row["first_p99"], row["long_first_median"], row["token_median"]) == (0.1, 4.0, 200)
+    assert (row["between_median"], row["between_p95"]) == (300, 440)
+    assert "long_first_median" not in figures_of(short)
 
 
 def test_the_plan_of_a_load() -> None:

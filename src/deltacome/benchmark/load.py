@@ -4,8 +4,10 @@ import asyncio
 import json
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+Messages = tuple[dict[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -14,18 +16,25 @@ class Planned:
 
     seconds: float
     model: str
-    messages: tuple[dict[str, str], ...]
+    messages: Messages
+    is_long: bool = False
 
 
 @dataclass
 class Answered:
-    """What became of a request: seconds from when it was sent to the first token and to the last, and the answer."""
+    """What became of a request: seconds from when it was sent to the first token and to the last, and the answer.
+
+    between: seconds from each token to the next.
+    """
 
     model: str
+    is_long: bool = False
     text: str = ""
+    prompt_tokens: int = 0
     tokens: int = 0
     first: float | None = None
     last: float = 0.0
+    between: list[float] = field(default_factory=list)
     ended: float = 0.0  # seconds after the start of the whole load
     failed: str | None = None
 
@@ -35,9 +44,7 @@ class Answered:
         return None if self.first is None or self.tokens < 2 else (self.last - self.first) / (self.tokens - 1)
 
 
-def plan(
-    prompts: dict[str, list[tuple[dict[str, str], ...]]], count: int, rate: float, skew: float, seed: int
-) -> list[Planned]:
+def plan(prompts: dict[str, list[Messages]], count: int, rate: float, skew: float, seed: int) -> list[Planned]:
     """`count` requests at `rate` a second on average, in a Poisson process.
 
     prompts: for each model, its users' conversations. skew: the models' shares of the load are as 1, 1/2^skew,
@@ -56,13 +63,37 @@ def plan(
     return found
 
 
+def lengthen(
+    planned: list[Planned], *, system_words: int, long_share: float, long_words: int, seed: int
+) -> list[Planned]:
+    """The same requests behind a system message, one for each model, and some of them with a long message.
+
+    The words are the requests' own, at random. long_share: of the requests, spread evenly.
+    """
+    words = " ".join(message["content"] for request in planned for message in request.messages).split()
+
+    def text(count: int, *parts: object) -> str:
+        return " ".join(random.Random(repr((seed, *parts))).choices(words, k=count))
+
+    found = []
+    for number, request in enumerate(planned):
+        is_long = int((number + 1) * long_share) > int(number * long_share)
+        *before, last = request.messages
+        if system_words:
+            before = [{"role": "system", "content": text(system_words, request.model)}, *before]
+        if is_long:
+            last = {**last, "content": f"{text(long_words, number)} {last['content']}"}
+        found.append(replace(request, messages=(*before, last), is_long=is_long))
+    return found
+
+
 async def drive(host: str, port: int, planned: list[Planned], new_tokens: int, ignore_eos: bool) -> list[Answered]:
     """Send the requests at their times and read their streams."""
     started = time.perf_counter()
 
     async def one(request: Planned) -> Answered:
         await asyncio.sleep(request.seconds - (time.perf_counter() - started))
-        answered = Answered(request.model)
+        answered = Answered(request.model, request.is_long)
         try:
             await _ask(host, port, request, new_tokens, ignore_eos, answered)
         except (OSError, ValueError, asyncio.IncompleteReadError) as error:
@@ -101,14 +132,18 @@ async def _ask(host: str, port: int, request: Planned, new_tokens: int, ignore_e
             if "error" in content:
                 raise ValueError(content["error"]["message"])
             if content.get("usage"):
+                answered.prompt_tokens = content["usage"]["prompt_tokens"]
                 answered.tokens = content["usage"]["completion_tokens"]
             for choice in content["choices"]:
                 if "role" in choice["delta"]:
                     continue  # before the first token
-                answered.last = time.perf_counter() - sent
-                answered.text += choice["delta"].get("content") or ""
+                now = time.perf_counter() - sent
                 if answered.first is None:
-                    answered.first = answered.last
+                    answered.first = now
+                else:
+                    answered.between.append(round(now - answered.last, 4))
+                answered.last = now
+                answered.text += choice["delta"].get("content") or ""
     finally:
         writer.close()
     if not answered.tokens:

@@ -5,7 +5,7 @@ import multiprocessing
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import torch
 
-from deltacome.benchmark.load import Answered, Planned, drive, plan
+from deltacome.benchmark.load import Answered, Messages, Planned, drive, lengthen, plan
 from deltacome.benchmark.results import Row, Table, save
 from deltacome.data import read_examples
 from deltacome.errors import DeltacomeError
@@ -38,14 +38,17 @@ COLUMNS = {
     "token_median": "per token, ms, median",
     "token_p95": "p95 ",
     "token_p99": "p99 ",
+    "between_median": "between two tokens, ms, median",
+    "between_p95": "p95  ",
+    "between_p99": "p99  ",
     "swaps": "models loaded",
     "gigabytes": "GB of memory, at most",
     "same": "same answers",
 }
 DELTAS, DISK = "deltas in one batch", "merged models, swapped from disk"
 CACHE = "merged models, swapped from the page cache"  # more memory than counted: the files of all of them
-SYSTEMS = (DELTAS, DISK, CACHE)
-Prompts = dict[str, list[tuple[dict[str, str], ...]]]
+SYSTEMS = {"deltas": DELTAS, "disk": DISK, "page-cache": CACHE}
+LONG = {"long_first_median": "first token of long prompts, s, median", "long_first_p99": "p99   "}
 
 
 def benchmark_serve(
@@ -61,18 +64,26 @@ def benchmark_serve(
     skew: float,
     patience: float,
     chat_template: str | None,
+    systems: Sequence[str] = tuple(SYSTEMS),
+    system_words: int = 0,
+    long_share: float = 0.0,
+    long_words: int = 1500,
     seed: int = 0,
-) -> list[Row]:
-    """Drive both servers with the same requests at each rate; write `serve.json`, `serve.md` and `serve.png`.
+) -> Table:
+    """Drive each system with the same requests at each rate; write `serve.json`, `serve.md` and `serve.png`.
 
-    data: prompts of each delta, or under the name "" of all of them. patience: of the swapping server.
+    data: prompts of each delta, or under the name "" of all of them. patience: of the swapping server. systems: of
+    `SYSTEMS`, by their short names. system_words, long_share and long_words: as for `lengthen`.
 
     Raises:
         DeltacomeError: if a file or checkpoint is broken, or the output exists.
     """
     import_pyplot()
     check_installed()
-    prompts: Prompts = {}
+    for short in systems:
+        if short not in SYSTEMS:
+            raise DeltacomeError(f"there is no system {short} to measure; those there are: {', '.join(SYSTEMS)}")
+    prompts: dict[str, list[Messages]] = {}
     for name in deltas:
         if name not in data and "" not in data:
             raise DeltacomeError(f"there are no prompts for {name}; give --data {name}=FILE.jsonl, or one for all")
@@ -80,27 +91,40 @@ def benchmark_serve(
         prompts[name] = [example.messages for example in examples if example.messages]
         if not prompts[name]:
             raise DeltacomeError(f"the data for {name} holds no prompts, only text")
-    plans = {rate: plan(prompts, requests, rate, skew, seed) for rate in rates}
+    plans = {
+        rate: lengthen(
+            plan(prompts, requests, rate, skew, seed),
+            system_words=system_words,
+            long_share=long_share,
+            long_words=long_words,
+            seed=seed,
+        )
+        for rate in rates
+    }
+    swaps = {"disk", "page-cache"} & set(systems)
     folders = {name: Path(folder).resolve() for name, folder in deltas.items()}
     with new_folder(output) as folder, TemporaryDirectory(dir=folder) as temporary:
-        merged = {name: Path(temporary) / name for name in deltas}
-        with bar("benchmark", len(deltas) + 3 * len(rates)) as advance:
+        merged = {name: Path(temporary) / name for name in deltas if swaps}
+        with bar("benchmark", len(merged) + len(systems) * len(rates)) as advance:
             for name, place in merged.items():
                 merge(base, folders[name], place, torch.float32)  # the dtype that it is computed in: no conversion
                 advance(1)
             ways: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {
-                DELTAS: (serve_deltas, (base, folders, chat_template)),
-                DISK: (_serve_merged, (base, folders, merged, patience, True, chat_template)),
-                CACHE: (_serve_merged, (base, folders, merged, patience, False, chat_template)),
+                "deltas": (serve_deltas, (base, folders, chat_template)),
+                "disk": (_serve_merged, (base, folders, merged, patience, True, chat_template)),
+                "page-cache": (_serve_merged, (base, folders, merged, patience, False, chat_template)),
             }
             rows, answers = [], {}
-            for system, (run, arguments) in ways.items():
+            for short, system in SYSTEMS.items():
+                if short not in systems:
+                    continue
+                run, arguments = ways[short]
                 for rate, planned in plans.items():
                     answers[system, rate], more = measure_server(run, arguments, planned, new_tokens, ignore_eos)
                     rows.append({"system": system, "rate": rate, **figures_of(answers[system, rate]), **more})
                     advance(1)
         for row in rows:
-            pairs = zip(answers[DELTAS, row["rate"]], answers[row["system"], row["rate"]], strict=True)
+            pairs = zip(answers[rows[0]["system"], row["rate"]], answers[row["system"], row["rate"]], strict=True)
             row["same"] = sum(one.text == other.text for one, other in pairs)
         settings: dict[str, Any] = {
             "tenants": len(deltas),
@@ -109,6 +133,9 @@ def benchmark_serve(
             "ignore_eos": ignore_eos,
             "skew": skew,
             "patience": patience,
+            "system_words": system_words,
+            "long_share": long_share,
+            "long_words": long_words,
         }
         each = [
             {"system": system, "rate": rate, **asdict(answer)}
@@ -116,9 +143,10 @@ def benchmark_serve(
             for answer in own
         ]
         title = f"{requests} requests to {len(deltas)} tenants at each rate"
-        table = Table(title, COLUMNS, rows)
+        columns = {**COLUMNS, **LONG} if long_share else COLUMNS
+        table = Table(title, columns, rows)
         save(folder, "serve", [table], _plot(answers), **settings, answers=each)
-    return rows
+    return table
 
 
 def serve_deltas(port: int, base: str, deltas: Mapping[str, Path], chat_template: str | None) -> None:
@@ -150,8 +178,8 @@ def measure_server(
     run: Callable[..., None], arguments: tuple[Any, ...], planned: list[Planned], new_tokens: int, ignore_eos: bool
 ) -> tuple[list[Answered], Row]:
     """The answers of a server of its own, and what it took."""
-    models = {request.model: request for request in planned}
-    warm = [Planned(0.0, name, request.messages) for name, request in models.items()]
+    hello = ({"role": "user", "content": "Hello"},)
+    warm = [Planned(0.0, name, hello) for name in dict.fromkeys(request.model for request in planned)]
     with _server(run, arguments) as (port, process):
         asyncio.run(drive("127.0.0.1", port, warm, 2, ignore_eos))  # everything is loaded and compiled
         before = _loads(port)
@@ -220,21 +248,28 @@ def _memory(process: psutil.Process) -> Iterator[list[int]]:
 
 
 def figures_of(answers: list[Answered]) -> Row:
-    """Of a load: how much was answered, and in what time."""
-    """Throughput, from the first request to the last answer, and latencies."""
+    """Of a load: throughput, from the first request to the last answer, and latencies.
+
+    The time to the first token is that of prompts that were not made long; theirs is another figure.
+    """
     done = [answer for answer in answers if answer.failed is None]
     if not done:
         raise DeltacomeError(f"no request was answered; the first: {answers[0].failed}")
     seconds = max(answer.ended for answer in answers)
-    first = [answer.first for answer in done if answer.first is not None]
+    first, long_first = (
+        [answer.first for answer in done if answer.first is not None and answer.is_long == is_long]
+        for is_long in (False, True)
+    )
+    between = [1000 * seconds for answer in done for seconds in answer.between]
     each = [1000 * answer.per_token for answer in done if answer.per_token is not None]
     row: Row = {
         "requests_per_second": round(len(done) / seconds, 2),
         "tokens_per_second": round(sum(answer.tokens for answer in done) / seconds, 1),
         "failed": len(answers) - len(done),
     }
-    for name, values, digits in (("first", first, 2), ("token", each, 0)):
-        for label, percent in (("median", 50), ("p95", 95), ("p99", 99)):
+    figures = (("first", first, 2), ("token", each, 0), ("between", between, 0), ("long_first", long_first, 2))
+    for name, values, digits in figures:
+        for label, percent in (("median", 50), ("p95", 95), ("p99", 99)) if values else ():
             row[f"{name}_{label}"] = round(float(np.percentile(values, percent)), digits)
     return row
 
@@ -248,7 +283,7 @@ def _plot(answers: dict[tuple[str, float], list[Answered]]) -> Any:
         done = [answer for answer in own if answer.failed is None]
         style = {
             "linestyle": ("-", "--", ":", "-.")[rates.index(rate) % 4],
-            "color": f"C{SYSTEMS.index(system)}",
+            "color": f"C{list(SYSTEMS.values()).index(system)}",
         }
         for place, values in enumerate(([answer.first or 0.0 for answer in done], [answer.last for answer in done])):
             share = np.arange(1, len(done) + 1) / len(own)

@@ -291,16 +291,25 @@ def serve_benchmark(
     patience: Annotated[
         float, typer.Option(help="Seconds that a request waits before the swapping server drops the model it has.")
     ] = 5.0,
+    system: Annotated[
+        list[str] | None,
+        typer.Option(help="deltas, disk or page-cache, the latter two for swapping; may be repeated. [default: all]"),
+    ] = None,
+    system_words: Annotated[
+        int, typer.Option(min=0, help="Words of a system message that all requests to a delta begin with.")
+    ] = 0,
+    long_share: Annotated[float, typer.Option(min=0, max=1, help="Share of the requests with a long message.")] = 0.0,
+    long_words: Annotated[int, typer.Option(min=1, help="Words of a long message.")] = 1500,
     chat_template: Template = None,
     as_json: Json = False,
 ) -> None:
     """Drive the server with a Poisson load over many deltas, and the same load on merged models swapped in and out."""
-    from deltacome.benchmark.serve import COLUMNS, benchmark_serve
+    from deltacome.benchmark.serve import SYSTEMS, benchmark_serve
     from deltacome.evaluate.comparison import cells
 
     quiet()
     files = {name or "": path for name, path in map(split_name, data)}
-    rows = benchmark_serve(
+    table = benchmark_serve(
         base,
         named_folders(delta),
         {name: Path(file) for name, file in files.items()},
@@ -312,11 +321,17 @@ def serve_benchmark(
         skew=skew,
         patience=patience,
         chat_template=chat_template,
+        systems=system or list(SYSTEMS),
+        system_words=system_words,
+        long_share=long_share,
+        long_words=long_words,
     )
     if as_json:
-        print(json.dumps(rows))
+        print(json.dumps(table.rows))
     else:
-        print_table([column.strip() for column in COLUMNS.values()], [cells(row, COLUMNS) for row in rows])
+        print_table(
+            [column.strip() for column in table.columns.values()], [cells(row, table.columns) for row in table.rows]
+        )
 
 
 @app.command("report", epilog="Example: deltacome report quality/ runtime/ memory/ -o report.html")

@@ -293,7 +293,7 @@ def test_a_batch_too_large_for_the_memory_makes_sequences_wait(
 
     if place == "join":
         plain = scheduler.join
-        monkeypatch.setattr(scheduler, "join", limited(plain, lambda parts, _: sum(len(rows) for _, rows in parts)))
+        monkeypatch.setattr(scheduler, "join", limited(plain, lambda parts, _: sum(len(rows) for _, rows, _ in parts)))
     else:
         is_prompt = place == "prompt"
         plain = Engine._forward
@@ -381,7 +381,7 @@ def test_joined_caches_hold_the_rows_at_the_right() -> None:
             x = torch.randn(rows, 1, positions, 4)
             cache.update(x, x + 1, layer)
         caches.append(cache)
-    joined = join([(caches[0], [1]), (caches[1], [2, 0])], 69)
+    joined = join([(caches[0], [1], 3), (caches[1], [2, 0], 70)], 69)
     keys = joined.layers[1].keys
     assert keys.shape == (3, 1, 69, 4)
     assert torch.equal(keys[0, :, -3:], caches[0].layers[1].keys[1]) and not keys[0, :, :-3].any()

@@ -133,12 +133,15 @@ def test_lengthened_requests() -> None:
 
 
 def test_the_figures_of_a_load() -> None:
-    short = [Answered("a", tokens=3, first=0.1, last=0.5, between=[0.1, 0.3], ended=2.0) for _ in range(3)]
-    long = Answered("a", is_long=True, tokens=2, first=4.0, last=4.5, between=[0.5], ended=5.0)
+    short = [
+        Answered("a", tokens=3, prompt_tokens=10, cached_tokens=5, first=0.1, last=0.5, between=[0.1, 0.3], ended=2.0)
+        for _ in range(3)
+    ]
+    long = Answered("a", is_long=True, tokens=2, prompt_tokens=20, first=4.0, last=4.5, between=[0.5], ended=5.0)
     row = figures_of([*short, long, Answered("a", failed="no")])
     assert (row["failed"], row["requests_per_second"], row["tokens_per_second"]) == (1, 0.8, 2.2)
     assert (row["first_p99"], row["long_first_median"], row["token_median"]) == (0.1, 4.0, 200)
-    assert (row["between_median"], row["between_p95"]) == (300, 440)
+    assert (row["between_median"], row["between_p95"], row["cached"]) == (300, 440, 30)
     assert "long_first_median" not in figures_of(short)
 
 

@@ -31,6 +31,7 @@ class Answered:
     is_long: bool = False
     text: str = ""
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     tokens: int = 0
     first: float | None = None
     last: float = 0.0
@@ -133,6 +134,7 @@ async def _ask(host: str, port: int, request: Planned, new_tokens: int, ignore_e
                 raise ValueError(content["error"]["message"])
             if content.get("usage"):
                 answered.prompt_tokens = content["usage"]["prompt_tokens"]
+                answered.cached_tokens = content["usage"]["prompt_tokens_details"]["cached_tokens"]
                 answered.tokens = content["usage"]["completion_tokens"]
             for choice in content["choices"]:
                 if "role" in choice["delta"]:

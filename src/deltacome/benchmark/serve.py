@@ -41,13 +41,16 @@ COLUMNS = {
     "between_median": "between two tokens, ms, median",
     "between_p95": "p95  ",
     "between_p99": "p99  ",
+    "cached": "prompt tokens cached, %",
     "swaps": "models loaded",
     "gigabytes": "GB of memory, at most",
     "same": "same answers",
 }
 DELTAS, DISK = "deltas in one batch", "merged models, swapped from disk"
 CACHE = "merged models, swapped from the page cache"  # more memory than counted: the files of all of them
-SYSTEMS = {"deltas": DELTAS, "disk": DISK, "page-cache": CACHE}
+NO_PREFIXES = "deltas in one batch, no prefix cache"
+SYSTEMS = {"deltas": DELTAS, "no-prefix-cache": NO_PREFIXES, "disk": DISK, "page-cache": CACHE}
+MAIN_SYSTEMS = ("deltas", "disk", "page-cache")
 LONG = {"long_first_median": "first token of long prompts, s, median", "long_first_p99": "p99   "}
 
 
@@ -64,7 +67,7 @@ def benchmark_serve(
     skew: float,
     patience: float,
     chat_template: str | None,
-    systems: Sequence[str] = tuple(SYSTEMS),
+    systems: Sequence[str] = MAIN_SYSTEMS,
     system_words: int = 0,
     long_share: float = 0.0,
     long_words: int = 1500,
@@ -111,6 +114,7 @@ def benchmark_serve(
                 advance(1)
             ways: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {
                 "deltas": (serve_deltas, (base, folders, chat_template)),
+                "no-prefix-cache": (serve_deltas, (base, folders, chat_template, 0)),
                 "disk": (_serve_merged, (base, folders, merged, patience, True, chat_template)),
                 "page-cache": (_serve_merged, (base, folders, merged, patience, False, chat_template)),
             }
@@ -149,11 +153,15 @@ def benchmark_serve(
     return table
 
 
-def serve_deltas(port: int, base: str, deltas: Mapping[str, Path], chat_template: str | None) -> None:
-    """Run the server of deltas."""
+def serve_deltas(
+    port: int, base: str, deltas: Mapping[str, Path], chat_template: str | None, prefixes: int | None = None
+) -> None:
+    """Run the server of deltas. prefixes: tokens of its prefix cache, if not as many as usual."""
+    from deltacome.serve.engine.scheduler import Limits
     from deltacome.serve.server import build, run
 
-    run(build(base, deltas, chat_template=chat_template, deadline=3600.0), "127.0.0.1", port)
+    limits = Limits() if prefixes is None else Limits(prefixes=prefixes)
+    run(build(base, deltas, chat_template=chat_template, deadline=3600.0, limits=limits), "127.0.0.1", port)
 
 
 def _serve_merged(
@@ -256,6 +264,7 @@ def figures_of(answers: list[Answered]) -> Row:
     if not done:
         raise DeltacomeError(f"no request was answered; the first: {answers[0].failed}")
     seconds = max(answer.ended for answer in answers)
+    prompt_tokens = sum(answer.prompt_tokens for answer in done)
     first, long_first = (
         [answer.first for answer in done if answer.first is not None and answer.is_long == is_long]
         for is_long in (False, True)
@@ -266,6 +275,7 @@ def figures_of(answers: list[Answered]) -> Row:
         "requests_per_second": round(len(done) / seconds, 2),
         "tokens_per_second": round(sum(answer.tokens for answer in done) / seconds, 1),
         "failed": len(answers) - len(done),
+        "cached": round(100 * sum(answer.cached_tokens for answer in done) / prompt_tokens),
     }
     figures = (("first", first, 2), ("token", each, 0), ("between", between, 0), ("long_first", long_first, 2))
     for name, values, digits in figures:

@@ -293,7 +293,9 @@ def serve_benchmark(
     ] = 5.0,
     system: Annotated[
         list[str] | None,
-        typer.Option(help="deltas, disk or page-cache, the latter two for swapping; may be repeated. [default: all]"),
+        typer.Option(
+            help="deltas, no-prefix-cache, disk or page-cache; may be repeated. [default: deltas and swapping]"
+        ),
     ] = None,
     system_words: Annotated[
         int, typer.Option(min=0, help="Words of a system message that all requests to a delta begin with.")
@@ -304,7 +306,7 @@ def serve_benchmark(
     as_json: Json = False,
 ) -> None:
     """Drive the server with a Poisson load over many deltas, and the same load on merged models swapped in and out."""
-    from deltacome.benchmark.serve import SYSTEMS, benchmark_serve
+    from deltacome.benchmark.serve import MAIN_SYSTEMS, benchmark_serve
     from deltacome.evaluate.comparison import cells
 
     quiet()
@@ -321,7 +323,7 @@ def serve_benchmark(
         skew=skew,
         patience=patience,
         chat_template=chat_template,
-        systems=system or list(SYSTEMS),
+        systems=system or MAIN_SYSTEMS,
         system_words=system_words,
         long_share=long_share,
         long_words=long_words,

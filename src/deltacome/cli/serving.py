@@ -106,12 +106,15 @@ MaxLength = Annotated[
     int | None, typer.Option(min=2, help="Tokens of a prompt and its answer. [default: what the base has room for]")
 ]
 CacheTokens = Annotated[int, typer.Option(min=1, help="Tokens whose keys and values are kept, padding too.")]
+PrefixCache = Annotated[
+    int, typer.Option(min=0, help="Tokens that are kept for later prompts of the same model; 0 for none.")
+]
 Deadline = Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")]
 ServedDtype = Annotated[Dtype | None, typer.Option(help="To compute in. [default: float32 on the CPU]")]
 ServingEngine = Annotated[
     Literal["embedded", "vllm"], typer.Option(help="vllm: vLLM's own server; arguments behind -- are for it.")
 ]
-NOT_FOR_VLLM = ("memory_limit", "api_keys", "max_queue", "cache_tokens", "deadline", "device")
+NOT_FOR_VLLM = ("memory_limit", "api_keys", "max_queue", "cache_tokens", "prefix_cache", "deadline", "device")
 
 
 @app.command(
@@ -133,6 +136,7 @@ def serve(
     max_queue: MaxQueue = 256,
     max_length: MaxLength = None,
     cache_tokens: CacheTokens = 32768,
+    prefix_cache: PrefixCache = 16384,
     deadline: Deadline = 600.0,
     chat_template: Template = None,
     device: Device = None,
@@ -163,7 +167,7 @@ def serve(
         folder=delta_dir,
         memory_limit=_bytes(memory_limit) if memory_limit else None,
         keys=Keys(api_key, api_keys),
-        limits=Limits(max_batch, max_queue, cache_tokens),
+        limits=Limits(max_batch, max_queue, cache_tokens, prefixes=prefix_cache),
         max_length=max_length,
         deadline=deadline,
         chat_template=chat_template,

@@ -21,11 +21,15 @@ class Metrics:
         tenant = ["tenant"]
         self.requests = Counter("deltacome_requests", "Requests that ended.", ["tenant", "status"], registry=own)
         self.prompt_tokens = Counter("deltacome_prompt_tokens", "Tokens of prompts.", tenant, registry=own)
+        self.recalled_tokens = Counter(
+            "deltacome_cached_prompt_tokens", "Tokens of prompts found in the prefix cache.", tenant, registry=own
+        )
         self.tokens = Counter("deltacome_tokens", "Tokens generated.", tenant, registry=own)
         self.queue = Gauge("deltacome_queue_sequences", "Sequences that wait for a place in the batch.", registry=own)
         self.rows = Gauge("deltacome_batch_rows", "Sequences in the running batch.", registry=own)
         self.tenants = Gauge("deltacome_batch_tenants", "Different tenants in the running batch.", registry=own)
         self.cache = Gauge("deltacome_cache_tokens", "Positions of the batch's cache, padding counted.", registry=own)
+        self.prefixes = Gauge("deltacome_prefix_cache_tokens", "Tokens kept for later prompts.", registry=own)
         self.steps = Histogram(
             "deltacome_step_rows", "Rows of each step.", buckets=[2**i for i in range(9)], registry=own
         )
@@ -60,7 +64,7 @@ class Metrics:
         for status in STATUSES:
             with suppress(KeyError):  # nothing was counted
                 self.requests.remove(name, status)
-        counted = (self.prompt_tokens, self.tokens, self.delta_bytes, self.loads, self.evictions)
+        counted = (self.prompt_tokens, self.recalled_tokens, self.tokens, self.delta_bytes, self.loads, self.evictions)
         for metric in (*counted, self.first_token_seconds, self.seconds_per_token):
             with suppress(KeyError):
                 metric.remove(name)

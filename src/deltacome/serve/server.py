@@ -110,6 +110,7 @@ def _record_step(metrics: Metrics, engine: Engine) -> None:
     metrics.rows.set(len(rows))
     metrics.tenants.set(len({sequence.tenant for sequence in rows}))
     metrics.cache.set(engine.rows.length * len(rows))
+    metrics.prefixes.set(engine.prefixes.tokens)
     if rows:
         metrics.steps.observe(len(rows))
 

@@ -1,6 +1,6 @@
 """Keys and values of several sequences of different lengths, which come and go."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -30,17 +30,20 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         start, end = self.length, self.length + key_states.shape[2]
         if end > self.all_keys.shape[2]:
-            self.all_keys, self.all_values = (_with_room(x, end) for x in (self.keys, self.values))
+            room = (
+                ROOM if key_states.shape[2] == 1 else end
+            )  # of prompts many parts come, and copying would be quadratic
+            self.all_keys, self.all_values = (_with_room(x, end, room) for x in (self.keys, self.values))
         self.all_keys[:, :, start:end] = key_states
         self.all_values[:, :, start:end] = value_states
         self.show(end)
         return self.keys, self.values
 
 
-def _with_room(x: Tensor, length: int) -> Tensor:
-    """Keys or values (rows, heads, positions, size) at the front of a tensor for `length` positions and more."""
+def _with_room(x: Tensor, length: int, room: int = ROOM) -> Tensor:
+    """Keys or values (rows, heads, positions, size) at the front of a tensor for `length` positions and some more."""
     rows, heads, positions, size = x.shape
-    found = x.new_empty(rows, heads, length + ROOM, size)
+    found = x.new_empty(rows, heads, length + room, size)
     found[:, :, :positions] = x
     return found
 
@@ -56,26 +59,41 @@ def rewind(cache: Cache, length: int) -> None:
         layer.show(length)
 
 
-def join(parts: Sequence[tuple[Cache, list[int]]], length: int) -> Cache:
+def states_of(cache: Cache, row: int, start: int, end: int) -> list[tuple[Tensor, Tensor]]:
+    """A copy of each layer's keys and values (1, heads, positions, size) of a row from one position to another."""
+    place = slice(row, row + 1), slice(None), slice(start, end)
+    return [(layer.keys[place].clone(), layer.values[place].clone()) for layer in cache.layers]
+
+
+def cache_of(states: Iterable[Sequence[Tensor]]) -> Cache:
+    """A cache of each layer's keys and values."""
+    cache = new_cache()
+    for number, (keys, values) in enumerate(states):
+        cache.update(keys, values, number)
+    return cache
+
+
+def join(parts: Sequence[tuple[Cache, list[int], int]], length: int) -> Cache:
     """One cache of some rows of several, in that order, for `length` positions, the longest row's.
 
-    What lies further left than that in a part is padding and dropped.
+    A part is a cache, its rows, and its end: positions behind that are left out. What lies further left than `length`
+    before its end is padding and dropped; with the end 0 all of a row is padding.
     """
     joined = new_cache()
     for number in range(len(parts[0][0].layers)):
-        layers = [cache.layers[number] for cache, _ in parts]
+        layers = [cache.layers[number] for cache, _, _ in parts]
         layer = _Layer()
         layer.dtype, layer.device = layers[0].dtype, layers[0].device
         found: list[Tensor] = []
         for kind in ("keys", "values"):
             like: Tensor = getattr(layers[0], kind)
-            rows = sum(len(rows) for _, rows in parts)
+            rows = sum(len(rows) for _, rows, _ in parts)
             whole = like.new_zeros(rows, like.shape[1], length + ROOM, like.shape[3])
             first = 0
-            for part, (_, own) in zip(layers, parts, strict=True):
+            for part, (_, own, end) in zip(layers, parts, strict=True):
                 old: Tensor = getattr(part, kind)
-                kept = min(length, old.shape[2])
-                source = old[:, :, old.shape[2] - kept :]
+                kept = min(length, end)
+                source = old[:, :, end - kept : end]
                 if own != list(range(old.shape[0])):
                     source = source[torch.tensor(own, device=old.device)]
                 whole[first : first + len(own), :, length - kept : length] = source

@@ -11,8 +11,8 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from deltacome.memory import is_out_of_memory
 from deltacome.runtime.batch import Batch
 from deltacome.serve.engine.attention import share_keys
 from deltacome.serve.engine.cache import join, new_cache, rewind
+from deltacome.serve.engine.prefixes import Prefixes
 from deltacome.serve.engine.queue import FairQueue
 from deltacome.serve.engine.sampling import likelihood, sample
 from deltacome.serve.engine.sequence import Event, Finish, Sequence
@@ -40,13 +41,15 @@ class QueueFullError(Exception):
 @dataclass(frozen=True)
 class Limits:
     """rows: sequences in the running batch. waiting: those in the queue. cache: tokens that the rows' cache has room
-    for, padding counted. prompt: prompt tokens that are read at a step.
+    for, padding counted. prompt: prompt tokens that are read at a step. prefixes: tokens of prompts and answers that
+    are kept for later prompts, 0 for none.
     """
 
     rows: int = 32
     waiting: int = 256
     cache: int = 32768
     prompt: int = 128
+    prefixes: int = 16384
 
 
 @dataclass(eq=False)
@@ -66,7 +69,7 @@ class Rows:
 def joined(parts: list[tuple[Rows, list[int]]]) -> Rows:
     """Some rows of each part, in that order; the parts stay as they are."""
     rows = Rows([part.sequences[row] for part, own in parts for row in own])
-    caches = [(part.cache, own) for part, own in parts if own and part.cache is not None]
+    caches = [(part.cache, own, part.cache.get_seq_length()) for part, own in parts if own and part.cache is not None]
     rows.cache = join(caches, rows.length) if caches else None
     return rows
 
@@ -87,6 +90,7 @@ class Engine:
         self.waiting: FairQueue[Sequence] = FairQueue(lambda sequence: (sequence.owner, sequence.tenant))
         self.reading: deque[Sequence] = deque()
         self.rows = Rows()  # the running batch
+        self.prefixes = Prefixes(limits.prefixes)
         self.room = limits.cache
         self.lock = threading.Condition()
         self.seconds_per_answer = 1.0  # a moving average
@@ -169,6 +173,8 @@ class Engine:
             self.rows = Rows()
         if self.is_idle:
             self.room = self.limits.cache
+            if self.prefixes.limit < self.limits.prefixes:
+                self.prefixes = Prefixes(self.limits.prefixes)
         self.on_step(self)
 
     def _drop_ended(self) -> None:
@@ -204,27 +210,41 @@ class Engine:
         self.reading.append(sequence)
 
     def _next_to_read(self) -> list[Sequence]:
-        """Short prompts that are read together, or a long one of which a part is: prompts take turns."""
+        """Prompts of which little is unread, together, or one of which a part is read: prompts take turns."""
         group = [self.reading.popleft()]
-        if group[0].cache is None and group[0].unread <= self.limits.prompt:
+        self._recall(group[0])
+        lengths = [len(group[0].tokens)]
+        unread = group[0].unread
+        if unread <= self.limits.prompt:
             for sequence in list(self.reading):
-                longest = max(sequence.unread, *(other.unread for other in group))
-                if sequence.cache is None and longest * (len(group) + 1) <= self.limits.prompt:
+                length = len(sequence.tokens)
+                widest = max(unread, length - self.prefixes.known(sequence))
+                count = len(group) + 1
+                padded = count * max(length, *lengths) - sum(lengths) - length
+                if count * widest <= self.limits.prompt and padded <= sum(lengths) + length + self.limits.prompt:
                     self.reading.remove(sequence)
+                    self._recall(sequence)
                     group.append(sequence)
+                    lengths.append(length)
+                    unread = widest
         return group
 
     def _read(self, group: list[Sequence]) -> None:
-        """Read the prompts of a group, or the next part of its only one; those that are read make a token and join."""
+        """Read the prompts of a group, or the next part of its only one; those that are read make a token and join.
+
+        Those with less to read than others begin earlier, reading some again, so that all padding is at the left.
+        """
         first = group[0]
-        parts = [sequence.tokens[sequence.read :][: self.limits.prompt] for sequence in group]
-        ids, mask = pad(parts, left=True)
-        positions = (mask.cumsum(1) - 1).clamp(min=0) + first.read
-        if first.read:
-            mask = torch.ones(1, first.read + ids.shape[1], dtype=torch.long)
-        cache = first.cache or new_cache()
+        ends = [min(len(sequence.tokens), sequence.read + self.limits.prompt) for sequence in group]
+        width = max(end - sequence.read for end, sequence in zip(ends, group, strict=True))
+        begins = [max(0, end - width) for end in ends]
+        parts = [sequence.tokens[begin:end] for sequence, begin, end in zip(group, begins, ends, strict=True)]
+        ids, _ = pad(parts, left=True)
+        behind = torch.arange(-width, 0) + torch.tensor(ends)[:, None]
+        mask = (torch.arange(-max(begins) - width, 0) + torch.tensor(ends)[:, None] >= 0).long()
         try:
-            logits = self._forward(self._batch_of(group), ids, mask, positions, cache)
+            cache = _begun(group, begins)
+            logits = self._forward(self._batch_of(group), ids, mask, behind.clamp(min=0), cache)
         except Exception as error:
             if len(group) == 1:
                 self._give_up(group, error)
@@ -232,14 +252,15 @@ class Engine:
             for sequence in group:
                 self._read([sequence])
             return
-        for sequence, part in zip(group, parts, strict=True):
-            sequence.read += len(part)
+        for row, (sequence, end) in enumerate(zip(group, ends, strict=True)):
+            sequence.read = end
+            self._keep(sequence, cache, row)
         if first.unread:
             first.cache = cache
             self.reading.append(first)
             return
         read = Rows(group, cache)
-        joining = self._choose(group, logits)
+        joining = self._choose(group, logits, cache)
         if not joining:
             return
         try:
@@ -253,8 +274,11 @@ class Engine:
 
     def _make_tokens(self) -> None:
         while len(self.rows.sequences) > 1 and len(self.rows.sequences) * (self.rows.length + 1) > self.room:
-            self._put_back(self.rows.sequences[-1])
-            self.rows = joined([(self.rows, list(range(len(self.rows.sequences) - 1)))])
+            last = len(self.rows.sequences) - 1
+            assert self.rows.cache is not None
+            self._keep(self.rows.sequences[last], self.rows.cache, last)
+            self._put_back(self.rows.sequences[last])
+            self.rows = joined([(self.rows, list(range(last)))])
         parts = [(part, kept) for part, kept in self._advance(self.rows) if kept]
         is_whole = [kept for _, kept in parts] == [list(range(len(self.rows.sequences)))]
         self.rows = parts[0][0] if is_whole else joined(parts)
@@ -280,12 +304,35 @@ class Engine:
             return [*self._advance(halves[0]), *self._advance(halves[1])]
         for sequence in sequences:
             sequence.read += 1
-        return [(rows, self._choose(sequences, logits))]
+        return [(rows, self._choose(sequences, logits, rows.cache))]
+
+    def _recall(self, sequence: Sequence) -> None:
+        with self._if_there_is_memory():
+            self.prefixes.recall(sequence)
+
+    def _keep(self, sequence: Sequence, cache: Cache, row: int) -> None:
+        with self._if_there_is_memory():
+            self.prefixes.keep(sequence, cache, row)
+
+    @contextmanager
+    def _if_there_is_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._free_prefixes()
+
+    def _free_prefixes(self) -> bool:
+        """Keep no prefixes any more until the batch is empty; whether some were kept before."""
+        had_room = self.prefixes.limit > 0
+        self.prefixes = Prefixes(0)
+        return had_room
 
     def _give_up(self, sequences: list[Sequence], error: Exception) -> None:
-        """End sequences that failed; where memory is short and there are others, let them wait for room."""
+        """End sequences that failed; where memory is short and there are others or prefixes, let them wait for room."""
         others = [other for other in (*self.rows.sequences, *self.reading) if other not in sequences]
-        if is_out_of_memory(error) and len(others) + len(sequences) > 1:
+        if is_out_of_memory(error) and (self._free_prefixes() or len(others) + len(sequences) > 1):
             room = max(_cache_tokens(others), _cache_tokens([*others, *sequences]) // 2)
             self.room = min(self.room, room)
             for sequence in reversed(sequences):
@@ -297,6 +344,8 @@ class Engine:
     def _put_back(self, sequence: Sequence) -> None:
         """Let a sequence wait again; its tokens are read again later."""
         sequence.read, sequence.cache = 0, None
+        if not sequence.made:
+            sequence.recalled = 0
         with self.lock:
             self.waiting.put_back(sequence)
 
@@ -317,8 +366,11 @@ class Engine:
             **options,
         ).logits[:, -1]
 
-    def _choose(self, group: list[Sequence], logits: Tensor) -> list[int]:
-        """Add a token to each sequence of a group and tell it; the rows of those that go on."""
+    def _choose(self, group: list[Sequence], logits: Tensor, cache: Cache) -> list[int]:
+        """Add a token to each sequence of a group and tell it; the rows of those that go on.
+
+        What the others have read is kept, answers included: a conversation's next turn begins with it.
+        """
         best, tokens = (found.tolist() for found in logits.max(-1))
         going_on = []
         for row, sequence in enumerate(group):
@@ -328,7 +380,9 @@ class Engine:
                 token = tokens[row]
                 if sequence.sampling.temperature > 0:
                     token = sample(logits[row], sequence.sampling, sequence.generator)
-                if not self._add(sequence, token, logits[row]):
+                if self._add(sequence, token, logits[row]):
+                    self._keep(sequence, cache, row)
+                else:
                     going_on.append(row)
             except Exception as error:
                 self._fail(sequence, error)
@@ -357,6 +411,7 @@ class Engine:
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         name = None if sequence.tenant is None else sequence.tenant.name
         log.error("answer failed", exc_info=error, extra={"fields": {"tenant": name, "error": repr(error)}})
+        self.prefixes.forget(sequence.tenant)
         self._end(sequence, "failed")
 
     def _end(self, sequence: Sequence, reason: Finish) -> None:
@@ -369,6 +424,15 @@ class Engine:
         begun = self._begun.pop(sequence, None)
         if begun is not None:
             self.seconds_per_answer += 0.1 * (time.monotonic() - begun - self.seconds_per_answer)
+
+
+def _begun(group: list[Sequence], begins: list[int]) -> Cache:
+    """A cache of what the sequences of a group have read up to those positions."""
+    caches = [sequence.cache for sequence in group if sequence.cache is not None]
+    if len(group) == 1 or not any(begins):
+        return caches[0] if caches and any(begins) else new_cache()
+    parts = [(sequence.cache or caches[0], [0], begin) for sequence, begin in zip(group, begins, strict=True)]
+    return join(parts, max(begins))
 
 
 def _cache_tokens(sequences: list[Sequence]) -> int:

@@ -43,8 +43,9 @@ class Sequence:
     index: int = 0
     owner: Hashable = None
     is_cancelled: bool = False
-    cache: Cache | None = None  # while a long prompt is read
+    cache: Cache | None = None  # until the whole prompt is read
     read: int = 0  # tokens whose keys and values are in a cache
+    recalled: int = 0  # of the prompt's tokens, those that did not have to be read
     made: int = 0
     generator: torch.Generator = field(init=False)
 

@@ -10,7 +10,7 @@ from deltacome.serve.engine.sequence import Event, Finish, Sequence
 from deltacome.serve.engine.text import TextStream
 from deltacome.serve.http.errors import ApiError
 from deltacome.serve.http.keys import Allowed
-from deltacome.serve.http.protocol import GenerationRequest, Usage
+from deltacome.serve.http.protocol import GenerationRequest, PromptTokens, Usage
 from deltacome.serve.http.service import Service
 from deltacome.serve.registry import Loaded
 
@@ -52,6 +52,7 @@ class Answers:
         self.ended = asyncio.Event()
         every = [prompt for prompt in prompts for _ in range(body.n or 1)]
         self.sequences = [self._sequence(index, prompt, body) for index, prompt in enumerate(every)]
+        self._firsts = self.sequences[:: body.n or 1]  # of each prompt
         self._left = len(self.sequences)
 
     def _sequence(self, index: int, prompt: list[int], body: GenerationRequest) -> Sequence:
@@ -101,6 +102,7 @@ class Answers:
         label = metrics.label(self.name)
         metrics.requests.labels(label, self.status).inc()
         metrics.prompt_tokens.labels(label).inc(self.prompt_tokens)
+        metrics.recalled_tokens.labels(label).inc(self.recalled_tokens)
         metrics.tokens.labels(label).inc(self.generated)
         if self.first is not None:
             metrics.first_token_seconds.labels(label).observe(self.first - self.started)
@@ -134,7 +136,16 @@ class Answers:
                 self.cancel()
 
     @property
+    def recalled_tokens(self) -> int:
+        """Those of the prompts that were found in the prefix cache."""
+        return sum(sequence.recalled for sequence in self._firsts)
+
+    @property
     def usage(self) -> Usage:
         """So far."""
-        total = self.prompt_tokens + self.generated
-        return Usage(prompt_tokens=self.prompt_tokens, completion_tokens=self.generated, total_tokens=total)
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.generated,
+            total_tokens=self.prompt_tokens + self.generated,
+            prompt_tokens_details=PromptTokens(cached_tokens=self.recalled_tokens),
+        )

@@ -175,10 +175,17 @@ class UnloadRequest(BaseModel):
     lora_name: Text
 
 
+class PromptTokens(BaseModel):
+    """cached_tokens: those that an earlier request of the same model had in common with this one."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokens
 
 
 class CompletionLogprobs(BaseModel):

@@ -5,7 +5,14 @@ import signal
 import sys
 from typing import Any
 
-GOES_ON = ("compress", "merge", "export", "search", "benchmark quality")  # after an interruption, by the same command
+GOES_ON = (
+    "compress",
+    "merge",
+    "export",
+    "search",
+    "benchmark quality",
+    "store pull",
+)  # after an interruption, by the same command
 
 
 class _Stop:

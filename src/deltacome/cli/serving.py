@@ -86,6 +86,17 @@ DeltaDir = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Serve every delta in this folder, come when it may; others may be loaded."),
 ]
+ServedStore = Annotated[
+    str | None,
+    typer.Option("--store", metavar="ADDRESS", help="Serve every delta of this base in this store; see docs/store.md."),
+]
+StoreCache = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="For what is fetched from the store, such as 50GB. [default: the disk]"),
+]
+Pin = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="A delta to load at once and never to drop; may be repeated.")
+]
 MemoryLimit = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="For deltas, such as 500MB or 2GB; the longest unused are dropped for room."),
@@ -114,7 +125,7 @@ ServedDtype = Annotated[Dtype | None, typer.Option(help="To compute in. [default
 ServingEngine = Annotated[
     Literal["embedded", "vllm"], typer.Option(help="vllm: vLLM's own server; arguments behind -- are for it.")
 ]
-NOT_FOR_VLLM = ("memory_limit", "api_keys", "max_queue", "cache_tokens", "prefix_cache", "deadline", "device")
+NOT_FOR_VLLM = ("pin", "memory_limit", "api_keys", "max_queue", "cache_tokens", "prefix_cache", "deadline", "device")
 
 
 @app.command(
@@ -126,6 +137,9 @@ def serve(
     base: Base,
     delta: ServedDeltas = None,
     delta_dir: DeltaDir = None,
+    store: ServedStore = None,
+    store_cache: StoreCache = None,
+    pin: Pin = None,
     memory_limit: MemoryLimit = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
@@ -165,6 +179,9 @@ def serve(
         named_folders(delta or []),
         name=name,
         folder=delta_dir,
+        store=store,
+        store_cache=_bytes(store_cache) if store_cache else None,
+        pinned=pin or (),
         memory_limit=_bytes(memory_limit) if memory_limit else None,
         keys=Keys(api_key, api_keys),
         limits=Limits(max_batch, max_queue, cache_tokens, prefixes=prefix_cache),
@@ -201,6 +218,8 @@ def _serve_by_vllm(context: typer.Context) -> None:
         params["base"],
         named_folders(params["delta"] or []),
         folder=params["delta_dir"],
+        store=params["store"],
+        store_cache=_bytes(params["store_cache"]) if params["store_cache"] else None,
         options=options,
         api_key=params["api_key"],
         more=context.args,

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +20,8 @@ from deltacome.runtime.tenant import Tenant, check_config
 from deltacome.serve.folder import LONGEST_NAME, Stamp, find, is_name, readable, stamp, stamp_if_there
 from deltacome.serve.languages import Language, Languages
 from deltacome.serve.metrics import Metrics
+from deltacome.store.entry import Entry
+from deltacome.store.fetching import Fetching
 
 ROOM_SECONDS = 30.0  # that `load` waits for room
 log = logging.getLogger("deltacome.serve")
@@ -55,17 +57,19 @@ class Loaded:
 @dataclass(eq=False)
 class RegisteredDelta:
     """A delta that can be asked for. size: bytes of its artifact, parents' included. stamp: of its own folder, stamps:
-    of its parents' by theirs. is_watched: it came from the watched folder.
+    of its parents' by theirs. is_watched: it came from the watched folder. entry: of a delta of the store, which has no
+    folder.
 
     arriving: what loads it. wanted: how many wait for that.
     """
 
-    folder: Path
+    folder: Path | None
     size: int
     full_bytes: int
     stamp: Stamp
     stamps: dict[Path, Stamp] = field(default_factory=dict)
     is_watched: bool = False
+    entry: Entry | None = None
     loaded: Loaded | None = None
     arriving: asyncio.Task[None] | None = None
     wanted: int = 0
@@ -80,6 +84,7 @@ class Registry:
     """The deltas over a model from `deltacome.load`; to be used from one event loop, which it never holds up.
 
     name: the base's. folder: where deltas may be loaded from while it runs. memory_limit: bytes that deltas may take.
+    fetching: the store's deltas.
     """
 
     def __init__(
@@ -92,6 +97,7 @@ class Registry:
         folder: Path | None = None,
         memory_limit: int | None = None,
         chat_template: str | None = None,
+        fetching: Fetching | None = None,
     ) -> None:
         self.model, self.base_checkpoint, self.name, self.metrics = model, base, name, metrics
         self.folder = None if folder is None else folder.resolve()
@@ -99,7 +105,8 @@ class Registry:
             if not self.folder.is_dir():
                 raise DeltacomeError(f"there is no folder {folder}")
             base.fingerprint()  # now, rather than when the first delta comes
-        self.memory_limit = memory_limit
+        self.memory_limit, self.fetching = memory_limit, fetching
+        self.pinned: set[str] = set()  # names whose deltas are never dropped
         self.languages = Languages(base, chat_template)
         self.base, self.created = self._loaded(None), int(time.time())
         self.deltas: dict[str, RegisteredDelta] = {}
@@ -108,6 +115,7 @@ class Registry:
         self._freed = asyncio.Event()  # set, and another put in its place, when there may be more room
         self._claimed: set[str] = set()  # names whose delta `load` is loading
         self._refused: dict[str, tuple[Stamp | None, str]] = {}  # what the watched folder has and why not
+        self._damaged: dict[str, str] = {}  # the same of the store
         self._reader = ThreadPoolExecutor(1, "reader", compute_alone)
         metrics.add(name)
 
@@ -248,6 +256,50 @@ class Registry:
                 self.remove(name)
                 log.info("delta gone", extra={"fields": {"tenant": name}})
 
+    async def look_into_store(self) -> None:
+        """Bring what is known into line with the store: the newest version of each name is a tenant, and so are those
+        of tags and versions that have been asked for.
+
+        Raises:
+            FetchError: if it does not answer; all stays as it was.
+        """
+        assert self.fetching is not None
+        await self.fetching.look()
+        for name, reason in self.fetching.damaged.items():
+            if self._damaged.get(name) != reason:
+                log.warning("delta refused", extra={"fields": {"tenant": name, "reason": reason}})
+        self._damaged = dict(self.fetching.damaged)
+        newest = self.fetching.newest()
+        for name, delta in list(self.deltas.items()):
+            version = self.fetching.version(name)
+            is_gone = version is None or (name not in newest and ":" not in name)
+            is_other = delta.entry is not None and delta.entry.version != version and name not in newest
+            if delta.entry is not None and name not in self._claimed and (is_gone or is_other):
+                self.remove(name)
+                log.info("delta gone", extra={"fields": {"tenant": name}})
+        for name, entry in newest.items():
+            self._take_from_store(name, entry)
+
+    def _take_from_store(self, name: str, entry: Entry) -> None:
+        """Make a delta of the store known, unless another has its name."""
+        known = self.deltas.get(name)
+        if name == self.name or name in self._claimed or (known is not None and known.entry in (None, entry)):
+            return
+        self._register(name, RegisteredDelta(None, entry.size, entry.full_bytes, (), entry=entry))
+        log.info("delta found", extra={"fields": {"tenant": name, "version": entry.version}})
+        if name in self.pinned:
+            self._begin(name, self.deltas[name])
+
+    async def pin(self, names: Iterable[str]) -> None:
+        """Load deltas that are never dropped, before the server starts.
+
+        Raises:
+            DeltacomeError: if there is none of a name, it is broken, or there is no room for all of them.
+        """
+        for name in names:
+            self.release(await self.lease(name))
+            self.pinned.add(name)
+
     # Which of them are in memory.
 
     async def lease(self, name: str) -> Loaded:
@@ -276,18 +328,26 @@ class Registry:
         while True:
             delta = self.deltas.get(name)
             if delta is None:
-                raise UnknownModelError(f"there is no model {name!r}")
+                entry = None if self.fetching is None else await self.fetching.find(name)
+                if entry is None:
+                    raise UnknownModelError(f"there is no model {name!r}")
+                self._take_from_store(name, entry)
+                continue
             if delta.loaded is not None:
                 return delta.loaded
-            if delta.arriving is None:
-                delta.arriving = asyncio.create_task(self._bring(name, delta))
-                delta.arriving.add_done_callback(lambda task: task.cancelled() or task.exception())  # if all have gone
             delta.wanted += 1
             try:
-                await asyncio.shield(delta.arriving)
+                await asyncio.shield(self._begin(name, delta))
             finally:
                 delta.wanted -= 1
                 self._tell_waiting()
+
+    def _begin(self, name: str, delta: RegisteredDelta) -> asyncio.Task[None]:
+        """What loads a delta, begun unless it is under way."""
+        if delta.arriving is None:
+            delta.arriving = asyncio.create_task(self._bring(name, delta))
+            delta.arriving.add_done_callback(lambda task: task.cancelled() or task.exception())  # if all have gone
+        return delta.arriving
 
     async def _bring(self, name: str, delta: RegisteredDelta) -> None:
         """Load a known delta, for however many requests wait for it, and whoever of them goes."""
@@ -301,7 +361,18 @@ class Registry:
             delta.arriving = None
 
     async def _load(self, name: str, delta: RegisteredDelta, seconds: float | None) -> None:
-        """Read a delta from disk, and keep it. seconds: to wait for room at most."""
+        """Fetch a delta if need be, read it from disk, and keep it. seconds: to wait for room at most."""
+        if delta.folder is not None:
+            await self._load_from(delta.folder, name, delta, seconds)
+            return
+        assert self.fetching is not None and delta.entry is not None
+        held = await self.fetching.hold(delta.entry)  # before there is room for it: that may take its time
+        try:
+            await self._load_from(held.folder, name, delta, seconds)
+        finally:
+            held.close()
+
+    async def _load_from(self, folder: Path, name: str, delta: RegisteredDelta, seconds: float | None) -> None:
         size = int(1.1 * delta.size)  # a bound on what it takes in memory
         try:
             async with asyncio.timeout(seconds):
@@ -313,7 +384,7 @@ class Registry:
             ) from error
         self._coming += size
         try:
-            read = asyncio.get_running_loop().run_in_executor(self._reader, self._read, name, delta.folder)
+            read = asyncio.get_running_loop().run_in_executor(self._reader, self._read, name, folder)
             self._keep_in_memory(name, delta, await read)
         finally:
             self._coming -= size
@@ -326,6 +397,7 @@ class Registry:
             DeltacomeError: if its files are broken; then it is forgotten.
         """
         delta = self.deltas[name]
+        assert delta.folder is not None
         try:
             loaded = self._read(name, delta.folder)
         except DeltacomeError:
@@ -363,8 +435,12 @@ class Registry:
         """Drop deltas that nobody uses, the longest unused first, until there is room; wait for one if need be."""
         if self.memory_limit is None:
             return
-        if size > self.memory_limit:
-            raise NoRoomError(f"{name} takes {size:,} bytes and the memory limit is {self.memory_limit:,}; raise it")
+        pinned = [own.loaded.bytes for other in self.pinned if (own := self.deltas.get(other)) and own.loaded]
+        if size > self.memory_limit - sum(pinned):
+            beside = f", of which pinned deltas take {sum(pinned):,}" if pinned else ""
+            raise NoRoomError(
+                f"{name} takes {size:,} bytes and the memory limit is {self.memory_limit:,}{beside}; raise it"
+            )
         while self._bytes_in_memory() + self._coming + size > self.memory_limit:
             if not self._evict():
                 await self._freed.wait()
@@ -376,7 +452,7 @@ class Registry:
         idle = [
             (delta.loaded.last_used, name)
             for name, delta in self.deltas.items()
-            if delta.loaded is not None and not delta.loaded.uses and not delta.wanted
+            if delta.loaded is not None and not delta.loaded.uses and not delta.wanted and name not in self.pinned
         ]
         if not idle:
             return False

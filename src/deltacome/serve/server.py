@@ -1,7 +1,8 @@
 """From a base and some deltas to a running server."""
 
+import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial, wraps
@@ -22,6 +23,9 @@ from deltacome.serve.http.service import Service
 from deltacome.serve.logs import log_as_json
 from deltacome.serve.metrics import Metrics
 from deltacome.serve.registry import Registry
+from deltacome.store.cache import Cache, cache_folder
+from deltacome.store.fetching import Fetching
+from deltacome.store.store import Store
 
 PROMPT_TOKENS_ON_GPU = 2048  # at a step; a processor reads 128 in about the time of one
 GRACE_SECONDS = 60  # that running requests have when the server is told to stop
@@ -51,6 +55,9 @@ def build(
     *,
     name: str | None = None,
     folder: Path | None = None,
+    store: str | None = None,
+    store_cache: int | None = None,
+    pinned: Sequence[str] = (),
     memory_limit: int | None = None,
     keys: Keys | None = None,
     limits: Limits | None = None,
@@ -60,11 +67,13 @@ def build(
     device: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> FastAPI:
-    """The server's application, as `deltacome serve` has it; see its options. `folder`'s deltas are loaded on demand.
+    """The server's application, as `deltacome serve` has it; see its options.
+
+    Deltas of `folder` and `store` are loaded on demand.
 
     Raises:
-        DeltacomeError: if the base cannot be loaded, or deltas were given and none of them can be served; where only
-            some cannot, the log says which and why.
+        DeltacomeError: if the base cannot be loaded, the store does not answer, a pinned delta cannot be served, or
+            deltas were given and none of them can be served; where only some cannot, the log says which and why.
     """
     model, metrics = load(base, device=device, dtype=dtype), Metrics()
     checkpoint = model.tenants.checkpoint  # its fingerprint is taken once
@@ -72,6 +81,9 @@ def build(
     limits = limits or Limits()
     if model.device.type != "cpu":
         limits = replace(limits, prompt=PROMPT_TOKENS_ON_GPU)
+    fetching = None
+    if store is not None:
+        fetching = Fetching(Store(store), Cache(cache_folder(), store_cache), checkpoint.fingerprint())
     registry = Registry(
         model,
         checkpoint,
@@ -80,6 +92,7 @@ def build(
         folder=folder,
         memory_limit=memory_limit,
         chat_template=chat_template,
+        fetching=fetching,
     )
     refused: DeltacomeError | None = None
     for delta_name, delta_folder in deltas.items():
@@ -90,6 +103,9 @@ def build(
             refused = error
             log.error("delta refused", extra={"fields": {"tenant": delta_name, "reason": str(error)}})
     registry.scan()
+    if registry.fetching is not None:
+        asyncio.run(registry.look_into_store())
+    asyncio.run(registry.pin(pinned))
     if refused is not None and not registry.deltas:
         raise refused
     engine = Engine(model, limits, partial(_record_step, metrics))

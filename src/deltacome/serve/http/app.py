@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -11,10 +12,10 @@ from deltacome.serve.http import completions, routes
 from deltacome.serve.http.errors import RESPONSES, ApiWithErrors, handle_errors
 from deltacome.serve.http.guards import BodyGuard, most_bytes
 from deltacome.serve.http.service import Service
-from deltacome.serve.registry import Registry
 from deltacome.version import __version__
 
 WATCH_SECONDS = 2.0  # between two looks at the watched folder
+STORE_SECONDS = 10.0  # between two looks at the store
 log = logging.getLogger("deltacome.serve")
 
 
@@ -41,24 +42,28 @@ def create_app(service: Service) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     service: Service = app.state.service
     service.engine.start()
-    watcher = asyncio.create_task(_watch(service.registry))
+    registry = service.registry
+    watchers = [asyncio.create_task(_watch(registry.rescan, WATCH_SECONDS, "delta folder unreadable"))]
+    if registry.fetching is not None:
+        watchers.append(asyncio.create_task(_watch(registry.look_into_store, STORE_SECONDS, "store unreadable")))
     yield
-    watcher.cancel()
-    with suppress(asyncio.CancelledError):
-        await watcher
+    for watcher in watchers:
+        watcher.cancel()
+        with suppress(asyncio.CancelledError):
+            await watcher
     await asyncio.to_thread(service.engine.stop)
 
 
-async def _watch(registry: Registry) -> None:
-    """Look at the watched folder again and again, whatever comes; what goes wrong is said once."""
+async def _watch(look: Callable[[], Coroutine[Any, Any, None]], seconds: float, event: str) -> None:
+    """Look at where deltas come from again and again, whatever comes; what goes wrong is said once, as that event."""
     said = ""
     while True:
-        await asyncio.sleep(WATCH_SECONDS)
+        await asyncio.sleep(seconds)
         reason = ""
         try:
-            await registry.rescan()
+            await look()
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
         if reason and reason != said:
-            log.warning("delta folder unreadable", extra={"fields": {"reason": reason}})
+            log.warning(event, extra={"fields": {"reason": reason}})
         said = reason

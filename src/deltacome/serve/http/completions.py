@@ -32,6 +32,7 @@ from deltacome.serve.http.protocol import (
 )
 from deltacome.serve.http.service import FromService, Key, Service
 from deltacome.serve.registry import Loaded, NoRoomError, UnknownModelError
+from deltacome.store.fetching import FetchError
 
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 Encode = Callable[[Loaded], list[list[int]]]  # token ids of each prompt of a request
@@ -110,7 +111,7 @@ async def _lease(service: Service, request: Request, model: str) -> Loaded:
     """The model that is asked for, once it is in memory.
 
     Raises:
-        ApiError: if there is none, no room for it in time, or its files are broken.
+        ApiError: if there is none, no room for it in time, its files are broken, or the store does not give them.
     """
     service.arriving.add(request)
     try:
@@ -119,9 +120,12 @@ async def _lease(service: Service, request: Request, model: str) -> Loaded:
     except UnknownModelError as error:
         raise unknown_model(model) from error
     except TimeoutError as error:
-        raise ApiError(503, "no memory for this model came free in time", code="no_room") from error
+        raise ApiError(503, "this model did not come into memory in time", code="no_room") from error
     except NoRoomError as error:
         raise ApiError(503, str(error), code="no_room") from error
+    except FetchError as error:
+        log.error("delta not fetched", extra={"fields": {"tenant": model, "reason": str(error)}})
+        raise ApiError(503, f"{model} cannot be fetched from the store; see the server's log", code="store") from error
     except DeltacomeError as error:
         log.error("delta broken", extra={"fields": {"tenant": model, "reason": str(error)}})
         raise ApiError(500, f"the files of {model} are broken; see the server's log") from error

@@ -1,0 +1,1 @@
+"""Deltas under names and versions in one place that many machines reach, and what a machine has fetched of them."""

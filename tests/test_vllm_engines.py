@@ -150,6 +150,24 @@ def test_two_ranks(
         stop(served.llm)
 
 
+def test_a_base_that_is_quantized_as_it_is_loaded(save: Save, tmp_path: Path) -> None:
+    """Deltas are added to what the layers of 8 bits compute."""
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "tie_word_embeddings": False}
+    engine = {"quantization": "int8_per_channel_weight_only", "dtype": "float16"}
+    served = Served(save, tmp_path, "llama", {}, engine, **sizes)
+    plain = {name: value.clone() for name, value in served.models["base"].state_dict().items()}
+    for model in served.models.values():
+        for name, module in model.named_modules():
+            if name.endswith("_proj"):
+                weight = plain[f"{name}.weight"]
+                scale = weight.abs().amax(1, keepdim=True) / 127
+                module.weight.data += (weight / scale).round() * scale - weight
+    try:
+        served.check(["base", "a", "b", "a"], make_prompts(4), 0.2)  # in float16; 1.4 and more without
+    finally:
+        stop(served.llm)
+
+
 def test_the_server(save: Save, tmp_path: Path) -> None:
     models = Models(save, tmp_path, "llama", {}, tie_word_embeddings=True)
     deltas = tmp_path / "deltas"

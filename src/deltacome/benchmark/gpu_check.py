@@ -115,7 +115,7 @@ def _steps(shape: str, place: torch.device, left: float) -> tuple[str, Table]:
             copies = max(1, min(MOST_COPIES, round(BEYOND_CACHES / bytes_of_layer)))
             works, read = [], 0
             of_rows = np.repeat(np.arange(tenants), each)
-            slots = kernels.Slots(tenants, len(of_rows), place) if place.type == "cuda" else None
+            slots = kernels.Slots(tenants, len(of_rows), place) if hasattr(kernels, "Slots") else None
             in_slots: list[tuple[Any, Tensor, Tensor]] = []
             for copy in range(copies):
                 for n, ms in groups:

@@ -13,6 +13,7 @@ from deltacome.format.artifact import Artifact
 from deltacome.format.terms import Sign, add_terms
 from deltacome.runtime.kernels import reference
 from deltacome.runtime.kernels.packed import pack_blocks
+from deltacome.store.store import Store
 from deltacome.vllm import command
 from deltacome.vllm.changes import as_terms, share
 from deltacome.vllm.rows import COMPOSITIONS, Rows, Step
@@ -133,6 +134,14 @@ def test_vllm_is_started_with_whole_deltas_alone(
     [(_, arguments, environment)] = started
     assert arguments[-2:] == ["--max-loras", "3"] and "secret" not in " ".join(arguments)
     assert environment["VLLM_API_KEY"] == "secret" and environment["DELTACOME_DELTA_DIR"] == str(tmp_path)
+    with pytest.raises(DeltacomeError, match="there is no store at"):
+        command.run(str(base), {}, **{**start, "store": str(tmp_path / "none")})
+    Store(str(tmp_path / "store")).push(tmp_path / "delta", "math")
+    command.run(str(base), {}, **{**start, "folder": None, "store": f"{tmp_path}/store", "store_cache": 1000})
+    _, arguments, environment = started.pop()
+    assert arguments[arguments.index("--max-loras") + 1] == "16" and "DELTACOME_DELTA_DIR" not in environment
+    assert environment["DELTACOME_STORE"] == f"{tmp_path}/store" and environment["DELTACOME_STORE_CACHE"] == "1000"
+    assert environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
     with pytest.raises(DeltacomeError, match="fingerprint differs"):
         command.run(str(finetuned), {"a": str(tmp_path / "delta")}, **start)
     with pytest.raises(DeltacomeError, match="there is no folder"):

@@ -16,6 +16,7 @@ import deltacome
 from commands import fail
 from conftest import Save, fine_tune, make_model
 from deltacome import Artifact, DeltacomeError
+from deltacome.serve.engine.scheduler import Limits
 from deltacome.serve.metrics import Metrics
 from deltacome.serve.registry import NoRoomError, Registry, UnknownModelError
 from deltacome.serve.server import build
@@ -320,6 +321,27 @@ def test_a_server_over_a_store(
         assert say("new").choices[0].message.content == waiting["b"].choices[0].message.content
     reasons = [record.fields["reason"] for record in caplog.records if record.message == "delta not fetched"]
     assert len(reasons) == 1 and "is damaged (its SHA-256 differs)" in reasons[0]
+
+
+def test_what_a_waiting_request_asks_for_is_fetched_meanwhile(
+    folder: Path, store: Store, tmp_path: Path, slow_steps: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one answer at a time: `b` is in memory before the answer of `a` ends."""
+    monkeypatch.setenv("DELTACOME_CACHE", str(tmp_path / "cache"))
+    app = build(folder / "base", {}, store=ADDRESS, limits=Limits(1))
+    deltas = app.state.service.registry.deltas
+    with serving(app) as address:
+        api = client(address)
+        stream = iter(api.completions.create(model="a", prompt="Hello", max_tokens=400, stream=True, seed=1))
+        parts, answers = [next(stream)], []
+        thread = threading.Thread(target=lambda: answers.append(api.completions.create(model="b", prompt="Hello")))
+        thread.start()
+        while deltas["b"].loaded is None:
+            parts.append(next(stream))
+        assert not answers and parts[-1].choices[0].finish_reason is None
+        parts += list(stream)
+        thread.join(30)
+        assert len(parts) > 20 and answers
 
 
 @pytest.mark.parametrize(

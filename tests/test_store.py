@@ -173,7 +173,11 @@ def test_tampered_contents(address: str, deltas: Deltas, tmp_path: Path, change:
         assert not (tmp_path / "out").exists()
         shutil.rmtree(work_folder(tmp_path / "out"), ignore_errors=True)  # files that are right
         fsspec.core.url_to_fs(address)[0].pipe_file(name, before[name.partition("store/")[2]])
+    damage(address, CONTENTS, change)
+    store.remove(str(store.look().find("math")))
+    store.push(deltas["a"], "math")
     store.pull("math", tmp_path / "out")
+    assert files(tmp_path / "out") == files(deltas["a"])
 
 
 def lie(**fields: Any) -> Callable[[bytes], bytes]:
@@ -214,6 +218,8 @@ def test_damaged_entries(folder: Path, deltas: Deltas, tmp_path: Path, change: C
         assert "its entry is damaged" in rows[0]["error"] and rows[1]["name"] == "other"
         assert "damaged" in succeed("store", "list", *where)
     store.push(deltas["c"], "other")  # the others go on
+    store.push(deltas["a"], "math")  # the same version, whole
+    store.pull("math", tmp_path / "again")
     version = store.look().find("math")
     store.remove(str(version))
     assert store.collect(0)[0] > 0

@@ -70,7 +70,8 @@ class Place:
                 found = self._files.ls(self._path(folder).rstrip("/") or "/", detail=False)
             except FileNotFoundError:  # object stores have no empty folders
                 return []
-        names = (path.rstrip("/").rpartition("/")[2] for path in found)
+        own = self._path(folder).strip("/")  # which some object stores list as well
+        names = (path.rstrip("/").rpartition("/")[2] for path in found if path.strip("/") != own)
         return sorted(name for name in names if name and not name.startswith("."))
 
     def read(self, name: str) -> bytes:

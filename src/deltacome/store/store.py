@@ -6,6 +6,7 @@ name, counts.
 
 import re
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -176,16 +177,27 @@ class Store:
             raise DeltacomeError(f"{version} in the store {self.address} cannot be used: {error}") from error
 
     def entries(self, versions: Iterable[Version]) -> list[Entry | DeltacomeError]:
-        """What versions consist of, or why that cannot be said."""
+        """What versions consist of, or why that cannot be said; several are read at once.
 
-        def read(version: Version) -> Entry | DeltacomeError:
-            try:
-                return self.entry(version)
-            except DeltacomeError as error:
-                return error
+        The threads are none that the end of a process would wait for.
+        """
+        wanted = list(versions)
+        found: list[Entry | DeltacomeError] = [DeltacomeError(f"{version} was not read") for version in wanted]
+        numbers = iter(range(len(wanted)))
 
-        with ThreadPoolExecutor(READERS) as pool:
-            return list(pool.map(read, versions))
+        def read() -> None:
+            for number in numbers:
+                try:
+                    found[number] = self.entry(wanted[number])
+                except DeltacomeError as error:
+                    found[number] = error
+
+        threads = [threading.Thread(target=read, daemon=True) for _ in range(min(READERS, len(wanted)))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return found
 
     # What changes it.
 
@@ -207,10 +219,10 @@ class Store:
         digests = [{file: sha256(path) for file, path in own.items()} for own in paths]
         self._make()
         listing = self.look()
-        known: dict[str, Content] = {}
-        for found in self.entries(version for pushes in listing.pushes.values() for version in pushes):
-            if isinstance(found, Entry):
-                known |= found.contents
+        versions = [version for pushes in listing.pushes.values() for version in pushes]
+        found = zip(versions, self.entries(versions), strict=True)
+        whole = {version: entry for version, entry in found if isinstance(entry, Entry)}
+        known = {digest: content for entry in whole.values() for digest, content in entry.contents.items()}
         new: dict[str, Path] = {}
         for own, files in zip(paths, digests, strict=True):
             for file, digest in files.items():
@@ -229,7 +241,7 @@ class Store:
             artifact.finetuned_bytes,
         )
         pushes = listing.pushes.get(name, [])
-        if pushes and pushes[0].version == entry.version:
+        if pushes and pushes[0].version == entry.version and pushes[0] in whole:
             return pushes[0], 0
         sizes = {content: path.stat().st_size for content, path in new.items()}
         with bar(f"pushing {name}", sum(sizes.values())) as advance:

@@ -41,8 +41,28 @@ def deltas(save: Save, tmp_path_factory: pytest.TempPathFactory) -> Deltas:
     return {name: folder / name for name in "abcd"}
 
 
-@pytest.fixture(params=["folder", "file", "memory"])
-def address(request: Any, tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """A bucket of moto's S3, where that is installed (`pip install s3fs 'moto[server]'`)."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    moto = pytest.importorskip("moto.server", reason="moto is not installed")
+    server = moto.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in zip(names, ("key", "secret", "us-east-1"), strict=True):
+            patch.setenv(name, value)
+        patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+        fsspec.filesystem("s3").mkdir("bucket")
+        yield "s3://bucket"
+    server.stop()
+
+
+@pytest.fixture(params=["folder", "file", "memory", "s3"])
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "s3":
+        yield f"{request.getfixturevalue('bucket')}/{tmp_path.name}/store"
+        return
     yield {"folder": f"{tmp_path}/store", "file": f"file://{tmp_path}/store", "memory": "memory://team/store"}[
         request.param
     ]
@@ -105,6 +125,10 @@ def test_commands(address: str, deltas: Deltas, tmp_path: Path) -> None:
     assert not [name for name in held(address) if name.startswith("removed/")]
     succeed("store", "pull", "math", "-o", tmp_path / "left", *where)
     assert files(tmp_path / "left") == files(deltas["b"])
+
+
+def test_no_bucket_is_made(bucket: str, deltas: Deltas) -> None:
+    fail("what it is to lie in must be there", "store", "push", deltas["a"], "math", "--store", f"{bucket}-other/store")
 
 
 def test_the_address_may_be_in_the_environment(deltas: Deltas, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,11 +254,12 @@ def test_damaged_entries(folder: Path, deltas: Deltas, tmp_path: Path, change: C
     ("words", "said"),
     [
         (["list", "--store", "{tmp}/nothing"], "there is no store at {tmp}/nothing; deltacome store push makes one"),
-        (["list", "--store", "s3://bucket/deltas"], "not installed here (Install s3fs"),
+        (["list", "--store", "webdav://host/deltas"], "not installed here (Install webdav4"),
         (["list", "--store", "odd://bucket/deltas"], "odd://bucket/deltas is no folder and no address"),
         (["push", "{a}", "math", "--store", "{a}"], "is no store, and it is not empty"),
         (["push", "{a}", "../math", "--store", "{tmp}/new"], "'../math' is no name in a store"),
         (["push", "{a}", "math:1", "--store", "{tmp}/new"], "'math:1' is no name in a store"),
+        (["push", "{a}", "math", "--store", "{tmp}/new/store"], "what it is to lie in must be there: "),
         (["push", "{tmp}", "math", "--store", "{tmp}/new"], "is no compressed delta"),
         (["pull", "other", "-o", "{tmp}/out", "--store", "{tmp}/store"], "the store has no delta other"),
         (["pull", "math:x", "-o", "{tmp}/out", "--store", "{tmp}/store"], "no version and no tag x of math"),

@@ -23,7 +23,7 @@ class Place:
     `folder` is the local folder, None where the place is none.
 
     Raises:
-        DeltacomeError: from everything, whatever the storage raises; FileNotFoundError comes through.
+        DeltacomeError: from everything, whatever the storage raises.
     """
 
     def __init__(self, address: str) -> None:
@@ -39,10 +39,10 @@ class Place:
         self.folder = Path(self._root) if isinstance(self._files, LocalFileSystem) else None
 
     @contextmanager
-    def _answers(self, action: str) -> Iterator[None]:
+    def _answers(self, action: str, foreseen: type[Exception] = DeltacomeError) -> Iterator[None]:
         try:
             yield
-        except (DeltacomeError, FileNotFoundError, MemoryError):
+        except (DeltacomeError, MemoryError, foreseen):
             raise
         except Exception as error:  # of whatever library the storage is reached by
             raise DeltacomeError(f"the store {self.address} cannot {action}: {reason(error)}") from error
@@ -56,11 +56,12 @@ class Place:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def make_folders(self, names: list[str]) -> None:
-        """Make folders, where the storage has such."""
-        with self._answers("be made"):
-            for name in names:
-                self._files.makedirs(self._path(name), exist_ok=True)
+    def make(self, folders: list[str]) -> None:
+        """Make the place and folders in it, where the storage has such; what it lies in must be there."""
+        with self._answers("be made; what it is to lie in must be there"):
+            for name in ["", *folders]:
+                with suppress(FileExistsError):
+                    self._files.mkdir(self._path(name).rstrip("/"), create_parents=False)
 
     def list(self, folder: str = "") -> list[str]:
         """The names of what lies in a folder, without the folder's; hidden ones are left out."""
@@ -75,8 +76,12 @@ class Place:
         return sorted(name for name in names if name and not name.startswith("."))
 
     def read(self, name: str) -> bytes:
-        """A small file; of a large one the beginning."""
-        with self._answers(f"give {name}"):
+        """A small file; of a large one the beginning.
+
+        Raises:
+            FileNotFoundError: if there is none.
+        """
+        with self._answers(f"give {name}", FileNotFoundError):
             found: bytes = self._files.cat_file(self._path(name), start=0, end=MOST_BYTES)
             return found
 
@@ -106,8 +111,12 @@ class Place:
             sync(self._local(name))
 
     def download(self, name: str, file: BinaryIO, most: int, arrived: Callable[[int], None]) -> None:
-        """Copy a file from here, up to so many bytes and a chunk more. arrived: told of the bytes of each chunk."""
-        with self._answers(f"give {name}"), self._files.open(self._path(name), "rb") as source:
+        """Copy a file from here, up to so many bytes and a chunk more. arrived: told of the bytes of each chunk.
+
+        Raises:
+            FileNotFoundError: if there is none.
+        """
+        with self._answers(f"give {name}", FileNotFoundError), self._files.open(self._path(name), "rb") as source:
             while file.tell() <= most and (chunk := source.read(CHUNK)):
                 file.write(chunk)
                 arrived(len(chunk))

@@ -160,7 +160,7 @@ class Store:
             return
         if set(found) - set(FOLDERS):  # which another first push may just have made
             raise DeltacomeError(f"{self.address} is no store, and it is not empty; name a place of its own")
-        self.place.make_folders(FOLDERS)
+        self.place.make(FOLDERS)
         self.place.write(MARKER, _marker())
 
     def entry(self, version: Version) -> Entry:

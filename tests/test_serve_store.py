@@ -110,7 +110,7 @@ def test_names_versions_and_tags(make: Make, store: Store, folder: Path) -> None
         for name in ("c", "a:other", "a:", "a:0123456789ab", ":stable"):
             with pytest.raises(UnknownModelError):
                 await registry.lease(name)
-        with pytest.raises(FetchError, match=r"foreign:.* is a delta on other\d*, which is another base"):
+        with pytest.raises(UnknownModelError, match=r"is a delta on other\d*, which is another base"):
             await registry.lease("foreign")
         store.push(folder / "deltas/b", "a")
         await registry.look_into_store()
@@ -129,6 +129,38 @@ def test_names_versions_and_tags(make: Make, store: Store, folder: Path) -> None
         assert "b" not in registry.deltas and b in registry.in_memory
 
     run(work())
+
+
+def test_names_of_one_version_at_once(make: Make, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its entry is read, and its files are fetched, while others ask for the same under any of its names."""
+    registry = make()
+    version = str(store.look().find("a"))
+    store.push(Path(registry.base_checkpoint.source).parent / "deltas/b", "a")
+    store.tag(version, "stable")
+    run(registry.look_into_store())
+    fetched, fetch = [], Store.fetch
+
+    def slow(*arguments: Any) -> None:
+        fetched.append(arguments[1])
+        time.sleep(0.05)
+        fetch(*arguments)
+
+    monkeypatch.setattr(Store, "fetch", slow)
+
+    async def work() -> None:
+        found = await asyncio.gather(*(registry.lease(name) for name in ("a:stable", version, "a:stable", version)))
+        assert found[0] is found[2] and found[1] is found[3] and found[0].bytes == found[1].bytes
+        assert len(fetched) == len({content.sha256 for content in fetched})
+
+    run(work())
+
+
+def test_a_name_that_is_just_being_loaded_is_nobodys(make: Make, store: Store) -> None:
+    registry = make()
+    store.tag("a", "stable")
+    run(registry.look_into_store())
+    with registry._claim("a:stable"), pytest.raises(UnknownModelError):
+        run(registry.lease("a:stable"))
 
 
 def test_other_deltas_keep_their_names(make: Make, folder: Path) -> None:

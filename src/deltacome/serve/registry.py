@@ -328,10 +328,7 @@ class Registry:
         while True:
             delta = self.deltas.get(name)
             if delta is None:
-                entry = None if self.fetching is None else await self.fetching.find(name)
-                if entry is None:
-                    raise UnknownModelError(f"there is no model {name!r}")
-                self._take_from_store(name, entry)
+                self._take_from_store(name, await self._find_in_store(name))
                 continue
             if delta.loaded is not None:
                 return delta.loaded
@@ -341,6 +338,22 @@ class Registry:
             finally:
                 delta.wanted -= 1
                 self._tell_waiting()
+
+    async def _find_in_store(self, name: str) -> Entry:
+        """A version that is asked for and not known yet.
+
+        Raises:
+            UnknownModelError: if there is none on this base.
+            FetchError: if the store does not say.
+        """
+        entry = None
+        if self.fetching is not None and name not in self._claimed:
+            entry = await self.fetching.find(name)
+        if entry is None:
+            raise UnknownModelError(f"there is no model {name!r}")
+        if entry.fingerprint != self.base_checkpoint.fingerprint():
+            raise UnknownModelError(f"{name} in the store is a delta on {entry.base}, which is another base")
+        return entry
 
     def _begin(self, name: str, delta: RegisteredDelta) -> asyncio.Task[None]:
         """What loads a delta, begun unless it is under way."""

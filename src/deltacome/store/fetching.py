@@ -22,9 +22,9 @@ class FetchError(DeltacomeError):
 
 
 class Fetching:
-    """The deltas of a store for one base, by way of a cache; for one event loop at a time.
+    """The deltas of a store, by way of a cache; for one event loop at a time.
 
-    fingerprint: of the base; None for deltas on any. damaged: names whose newest version cannot be used, and why.
+    fingerprint: of the base whose deltas `newest` has. damaged: names whose newest version cannot be used, and why.
     """
 
     def __init__(self, store: Store, cache: Cache, fingerprint: str | None = None) -> None:
@@ -32,6 +32,7 @@ class Fetching:
         self.damaged: dict[str, str] = {}
         self._listing = Listing({}, {})
         self._entries: dict[Version, Entry] = {}
+        self._locks: dict[Hashable, asyncio.Lock] = {}
         self._busy: set[Hashable] = set()  # what threads are at, those included that nobody waits for any longer
 
     async def look(self) -> None:
@@ -56,10 +57,7 @@ class Fetching:
     def newest(self) -> dict[str, Entry]:
         """Of each name the newest version that was seen, if it is on this base."""
         newest = {name: self._entries.get(pushes[0]) for name, pushes in self._listing.pushes.items()}
-        return {name: entry for name, entry in newest.items() if entry is not None and self._is_ours(entry)}
-
-    def _is_ours(self, entry: Entry) -> bool:
-        return self.fingerprint in (None, entry.fingerprint)
+        return {name: entry for name, entry in newest.items() if entry and entry.fingerprint == self.fingerprint}
 
     def version(self, reference: str) -> str | None:
         """The version that NAME, NAME:VERSION or NAME:TAG meant when the store was seen last; None if none."""
@@ -71,7 +69,7 @@ class Fetching:
         """The version that NAME, NAME:VERSION or NAME:TAG means; None if there is none.
 
         Raises:
-            FetchError: if it is damaged, or on another base, or the store does not answer.
+            FetchError: if it is damaged, or the store does not answer.
         """
         try:
             version = self._listing.find(reference)
@@ -79,10 +77,7 @@ class Fetching:
             return None
         if version not in self._entries:
             self._entries[version] = await self._patiently(version, lambda _: self.store.entry(version))
-        entry = self._entries[version]
-        if not self._is_ours(entry):
-            raise FetchError(f"{version} is a delta on {entry.base}, which is another base")
-        return entry
+        return self._entries[version]
 
     async def hold(self, entry: Entry) -> Held:
         """A version in the cache, fetched if need be; to be closed when it has been read.
@@ -93,12 +88,16 @@ class Fetching:
         return await self._patiently(entry.digest, lambda arrived: self.cache.hold(self.store, entry, arrived))
 
     async def _patiently(self, what: Hashable, work: Callable[[Arrived], Result]) -> Result:
-        """Have a thread of its own do something, and wait as long as bytes arrive.
+        """Have a thread of its own do something, one for the same thing at a time, and wait as long as bytes arrive.
 
         A thread that nobody waits for any longer goes on; until it ends, the same is refused at once.
         """
-        if what in self._busy:
-            raise FetchError(f"the store {self.store.address} does not answer")
+        async with self._locks.setdefault(what, asyncio.Lock()):
+            if what in self._busy:
+                raise FetchError(f"the store {self.store.address} does not answer")
+            return await self._wait_for(what, work)
+
+    async def _wait_for(self, what: Hashable, work: Callable[[Arrived], Result]) -> Result:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = loop.create_future()
         last = time.monotonic()

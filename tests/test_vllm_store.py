@@ -24,7 +24,7 @@ from openai import APIConnectionError, APIStatusError, NotFoundError, OpenAI
 from conftest import Save
 from deltacome.format.manifest import MODEL_CARD
 from deltacome.store.store import Store
-from vllm_models import Models, make_adapter, make_prompts
+from vllm_models import Models, make, make_adapter, make_delta, make_prompts
 
 
 @contextmanager
@@ -117,6 +117,8 @@ def test_where_the_server_finds_deltas(save: Save, tmp_path: Path) -> None:
     (models.deltas["a"] / MODEL_CARD).write_text("By hand.")
     store.push(models.deltas["a"], "broken")
     content = store.entry(store.look().find("broken")).folders[0][MODEL_CARD]
+    foreign = make("llama", seed=7)
+    store.push(make_delta(save, save(foreign, "foreign", torch.float32), foreign, 3, tmp_path / "foreign"), "foreign")
     folder, repository = tmp_path / "folder", tmp_path / "repository"
     shutil.copytree(models.deltas["a"], folder / "local")
     adapter = make_adapter(models, folder / "adapter")
@@ -152,7 +154,14 @@ def test_where_the_server_finds_deltas(save: Save, tmp_path: Path) -> None:
             ):
                 check(client, models, name, like)
             (tmp_path / "store" / content.path).write_bytes(b"damaged")
-            for name in ("nothing", "math:nothing", "../outside", str(tmp_path / "outside"), "some/deltas/none"):
+            for name in (
+                "nothing",
+                "foreign",
+                "math:nothing",
+                "../outside",
+                str(tmp_path / "outside"),
+                "some/deltas/none",
+            ):
                 with pytest.raises(NotFoundError):
                     check(client, models, name, "a")
             with pytest.raises(APIStatusError, match="broken cannot be fetched from the store") as error:
@@ -161,6 +170,8 @@ def test_where_the_server_finds_deltas(save: Save, tmp_path: Path) -> None:
             store.push(models.deltas["b"], "later")
             time.sleep(2.1)  # it has just looked
             check(client, models, "later", "b")
+            locks = list((tmp_path / "cache/deltas").glob("*.lock"))
+            assert len(locks) == 3  # `math` twice, and what was tried of `broken`
     finally:
         hub.shutdown()
         hub.server_close()

@@ -4,9 +4,11 @@ import asyncio
 import time
 from pathlib import Path
 
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.errors import DeltacomeError
 from deltacome.format.manifest import MANIFEST
 from deltacome.store.cache import Held
-from deltacome.store.fetching import FetchError, Fetching
+from deltacome.store.fetching import Fetching
 from deltacome.vllm import internals
 
 LOOK_SECONDS = 2.0  # in which a store is looked at once, however many names are asked for
@@ -40,6 +42,7 @@ class StoreResolver(internals.LoRAResolver):
         self._held: dict[str, Held] = {}  # by digest
         self._look: asyncio.Task[None] | None = None
         self._looked = float("-inf")
+        self._fingerprint: asyncio.Task[str] | None = None
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> internals.LoRARequest | None:
         """As vLLM's; vLLM gives the number.
@@ -50,15 +53,21 @@ class StoreResolver(internals.LoRAResolver):
         await self._refresh()
         try:
             entry = await self.fetching.find(lora_name)
-            if entry is None:
+            if entry is None or entry.fingerprint != await self._fingerprint_of(base_model_name):
                 return None
             held = await self.fetching.hold(entry)
-        except FetchError as error:
+        except DeltacomeError as error:
             internals.logger.error("%s cannot be fetched: %s", lora_name, error)
             raise internals.HTTPException(503, f"{lora_name} cannot be fetched from the store; see the log") from error
         if self._held.setdefault(entry.digest, held) is not held:
             held.close()
         return internals.LoRARequest(lora_name, 1, str(held.folder))
+
+    async def _fingerprint_of(self, base: str) -> str:
+        """The base's, taken once: what is on another is not fetched, for vLLM says nothing of what it refuses."""
+        if self._fingerprint is None:
+            self._fingerprint = asyncio.create_task(asyncio.to_thread(lambda: Checkpoint(base).fingerprint()))
+        return await asyncio.shield(self._fingerprint)
 
     async def _refresh(self) -> None:
         """See what there is, if the store says so in time."""

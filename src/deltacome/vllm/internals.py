@@ -61,6 +61,7 @@ from vllm.plugins.lora_resolvers.filesystem_resolver import FilesystemResolver
 from vllm.plugins.lora_resolvers.hf_hub_resolver import HfHubResolver, hf_api
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from deltacome.errors import DeltacomeError
 from deltacome.format.manifest import MANIFEST
 
 __all__ = [
@@ -238,6 +239,12 @@ def store() -> str | None:
 
 
 def store_cache() -> int | None:
-    """Bytes that what is fetched from it may take."""
-    given = os.environ.get("DELTACOME_STORE_CACHE")
+    """Bytes that what is fetched from it may take.
+
+    Raises:
+        DeltacomeError: if the environment says something else.
+    """
+    given = os.environ.get("DELTACOME_STORE_CACHE", "")
+    if given and not given.isdecimal():
+        raise DeltacomeError(f"DELTACOME_STORE_CACHE is {given}; it has to be a number of bytes")
     return int(given) if given else None

@@ -1,5 +1,6 @@
 """The running batch: whatever joins and leaves, every answer is what the merged model says alone."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import deltacome
 from conftest import Save, fine_tune, make_other, make_tokenizer
@@ -15,8 +17,10 @@ from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.restore.merging import load_merged, open_checked
 from deltacome.runtime.batch import Batch
 from deltacome.runtime.tenant import Change, Tenant
-from deltacome.serve.engine import scheduler
+from deltacome.serve.engine import rows as engine_rows
+from deltacome.serve.engine.attention import attention
 from deltacome.serve.engine.cache import join, new_cache
+from deltacome.serve.engine.rows import cache_positions, partition
 from deltacome.serve.engine.sampling import Sampling, likelihood, sample
 from deltacome.serve.engine.scheduler import Engine, Limits, QueueFullError
 from deltacome.serve.engine.sequence import Event, Sequence
@@ -116,7 +120,7 @@ def test_sequences_join_and_leave_at_any_step(served: SimpleNamespace) -> None:
     finish(engine)
     assert [answers[number] for number in range(12)] == served.alone
     assert len(cancelled[4]) < NEW_TOKENS
-    assert engine.rows.cache is None and not engine.rows.sequences
+    assert not engine.batches
 
 
 def test_a_full_cache_puts_sequences_back(served: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,9 +136,60 @@ def test_a_full_cache_puts_sequences_back(served: SimpleNamespace, monkeypatch: 
     widest = 0
     while not engine.is_idle:
         engine.step()
-        widest = max(widest, len(engine.rows.sequences) * engine.rows.length)
+        widest = max(widest, sum(len(rows.sequences) * rows.length for rows in engine.batches))
     assert put_back and widest <= room
     assert [answers[number] for number in numbers] == [served.alone[number] for number in numbers]
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_short_rows_carry_no_padding_of_long_ones(served: SimpleNamespace, step: int) -> None:
+    """They have a cache of their own, and room where there would be none for the padding."""
+    counts = {}
+    for spare in (20, 10**6):
+        answers: dict[int, list[int]] = {}
+        engine = Engine(served.model, Limits(cache=400, prompt=1000))
+        engine.spare = spare
+        engine.submit([ask(served, number, answers) for number in range(12)[::step]])
+        beside = caches = 0
+        while not engine.is_idle:
+            engine.step()
+            caches = max(caches, len(engine.batches))
+            if any(rows.length > 60 for rows in engine.batches):
+                beside = max(beside, len(engine.running))
+            for rows in engine.batches:
+                assert sum(rows.length - sequence.read for sequence in rows.sequences) <= spare
+            assert sum(rows.length * len(rows.sequences) for rows in engine.batches) <= 400
+        assert [answers[number] for number in range(12)] == served.alone
+        counts[spare] = beside, caches
+    assert counts[20][0] > counts[10**6][0] and counts[20][1] > 2 and counts[10**6][1] == 1
+
+
+def test_padding_is_spared_by_what_it_costs(served: SimpleNamespace) -> None:
+    """Where reading it takes longer than reading the weights once more."""
+    engine = Engine(served.model, Limits())
+    assert math.isinf(engine.spare)
+    engine.submit([ask(served, 1, {})])
+    engine.step()
+    config = served.model.config
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    weights = sum(parameter.nbytes for parameter in served.model.parameters())
+    assert engine.spare == weights / (config.num_hidden_layers * 2 * heads * size * 4)
+
+
+def test_which_rows_share_a_cache(served: SimpleNamespace) -> None:
+    sequences = []
+    for length in (9, 100, 1, 95, 10, 98):
+        sequences.append(ask(served, 0, {}))
+        sequences[-1].tokens = [5] * length
+    for spare, expected, size in (
+        (10, [[100, 98, 95], [10, 9, 1]], 330),
+        (0, [[100], [98], [95], [10], [9], [1]], 313),
+        (math.inf, [[100, 98, 95, 10, 9, 1]], 600),
+    ):
+        found = partition(sequences, spare)
+        assert [[len(sequence.tokens) for sequence in group] for group in found] == expected
+        assert cache_positions(sequences, spare) == size
 
 
 def test_what_is_prepared_serves_every_step_of_the_same_rows(served: SimpleNamespace) -> None:
@@ -142,14 +197,14 @@ def test_what_is_prepared_serves_every_step_of_the_same_rows(served: SimpleNames
     engine = Engine(served.model, Limits())
     numbers = [number for number, answer in enumerate(served.alone) if len(answer) == NEW_TOKENS][:2]
     engine.submit([ask(served, number, answers) for number in numbers])
-    while len(engine.rows.sequences) < 2:
+    while len(engine.running) < 2:
         engine.step()
     engine.step()
-    batch = engine.rows.batch
+    batch = engine.batches[0].batch
     engine.step()
-    assert engine.rows.batch is batch is not None
+    assert engine.batches[0].batch is batch is not None
     finish(engine)
-    assert engine.rows.batch is None  # or it would keep tenants alive
+    assert not engine.batches  # or it would keep tenants alive
 
 
 def test_who_asks_much_holds_up_nobody_who_asks_little(served: SimpleNamespace) -> None:
@@ -178,13 +233,13 @@ def test_an_answer_of_one_token_leaves_the_rows_as_they_are(served: SimpleNamesp
     engine = Engine(served.model, Limits(prompt=128))
     long, other = [number for number, answer in enumerate(served.alone) if len(answer) == NEW_TOKENS][:2]
     engine.submit([ask(served, long, answers)])
-    while not engine.rows.sequences:  # its prompt may be read in parts
+    while not engine.batches:  # its prompt may be read in parts
         engine.step()
-    rows, short = engine.rows, ask(served, other, answers)
+    (rows,), short = engine.batches, ask(served, other, answers)
     short.max_tokens = 1
     engine.submit([short])
     engine.step()
-    assert answers[other] == served.alone[other][:1] and engine.rows is rows
+    assert answers[other] == served.alone[other][:1] and engine.batches == [rows]
     finish(engine)
     assert answers[long] == served.alone[long]
 
@@ -198,6 +253,28 @@ def test_a_long_prompt_holds_nobody_up(served: SimpleNamespace) -> None:
     assert len(answers[2]) >= 3 and not answers[4]
     finish(engine)
     assert answers[4] == served.alone[4]
+
+
+def test_a_long_prompt_goes_by_small_parts_while_others_wait(served: SimpleNamespace) -> None:
+    """And by large ones while nobody does."""
+    parts: list[int] = []
+    forward = Engine._forward
+    for others in ((), (2,)):
+        answers: dict[int, list[int]] = {}
+        engine = Engine(served.model, Limits(prompt=16))
+        engine.submit([ask(served, number, answers) for number in (*others, 4)])  # 1 token, and 90
+        parts.clear()
+
+        def noting(self: Engine, batch: Batch, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+            if ids.shape[1] > 1:
+                parts.append(ids.shape[1])
+            return forward(self, batch, ids, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Engine, "_forward", noting)
+            finish(engine)
+        assert answers[4] == served.alone[4]
+        assert parts[0] == (4 if others else 16) and sum(parts) == 90
 
 
 def test_deadline_and_full_queue(served: SimpleNamespace) -> None:
@@ -276,7 +353,7 @@ def test_a_guilty_row_fails_alone(
     finish(engine)
     assert [answers[number] for number in range(12)] == served.alone
     assert step == "told" or [event.finish for event in events if event.finish] == ["failed"]
-    assert not engine._begun and engine.rows.cache is None
+    assert not engine._begun and not engine.batches
 
 
 @pytest.mark.parametrize("place", ["prompt", "step", "join"])
@@ -292,8 +369,10 @@ def test_a_batch_too_large_for_the_memory_makes_sequences_wait(
         return call
 
     if place == "join":
-        plain = scheduler.join
-        monkeypatch.setattr(scheduler, "join", limited(plain, lambda parts, _: sum(len(rows) for _, rows, _ in parts)))
+        plain = engine_rows.join
+        monkeypatch.setattr(
+            engine_rows, "join", limited(plain, lambda parts, _: sum(len(rows) for _, rows, _ in parts))
+        )
     else:
         is_prompt = place == "prompt"
         plain = Engine._forward
@@ -391,6 +470,19 @@ def test_joined_caches_hold_the_rows_at_the_right() -> None:
     keys, values = joined.update(more, more, 0)
     assert keys.shape[2] == values.shape[2] == joined.get_seq_length() == 169
     assert torch.equal(keys[:, :, 69:], more)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_heads_that_share_keys(tokens: int) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 6, tokens, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 4)
+    mask = torch.rand(2, 1, tokens, 9) < 0.7
+    mask[..., 0] = True
+    module = SimpleNamespace(num_key_value_groups=3, is_causal=True)
+    found, _ = attention(module, query, key, value, mask, scaling=0.3)
+    expected, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
+    assert found.shape == expected.shape == (2, tokens, 6, 4) and found.is_contiguous()
+    assert torch.allclose(found, expected, atol=1e-6)
 
 
 def text_of(tokens: list[int], stop: list[str]) -> tuple[list[str], bool]:

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig
 import deltacome
 from conftest import SIZES, Save, fine_tune, make_other, make_tokenizer
 from deltacome.runtime.tenant import Tenant
-from deltacome.serve.engine import prefixes, scheduler
-from deltacome.serve.engine.cache import join, new_cache
+from deltacome.serve.engine import prefixes
+from deltacome.serve.engine.cache import new_cache
 from deltacome.serve.engine.prefixes import BLOCK, Prefixes
 from deltacome.serve.engine.sampling import Sampling
 from deltacome.serve.engine.scheduler import Engine, Limits
@@ -188,6 +188,20 @@ def test_long_prompts_that_begin_alike_are_read_once(served: SimpleNamespace) ->
     assert [one.answer for one in asked] == [one.answer for one in alone]
 
 
+def test_a_long_prompt_that_is_nearly_known_joins_a_short_one(served: SimpleNamespace) -> None:
+    """Read together they are read to the end, though the long one would go by smaller parts alone."""
+    engine = Engine(served.model, Limits(prompt=48))
+    long, rest, short, other = draw(16, 200, 12, 14, 3)
+    finish(engine, Asked(None, long))
+    finish(Engine(served.model, Limits(prefixes=0)), alone := Asked(None, [*long, *rest]))
+    running = Asked(None, other, 100)
+    engine.submit([running.sequence])
+    engine.step()
+    finish(engine, first := Asked(served.tenants[1], short), second := Asked(None, [*long, *rest]))
+    assert second.sequence.recalled == 192 and second.answer == alone.answer
+    assert len(first.answer) == NEW_TOKENS and len(running.answer) == 100
+
+
 def test_a_row_that_was_put_back_is_not_read_again(served: SimpleNamespace) -> None:
     prompts = draw(6, 60, 60)
     asked = [Asked(None, prompt, 40) for prompt in prompts]
@@ -252,12 +266,14 @@ def test_a_batch_too_large_for_the_memory_takes_the_prefixes_place(
     rooms: list[int] = []
     engine.on_step = lambda engine: rooms.append(engine.prefixes.limit)
 
+    forward = Engine._forward
+
     def fail(*arguments: Any) -> Any:
         if engine.prefixes.limit:
             raise torch.OutOfMemoryError("out of memory")
-        return join(*arguments)
+        return forward(*arguments)
 
-    monkeypatch.setattr(scheduler, "join", fail)
+    monkeypatch.setattr(Engine, "_forward", fail)
     finish(engine, one := Asked(None, first))  # alone: there is nobody else to wait for
     assert rooms[0] == 0 and rooms[-1] == engine.limits.prefixes
     monkeypatch.undo()

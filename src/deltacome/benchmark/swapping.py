@@ -48,7 +48,7 @@ class SwappingEngine(Engine):
             has_own = len(others) < len(self.waiting)
         oldest = min(others, key=lambda sequence: self.came.get(sequence, 0.0), default=None)
         is_late = oldest is not None and time.monotonic() - self.came.get(oldest, 0.0) > self.patience
-        if oldest is not None and not self.rows.sequences and not self.reading and (is_late or not has_own):
+        if oldest is not None and not self.batches and not self.reading and (is_late or not has_own):
             self._swap(_name(oldest))
             is_late = False
 

@@ -27,7 +27,7 @@ from deltacome.store.cache import Cache, cache_folder
 from deltacome.store.fetching import Fetching
 from deltacome.store.store import Store
 
-PROMPT_TOKENS_ON_GPU = 2048  # at a step; a processor reads 128 in about the time of one
+PROMPT_TOKENS_ON_GPU = 2048  # at a step
 GRACE_SECONDS = 60  # that running requests have when the server is told to stop
 log = logging.getLogger("deltacome.serve")
 Parameters = ParamSpec("Parameters")
@@ -122,10 +122,10 @@ def _max_length(base: str | Path, model: Any, asked: int | None) -> int:
 
 def _record_step(metrics: Metrics, engine: Engine) -> None:
     metrics.queue.set(len(engine.waiting))
-    rows = engine.rows.sequences
+    rows = engine.running
     metrics.rows.set(len(rows))
     metrics.tenants.set(len({sequence.tenant for sequence in rows}))
-    metrics.cache.set(engine.rows.length * len(rows))
+    metrics.cache.set(sum(own.length * len(own.sequences) for own in engine.batches))
     metrics.prefixes.set(engine.prefixes.tokens)
     if rows:
         metrics.steps.observe(len(rows))

@@ -1,4 +1,4 @@
-"""Attention of one token a row, several query heads sharing keys, without repeating the keys in memory."""
+"""Attention of several query heads that share keys, without repeating the keys in memory."""
 
 from typing import Any
 
@@ -16,17 +16,21 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """As transformers' attention functions: query (rows, heads, tokens, size) to (rows, tokens, heads, size).
 
-    Transformers repeats keys and values for all heads at every step where there is a mask, which takes four times as
-    long as the attention. The heads that share a key are as well so many queries of one head.
+    Transformers repeats keys and values for all heads where there is a mask, which takes four times as long as the
+    attention of a token. The heads that share a key are as well so many queries of one head.
     """
     rows, heads, tokens, size = query.shape
-    shared_mask = attention_mask is None or attention_mask.shape[1] == 1
+    is_shared = heads > key.shape[1] and (attention_mask.shape[1] == 1 if attention_mask is not None else tokens == 1)
     odd = any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
-    if tokens > 1 or heads == key.shape[1] or not shared_mask or odd:
+    if odd or not is_shared:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], size)
-    output = scaled_dot_product_attention(grouped, key, value, attention_mask, scale=options.get("scaling"))
-    return output.reshape(rows, 1, heads, value.shape[-1]), None
+    sharing = heads // key.shape[1]
+    grouped = query.reshape(rows, key.shape[1], sharing * tokens, size)
+    mask = attention_mask
+    if mask is not None and tokens > 1:
+        mask = mask.expand(rows, 1, tokens, -1).repeat(1, 1, sharing, 1)
+    output = scaled_dot_product_attention(grouped, key, value, mask, scale=options.get("scaling"))
+    return output.reshape(rows, heads, tokens, value.shape[-1]).transpose(1, 2).contiguous(), None
 
 
 def share_keys(model: Any) -> None:

@@ -30,9 +30,8 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         start, end = self.length, self.length + key_states.shape[2]
         if end > self.all_keys.shape[2]:
-            room = (
-                ROOM if key_states.shape[2] == 1 else end
-            )  # of prompts many parts come, and copying would be quadratic
+            # Of a prompt many parts come: with less room, copying would be quadratic.
+            room = ROOM if key_states.shape[2] == 1 else end
             self.all_keys, self.all_values = (_with_room(x, end, room) for x in (self.keys, self.values))
         self.all_keys[:, :, start:end] = key_states
         self.all_values[:, :, start:end] = value_states
@@ -57,6 +56,11 @@ def rewind(cache: Cache, length: int) -> None:
     """Forget what was written behind the first `length` positions, in some layers or in all of them."""
     for layer in cache.layers:
         layer.show(length)
+
+
+def bytes_per_position(cache: Cache) -> float:
+    """Of the keys and values of all layers."""
+    return sum((layer.keys[0].nbytes + layer.values[0].nbytes) / layer.keys.shape[2] for layer in cache.layers)
 
 
 def states_of(cache: Cache, row: int, start: int, end: int) -> list[tuple[Tensor, Tensor]]:

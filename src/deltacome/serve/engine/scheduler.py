@@ -1,8 +1,8 @@
 """Iteration-level batching across tenants: at every step sequences join and leave the running batch.
 
 A step reads a limited number of prompt tokens (so that long prompts hold nobody up) and then makes one token for each
-running sequence. The rows' keys and values are in one cache (`cache`), the shorter ones padded on the left, as
-transformers' own generation has them, so that every architecture's masks apply.
+running sequence. Keys and values of rows of about the same length are in one cache (`rows`, `cache`), the shorter ones
+padded on the left, as transformers' own generation has them, so that every architecture's masks apply.
 """
 
 import inspect
@@ -13,7 +13,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -25,12 +27,14 @@ from deltacome.errors import DeltacomeError
 from deltacome.memory import is_out_of_memory
 from deltacome.runtime.batch import Batch
 from deltacome.serve.engine.attention import share_keys
-from deltacome.serve.engine.cache import join, new_cache, rewind
+from deltacome.serve.engine.cache import bytes_per_position, join, new_cache, rewind
 from deltacome.serve.engine.prefixes import Prefixes
 from deltacome.serve.engine.queue import FairQueue
+from deltacome.serve.engine.rows import Part, Rows, arranged, cache_positions, joined
 from deltacome.serve.engine.sampling import likelihood, sample
 from deltacome.serve.engine.sequence import Event, Finish, Sequence
 
+LONG = 4  # times what a step reads: prompts that are longer go by smaller parts
 log = logging.getLogger("deltacome.serve")
 
 
@@ -52,28 +56,6 @@ class Limits:
     prefixes: int = 16384
 
 
-@dataclass(eq=False)
-class Rows:
-    """Sequences whose keys and values are in one cache. batch: their tenants, once a step has needed it."""
-
-    sequences: list[Sequence] = field(default_factory=list)
-    cache: Cache | None = None
-    batch: Batch | None = None
-
-    @property
-    def length(self) -> int:
-        """Positions of the cache."""
-        return max((sequence.read for sequence in self.sequences), default=0)
-
-
-def joined(parts: list[tuple[Rows, list[int]]]) -> Rows:
-    """Some rows of each part, in that order; the parts stay as they are."""
-    rows = Rows([part.sequences[row] for part, own in parts for row in own])
-    caches = [(part.cache, own, part.cache.get_seq_length()) for part, own in parts if own and part.cache is not None]
-    rows.cache = join(caches, rows.length) if caches else None
-    return rows
-
-
 class Engine:
     """The running batch of a model from `deltacome.load`. `step` is for one thread, the rest for any.
 
@@ -89,7 +71,8 @@ class Engine:
         self.keeps_few_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         self.waiting: FairQueue[Sequence] = FairQueue(lambda sequence: (sequence.owner, sequence.tenant))
         self.reading: deque[Sequence] = deque()
-        self.rows = Rows()  # the running batch
+        self.batches: list[Rows] = []  # what runs, by length
+        self.spare = math.inf  # positions of padding that cost less than another pass over the weights
         self.prefixes = Prefixes(limits.prefixes)
         self.room = limits.cache
         self.lock = threading.Condition()
@@ -141,7 +124,12 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        return not (self.waiting or self.reading or self.rows.sequences)
+        return not (self.waiting or self.reading or self.batches)
+
+    @property
+    def running(self) -> list[Sequence]:
+        """Those whose prompts are read."""
+        return [sequence for rows in self.batches for sequence in rows.sequences]
 
     # For the engine's thread.
 
@@ -162,7 +150,7 @@ class Engine:
             self._admit()
             if self.reading:
                 self._read(self._next_to_read())
-            if self.rows.sequences:
+            if self.batches:
                 self._make_tokens()
         except Exception as error:  # the server lives on, whatever a batch has met
             with self.lock:
@@ -170,7 +158,7 @@ class Engine:
             for sequence in self._begun.keys() - waiting:
                 self._fail(sequence, error)
             self.reading.clear()
-            self.rows = Rows()
+            self.batches = []
         if self.is_idle:
             self.room = self.limits.cache
             if self.prefixes.limit < self.limits.prefixes:
@@ -190,9 +178,7 @@ class Engine:
         with self.lock:
             self.waiting.drop(is_over)
         self.reading = deque(sequence for sequence in self.reading if not is_over(sequence))
-        kept = [row for row, sequence in enumerate(self.rows.sequences) if not is_over(sequence)]
-        if len(kept) < len(self.rows.sequences):
-            self.rows = joined([(self.rows, kept)])
+        self._go_on(self._all_but(is_over))
 
     def _admit(self) -> None:
         """Take sequences from the queue while the batch and its cache have room."""
@@ -201,9 +187,13 @@ class Engine:
                 self._take(sequence)
 
     def _has_room(self, sequence: Sequence) -> bool:
-        active = [*self.rows.sequences, *self.reading, sequence]
-        fits = len(active) == 1 or _cache_tokens(active) <= self.room
+        active = [*self.running, *self.reading, sequence]
+        fits = len(active) == 1 or self._room_for(active) <= self.room
         return fits and len(active) <= self.limits.rows
+
+    def _room_for(self, sequences: list[Sequence]) -> int:
+        """Positions of caches that hold all of them, and one token more of each."""
+        return cache_positions(sequences, self.spare) + len(sequences)
 
     def _take(self, sequence: Sequence) -> None:
         self._begun.setdefault(sequence, time.monotonic())
@@ -215,7 +205,7 @@ class Engine:
         self._recall(group[0])
         lengths = [len(group[0].tokens)]
         unread = group[0].unread
-        if unread <= self.limits.prompt:
+        if unread <= self._part_of(group[0]):
             for sequence in list(self.reading):
                 length = len(sequence.tokens)
                 widest = max(unread, length - self.prefixes.known(sequence))
@@ -229,13 +219,20 @@ class Engine:
                     unread = widest
         return group
 
+    def _part_of(self, sequence: Sequence) -> int:
+        """Tokens of a prompt to read at a step: of a long one fewer, while answers wait for their next tokens."""
+        most = self.limits.prompt
+        is_long = len(sequence.tokens) > LONG * most
+        return math.ceil(most / LONG) if is_long and self.batches else most
+
     def _read(self, group: list[Sequence]) -> None:
         """Read the prompts of a group, or the next part of its only one; those that are read make a token and join.
 
         Those with less to read than others begin earlier, reading some again, so that all padding is at the left.
         """
         first = group[0]
-        ends = [min(len(sequence.tokens), sequence.read + self.limits.prompt) for sequence in group]
+        most = self._part_of(first) if len(group) == 1 else self.limits.prompt
+        ends = [min(len(sequence.tokens), sequence.read + most) for sequence in group]
         width = max(end - sequence.read for end, sequence in zip(ends, group, strict=True))
         begins = [max(0, end - width) for end in ends]
         parts = [sequence.tokens[begin:end] for sequence, begin, end in zip(group, begins, ends, strict=True)]
@@ -243,8 +240,9 @@ class Engine:
         behind = torch.arange(-width, 0) + torch.tensor(ends)[:, None]
         mask = (torch.arange(-max(begins) - width, 0) + torch.tensor(ends)[:, None] >= 0).long()
         try:
-            cache = _begun(group, begins)
-            logits = self._forward(self._batch_of(group), ids, mask, behind.clamp(min=0), cache)
+            cache = _cache_for(group, begins)
+            batch = first.batch if len(group) == 1 and first.batch is not None else self._batch_of(group)
+            logits = self._forward(batch, ids, mask, behind.clamp(min=0), cache)
         except Exception as error:
             if len(group) == 1:
                 self._give_up(group, error)
@@ -256,34 +254,47 @@ class Engine:
             sequence.read = end
             self._keep(sequence, cache, row)
         if first.unread:
-            first.cache = cache
+            first.cache, first.batch = cache, batch
             self.reading.append(first)
             return
-        read = Rows(group, cache)
+        if self.spare == math.inf:
+            self.spare = sum(own.nbytes for own in self.model.parameters()) / bytes_per_position(cache)
         joining = self._choose(group, logits, cache)
         if not joining:
             return
         try:
-            rows = joined([(self.rows, list(range(len(self.rows.sequences)))), (read, joining)])
+            self.batches = arranged([*self._all_but(lambda _: False), (Rows(group, cache), joining)], self.spare)
         except Exception as error:
             self._give_up([group[row] for row in joining], error)
             return
         for sequence in group:
-            sequence.cache = None
-        self.rows = rows
+            sequence.cache = sequence.batch = None
 
     def _make_tokens(self) -> None:
-        while len(self.rows.sequences) > 1 and len(self.rows.sequences) * (self.rows.length + 1) > self.room:
-            last = len(self.rows.sequences) - 1
-            assert self.rows.cache is not None
-            self._keep(self.rows.sequences[last], self.rows.cache, last)
-            self._put_back(self.rows.sequences[last])
-            self.rows = joined([(self.rows, list(range(last)))])
-        parts = [(part, kept) for part, kept in self._advance(self.rows) if kept]
-        is_whole = [kept for _, kept in parts] == [list(range(len(self.rows.sequences)))]
-        self.rows = parts[0][0] if is_whole else joined(parts)
+        while len(self.running) > 1 and cache_positions(self.running, self.spare) > self.room:
+            youngest = max(self.running, key=self._begun.__getitem__)
+            for rows in self.batches:
+                if youngest in rows.sequences:
+                    assert rows.cache is not None
+                    self._keep(youngest, rows.cache, rows.sequences.index(youngest))
+            others = self._all_but(partial(is_, youngest))
+            self._put_back(youngest)
+            self._go_on(others)
+        self._go_on([part for rows in self.batches for part in self._advance(rows)])
 
-    def _advance(self, rows: Rows) -> list[tuple[Rows, list[int]]]:
+    def _all_but(self, leaves: Callable[[Sequence], bool]) -> list[Part]:
+        """What runs, without the sequences for which that is true."""
+        return [(rows, [row for row, own in enumerate(rows.sequences) if not leaves(own)]) for rows in self.batches]
+
+    def _go_on(self, parts: list[Part]) -> None:
+        """Let those rows be what runs, or wait if there is no memory for copies of them."""
+        try:
+            self.batches = arranged(parts, self.spare)
+        except Exception as error:
+            self.batches = []
+            self._give_up([rows.sequences[row] for rows, own in parts for row in own], error)
+
+    def _advance(self, rows: Rows) -> list[Part]:
         """Make a token for each row; which rows go on, in parts if together they failed."""
         sequences, length = rows.sequences, rows.length
         ids = torch.tensor([[sequence.tokens[-1]] for sequence in sequences])
@@ -331,9 +342,9 @@ class Engine:
 
     def _give_up(self, sequences: list[Sequence], error: Exception) -> None:
         """End sequences that failed; where memory is short and there are others or prefixes, let them wait for room."""
-        others = [other for other in (*self.rows.sequences, *self.reading) if other not in sequences]
+        others = [other for other in (*self.running, *self.reading) if other not in sequences]
         if is_out_of_memory(error) and (self._free_prefixes() or len(others) + len(sequences) > 1):
-            room = max(_cache_tokens(others), _cache_tokens([*others, *sequences]) // 2)
+            room = max(self._room_for(others), self._room_for([*others, *sequences]) // 2)
             self.room = min(self.room, room)
             for sequence in reversed(sequences):
                 self._put_back(sequence)
@@ -343,7 +354,7 @@ class Engine:
 
     def _put_back(self, sequence: Sequence) -> None:
         """Let a sequence wait again; its tokens are read again later."""
-        sequence.read, sequence.cache = 0, None
+        sequence.read, sequence.cache, sequence.batch = 0, None, None
         if not sequence.made:
             sequence.recalled = 0
         with self.lock:
@@ -420,21 +431,16 @@ class Engine:
             sequence.notify(Event(finish=reason))
 
     def _forget(self, sequence: Sequence) -> None:
-        sequence.cache = None
+        sequence.cache = sequence.batch = None
         begun = self._begun.pop(sequence, None)
         if begun is not None:
             self.seconds_per_answer += 0.1 * (time.monotonic() - begun - self.seconds_per_answer)
 
 
-def _begun(group: list[Sequence], begins: list[int]) -> Cache:
+def _cache_for(group: list[Sequence], begins: list[int]) -> Cache:
     """A cache of what the sequences of a group have read up to those positions."""
     caches = [sequence.cache for sequence in group if sequence.cache is not None]
     if len(group) == 1 or not any(begins):
         return caches[0] if caches and any(begins) else new_cache()
     parts = [(sequence.cache or caches[0], [0], begin) for sequence, begin in zip(group, begins, strict=True)]
     return join(parts, max(begins))
-
-
-def _cache_tokens(sequences: list[Sequence]) -> int:
-    """Positions of a cache that has all of them, and one token more of each."""
-    return len(sequences) * (max((len(sequence.tokens) for sequence in sequences), default=0) + 1)

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from transformers import Cache
 
+from deltacome.runtime.batch import Batch
 from deltacome.runtime.tenant import Tenant
 from deltacome.serve.engine.sampling import Likelihood, Sampling
 from deltacome.serve.engine.text import TextStream
@@ -44,6 +45,7 @@ class Sequence:
     owner: Hashable = None
     is_cancelled: bool = False
     cache: Cache | None = None  # until the whole prompt is read
+    batch: Batch | None = None  # as long
     read: int = 0  # tokens whose keys and values are in a cache
     recalled: int = 0  # of the prompt's tokens, those that did not have to be read
     made: int = 0

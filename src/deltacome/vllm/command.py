@@ -10,6 +10,7 @@ from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError
 from deltacome.restore.merging import open_checked
 from deltacome.store.store import Store
+from deltacome.vllm import versions
 
 FOLDER_SLOTS = 16  # for the deltas of a folder or a store; a slot without one takes no memory
 
@@ -31,10 +32,15 @@ def run(
     name, those that are None left out. more: vLLM's arguments as they are, which win.
 
     Raises:
-        DeltacomeError: if vLLM is not installed, there is no such store, or as `open_checked`.
+        DeltacomeError: if vLLM is not installed or of a version that is not known, there is no such store, or as
+            `open_checked`.
     """
     if find_spec("vllm") is None:
         raise DeltacomeError("vLLM is not installed in this environment; docs/vllm.md says how, or leave out --engine")
+    version = versions.installed()
+    refusal = None if version is None else versions.refusal(version)
+    if refusal is not None:
+        raise DeltacomeError(refusal)
     checkpoint = Checkpoint(base)
     for delta in deltas.values():
         open_checked(checkpoint, delta)

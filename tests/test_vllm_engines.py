@@ -19,6 +19,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` inst
 
 import httpx
 from openai import APIConnectionError, NotFoundError, OpenAI
+from vllm.forward_context import is_forward_context_available
 
 from conftest import Save
 from deltacome.runtime.kernels import reference
@@ -107,6 +108,9 @@ def test_as_in_cuda_graphs(
     for module in (manager, layers):
         monkeypatch.setattr(module, "kernels_for", lambda device: reference)
     monkeypatch.setattr(internals, "graph_tokens", lambda config: 24)
+    in_model: list[bool] = []
+    embed = layers.embed
+    monkeypatch.setattr(layers, "embed", lambda *own: in_model.append(is_forward_context_available()) or embed(*own))
     served = Served(save, tmp_path, family, {}, engine, **sizes)
     try:
         names = ["a", "base", "b", "a"]
@@ -117,6 +121,7 @@ def test_as_in_cuda_graphs(
         served.check(names[1:3], make_prompts(2, seed=1))
         if "tensor_parallel_size" not in engine:
             check_that_nothing_waits(manager_of(served.llm), monkeypatch)
+            assert in_model and not any(in_model)  # ahead of the graph
     finally:
         stop(served.llm)
 

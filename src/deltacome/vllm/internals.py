@@ -60,6 +60,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.plugins.lora_resolvers.filesystem_resolver import FilesystemResolver
 from vllm.plugins.lora_resolvers.hf_hub_resolver import HfHubResolver, hf_api
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.worker_base import WorkerBase
 
 from deltacome.errors import DeltacomeError
 from deltacome.format.manifest import MANIFEST
@@ -192,19 +193,19 @@ def graph_tokens(config: Any) -> int:
 
 
 def embed_before_graphs() -> None:
-    """Have the runner compute embeddings by itself, ahead of a model in CUDA graphs that has adapters.
+    """Have embeddings computed by themselves, ahead of a model in CUDA graphs that has adapters.
 
-    What a delta adds to a token's embedding is looked up row by row, which no graph can do. vLLM does so where prompts
-    may be embeddings; here only the worker is told so, and requests with embeddings are refused as before.
+    What a delta adds to a token's embedding is looked up row by row, which no graph can do. vLLM's runners do so where
+    prompts may be embeddings; here only the worker is told so, and requests with embeddings are refused as before.
     """
-    original = GPUModelRunner.__init__
+    original = WorkerBase.__init__
 
     def initialize(self: Any, vllm_config: Any, *rest: Any, **named: Any) -> None:
         if vllm_config.lora_config is not None and graph_tokens(vllm_config):
             vllm_config.model_config.enable_prompt_embeds = True
         original(self, vllm_config, *rest, **named)
 
-    GPUModelRunner.__init__ = initialize
+    WorkerBase.__init__ = initialize
 
 
 def gather(x: Tensor) -> Tensor:

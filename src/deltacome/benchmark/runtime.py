@@ -77,8 +77,8 @@ def _steps(
     """One decoding step of `count` rows in each of three ways."""
     names = list(shared.deltas)[:count]
     batch = shared.tenants.batch_of(names)  # held, as `generate` and the server do for many steps
-    turns = [_step(model, 1) for model in merged]
-    ways = {"base_ms": _step(plain, count), "tenants_ms": _step(shared, count, tenants=batch)}
+    turns = [decoding_step(model, 1) for model in merged]
+    ways = {"base_ms": decoding_step(plain, count), "tenants_ms": decoding_step(shared, count, tenants=batch)}
     ways["turns_ms"] = lambda: [turns[number % len(turns)]() for number in range(count)]
     seconds = measure(ways, rounds, advance)
     median = {key: statistics.median(values) for key, values in seconds.items()}
@@ -98,7 +98,7 @@ def _steps(
     }
 
 
-def _step(model: Any, rows: int, **options: Any) -> Callable[[], Any]:
+def decoding_step(model: Any, rows: int, **options: Any) -> Callable[[], Any]:
     """A function that decodes one token for each row, the cache being as before afterwards."""
     ids = torch.randint(0, model.config.vocab_size, (rows, CONTEXT), device=model.device)
     cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values  # whoever's keys and values

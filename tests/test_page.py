@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
+from conftest import Save, fine_tune, make_model
 from deltacome import compress
 from deltacome.serve.http.keys import Keys
 from deltacome.serve.server import build
@@ -58,11 +60,12 @@ def call(address: str, path: str, body: Any = None) -> Any:
     return json.loads(content) if content.startswith(b"{") else content
 
 
-def answer_of(address: str, model: str, prompt: str) -> str:
-    """The whole answer, not streamed."""
-    messages = [{"role": "user", "content": prompt}]
-    body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": MOST}
-    return call(address, "chat/completions", body)["choices"][0]["message"]["content"]
+def answer_of(address: str, model: str, prompt: str, talk: list[dict[str, str]]) -> str:
+    """The whole answer, not streamed, which goes into the talk with its question."""
+    talk.append({"role": "user", "content": prompt})
+    body = {"model": model, "messages": talk, "temperature": 0, "max_tokens": MOST}
+    talk.append(call(address, "chat/completions", body)["choices"][0]["message"])
+    return talk[-1]["content"]
 
 
 def ask(page: Any, prompt: str, *models: str) -> None:
@@ -86,8 +89,16 @@ def delta(base: Path, finetuned: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="module")
-def address(base: Path, delta: Path) -> Iterator[str]:
-    with serving(build(base, {"math": delta}, name="base")) as found:
+def other(base: Path, save: Save, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = make_model(tie_word_embeddings=True)
+    fine_tune(model, 2, size=0.4)
+    compress(base, save(model), folder := tmp_path_factory.mktemp("deltas") / "other", ratio=8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(base: Path, delta: Path, other: Path) -> Iterator[str]:
+    with serving(build(base, {"math": delta, "other": other}, name="base")) as found:
         yield found
 
 
@@ -119,8 +130,8 @@ def visit(browser: Any) -> Iterator[Open]:
 
 
 def test_models_are_listed_with_their_sizes(address: str, visit: Open) -> None:
-    page = visit(address, models=2)
-    base, math = call(address, "models")["data"]
+    page = visit(address, models=3)
+    base, math, _ = call(address, "models")["data"]
     rows = page.locator("#models li")
     expect(rows.nth(0)).to_contain_text("base")
     expect(rows.nth(0)).to_contain_text(f"{base['bytes'] / 1000:.0f} kB")
@@ -129,30 +140,123 @@ def test_models_are_listed_with_their_sizes(address: str, visit: Open) -> None:
     expect(rows.nth(1)).to_contain_text(f"1/{math['full_bytes'] / math['bytes']:.1f}")
     expect(rows.nth(1)).to_contain_text("in memory")
     expect(page.locator("header")).to_contain_text("Many fine-tunes of one base: base")
-    expect(page.locator("#count")).to_have_text("1")
+    expect(page.locator("#count")).to_have_text("2")
     expect(page.locator("#answers")).to_contain_text("No answers yet.")
 
 
-def test_cards_show_what_the_api_answers(address: str, visit: Open) -> None:
-    page = visit(address, models=2)
-    for prompt in ("What is 2 + 3?", "Naïve 🙂 <b>bold</b>"):
-        ask(page, prompt, "base", "math")
-        for model in ("base", "math"):
-            expect(card(page, model).locator("footer")).to_contain_text("token", timeout=20_000)
-            expect(card(page, model).locator("footer")).to_contain_text("first after")
-            assert card(page, model).locator(".text").text_content() == answer_of(address, model, prompt)
-        expect(page.locator(".card")).to_have_count(2)
+def test_talks_show_what_the_api_answers(address: str, visit: Open) -> None:
+    page = visit(address, models=3)
+    models = ("base", "math", "other")
+    talks: dict[str, list[dict[str, str]]] = {model: [] for model in models}
+    prompts = ("What is 2 + 3?", "Naïve 🙂 <b>bold</b>")
+    for turn, prompt in enumerate(prompts):
+        ask(page, prompt, *models)
+        for model in models:
+            expect(card(page, model).locator("footer")).to_contain_text("first after", timeout=20_000)
+            assert card(page, model).locator(".text").nth(turn).text_content() == answer_of(
+                address, model, prompt, talks[model]
+            )
+            assert card(page, model).locator(".asked").all_text_contents() == list(prompts[: turn + 1])
+        expect(page.locator(".card")).to_have_count(3)
         expect(page.get_by_role("button", name="Send")).to_be_enabled()
+    assert talks["math"] != talks["base"] != talks["other"] != talks["math"]
+
+    page.get_by_role("button", name="New conversation").click()
+    expect(page.locator("#answers")).to_contain_text("No answers yet.")
+    expect(page.get_by_label("Prompt")).to_be_focused()
+    ask(page, prompts[0], "math")
+    expect(card(page, "math").locator("footer")).to_contain_text("first after", timeout=20_000)
+    assert card(page, "math").locator(".text").all_text_contents() == [talks["math"][1]["content"]]
+    expect(page.locator(".card")).to_have_count(1)
+
+
+def test_failed_turns_are_no_part_of_the_talk(address: str, visit: Open) -> None:
+    page = visit(address, models=3)
+    sent: list[Any] = []
+    page.on("request", lambda request: sent.append(request.post_data_json) if request.post_data else None)
+    ask(page, "Hello " * 1000, "math")
+    expect(card(page, "math").locator(".bad")).to_contain_text("Error 400", timeout=20_000)
+    ask(page, "Hello", "math")
+    expect(card(page, "math").locator("footer")).to_contain_text("first after", timeout=20_000)
+    expect(card(page, "math").locator(".bad")).to_be_hidden()
+    assert [message["content"] for message in sent[-1]["messages"]] == ["Hello"]
+
+
+def test_server_is_shown(base: Path, delta: Path, visit: Open) -> None:
+    app = build(base, {"math": delta, "other": delta}, name="base", memory_limit=10**9)
+    engine = app.state.service.engine
+    step = engine.step
+    engine.step = lambda: (time.sleep(0.1), step())  # so that answers take longer than the page takes to look
+    with serving(app) as address:
+        page = visit(address, models=3)
+        server = page.get_by_role("region", name="Server")
+        bytes = sum(delta.loaded.bytes for delta in app.state.service.registry.deltas.values())
+        expect(page.locator("#memory")).to_have_text(f"{bytes / 1000:.1f} kB of 1.0 GB")
+        expect(page.locator("#running")).to_have_text("0")
+        rows = page.locator("#models li")
+        expect(rows.filter(has_text="math")).to_contain_text(f"in memory, {bytes / 2000:.1f} kB")
+        page.get_by_label("Max tokens").fill("200")
+        page.get_by_label("Prompt").fill("Hello")
+        page.get_by_role("button", name="Send").click()
+        expect(server.locator("#running")).to_have_text("3", timeout=15_000)
+        expect(server.locator("#waiting")).to_have_text("0")
+        page.get_by_role("button", name="Stop").click()
+
+
+def test_deltas_are_loaded_and_unloaded(base: Path, delta: Path, tmp_path: Path, visit: Open) -> None:
+    shutil.copytree(delta, tmp_path / ".kept")  # not by itself
+    with serving(build(base, {}, name="base", folder=tmp_path)) as address:
+        page = visit(address, models=1)
+        page.get_by_text("Load a delta").click()
+        folder, name = page.get_by_label("Folder"), page.get_by_label("Name")
+        changed = page.locator("#changed")
+        folder.fill("nothing")
+        name.fill('a "b" \\ ü')
+        page.get_by_role("button", name="Load", exact=True).click()
+        expect(changed).to_have_text("Error 400: there is no such folder in the server's --delta-dir")
+        folder.fill(".kept")
+        folder.press("Enter")
+        expect(changed).to_have_text('Success: a "b" \\ ü is loaded.', timeout=15_000)
+        expect(folder).to_have_value("")
+        row = page.locator("#models li").nth(1)
+        expect(row).to_contain_text("in memory, ")
+        expect(page.locator("#models li").nth(0).get_by_role("button")).to_have_count(0)
+        row.get_by_role("button", name='Unload a "b" \\ ü').focus()
+        page.keyboard.press("Enter")
+        expect(changed).to_have_text('Success: a "b" \\ ü is unloaded.')
+        expect(page.locator("#models li")).to_have_count(1)
+        expect(page.get_by_role("heading", name="Models")).to_be_focused()
+        assert [model["id"] for model in call(address, "models")["data"]] == ["base"]
+
+
+def test_key_for_some_models_shows_those_alone(base: Path, delta: Path, tmp_path: Path, visit: Open) -> None:
+    file = tmp_path / "keys.json"
+    file.write_text(json.dumps({"customer": ["math"]}))
+    app = build(base, {"math": delta, "other": delta}, name="base", keys=Keys("secret", file))
+    with serving(app) as address:
+        page = visit(address)
+        page.get_by_label("API key").fill("secret")
+        expect(page.locator("#models li")).to_have_count(3)
+        expect(page.get_by_role("region", name="Server")).to_be_visible()
+        page.get_by_label("API key").fill("customer")
+        expect(page.locator("#models li")).to_have_count(1)
+        expect(page.get_by_role("region", name="Server")).to_be_hidden()
+        expect(page.get_by_text("Load a delta")).to_be_hidden()
+        expect(page.get_by_role("button", name="Unload")).to_have_count(0)
+        assert "other" not in page.locator("body").inner_text()
+        ask(page, "Hello", "math")
+        expect(card(page, "math").locator("footer")).to_contain_text("first after", timeout=20_000)
 
 
 def test_ctrl_enter_sends_to_what_is_ticked(address: str, visit: Open) -> None:
-    page = visit(address, models=2)
-    page.get_by_label("base").uncheck()
-    page.get_by_label("math").uncheck()
+    page = visit(address, models=3)
+    page.get_by_role("checkbox", name="base").uncheck()
+    page.get_by_role("checkbox", name="math").uncheck()
+    page.get_by_role("checkbox", name="other").uncheck()
     page.get_by_label("Prompt").fill("Hello")
     page.keyboard.press("Control+Enter")
     expect(page.locator("#status")).to_have_text("Tick at least one model.")
-    page.get_by_label("math").check()
+    page.get_by_role("checkbox", name="math").check()
     page.get_by_label("Max tokens").fill("3")
     page.keyboard.press("Control+Enter")
     expect(page.locator("#status")).to_contain_text("1 answer in", timeout=20_000)
@@ -160,11 +264,11 @@ def test_ctrl_enter_sends_to_what_is_ticked(address: str, visit: Open) -> None:
 
 
 def test_errors_are_told_in_words(address: str, visit: Open) -> None:
-    page = visit(address, models=2)
+    page = visit(address, models=3)
     models = call(address, "models")
     models["data"].append({**models["data"][1], "id": "ghost"})  # as one that was removed since
     page.route("**/v1/models", lambda route: route.fulfill(json=models))
-    expect(page.locator("#models li")).to_have_count(3, timeout=10_000)
+    expect(page.locator("#models li")).to_have_count(4, timeout=10_000)
     ask(page, "Hello", "base", "ghost")
     expect(card(page, "ghost").locator(".bad")).to_have_text(
         "Error 404: the model 'ghost' does not exist or is not yours", timeout=20_000
@@ -179,7 +283,7 @@ def test_errors_are_told_in_words(address: str, visit: Open) -> None:
 
 
 def test_stream_that_fails_keeps_its_text_and_says_why(address: str, visit: Open) -> None:
-    page = visit(address, models=2)
+    page = visit(address, models=3)
     markup = "<img src=x onerror=alert(1)> <b>bold</b>"
     chunk = json.dumps({"choices": [{"index": 0, "delta": {"content": markup}}]})
     error = json.dumps({"error": {"message": "the request took too long", "type": "server_error"}})
@@ -191,7 +295,7 @@ def test_stream_that_fails_keeps_its_text_and_says_why(address: str, visit: Open
         page.route("**/v1/chat/completions", lambda route, _, answer=answer: answer(route))
         ask(page, "Hello", "math")
         expect(card(page, "math").locator(".bad")).to_have_text(told)
-        assert card(page, "math").locator(".text").text_content() == markup
+        assert card(page, "math").locator(".text").last.text_content() == markup
         assert page.locator(".card img, .card b").count() == 0
 
 
@@ -222,11 +326,11 @@ def test_tenants_come_and_go(base: Path, delta: Path, tmp_path: Path, visit: Ope
     with serving(build(base, {}, name="base", folder=tmp_path)) as address:
         page = visit(address, models=1)
         expect(page.locator("#notice")).to_contain_text("No tenants yet.")
-        page.get_by_label("base").uncheck()
+        page.get_by_role("checkbox", name="base").uncheck()
         shutil.copytree(delta, tmp_path / "later")
         row = page.locator("#models li").filter(has_text="later")
         expect(row).to_contain_text("on disk", timeout=15_000)
-        expect(page.get_by_label("base")).not_to_be_checked()
+        expect(page.get_by_role("checkbox", name="base")).not_to_be_checked()
         ask(page, "Hello", "later")
         expect(card(page, "later").locator("footer")).to_contain_text("token", timeout=20_000)
         expect(row).to_contain_text("in memory")
@@ -260,9 +364,13 @@ def test_page_that_loses_its_server_says_so(base: Path, visit: Open) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page_fits_a_narrow_screen(address: str, visit: Open, scheme: str) -> None:
-    page = visit(address, models=2)
+    page = visit(address, models=3)
     page.set_viewport_size({"width": 400, "height": 800})
     page.emulate_media(color_scheme=scheme)
     ask(page, "What is 2 + 3?", "base", "math")
     expect(page.get_by_role("button", name="Send")).to_be_enabled(timeout=20_000)
     assert page.evaluate("document.documentElement.scrollWidth") == 400
+    for width in (400, 1200):
+        page.set_viewport_size({"width": width, "height": 800})
+        rows = page.locator("#models label")  # what is told of a model is beside its button, not below it
+        assert rows.evaluate_all("rows => rows.every((row) => row.scrollWidth <= row.clientWidth)")

@@ -50,6 +50,10 @@ class Metrics:
         self.delta_bytes = Gauge(
             "deltacome_delta_bytes", "Bytes of a delta in memory, 0 when it is not.", tenant, registry=own
         )
+        self.memory = Gauge("deltacome_memory_bytes", "Bytes that deltas have in memory, all of them.", registry=own)
+        self.memory_limit = Gauge(
+            "deltacome_memory_limit_bytes", "Bytes that deltas may have there, 0 without a limit.", registry=own
+        )
         self.loads = Counter("deltacome_delta_loads", "Deltas read from disk.", tenant, registry=own)
         self.evictions = Counter("deltacome_delta_evictions", "Deltas dropped for room.", tenant, registry=own)
         self._names: set[str] = set()

@@ -118,6 +118,8 @@ class Registry:
         self._damaged: dict[str, str] = {}  # the same of the store
         self._reader = ThreadPoolExecutor(1, "reader", compute_alone)
         metrics.add(name)
+        metrics.memory.set_function(self._bytes_in_memory)
+        metrics.memory_limit.set(memory_limit or 0)
 
     # Which deltas there are.
 

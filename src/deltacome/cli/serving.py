@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from deltacome.cli.common import Base, Device, Dtype, Json, NewTokens, Template, app, named_folders, quiet
+from deltacome.cli.config import from_file
 from deltacome.errors import DeltacomeError
 
 Deltas = Annotated[
@@ -125,6 +126,12 @@ ServedDtype = Annotated[Dtype | None, typer.Option(help="To compute in. [default
 ServingEngine = Annotated[
     Literal["embedded", "vllm"], typer.Option(help="vllm: vLLM's own server; arguments behind -- are for it.")
 ]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.toml", is_eager=True, callback=from_file, help="Options by their names; the command line wins."
+    ),
+]
 NOT_FOR_VLLM = ("pin", "memory_limit", "api_keys", "max_queue", "cache_tokens", "prefix_cache", "deadline", "device")
 
 
@@ -156,6 +163,7 @@ def serve(
     device: Device = None,
     dtype: ServedDtype = None,
     engine: ServingEngine = "embedded",
+    config: Config = None,
 ) -> None:
     """Serve a base and any number of its deltas through OpenAI's API, all of them in one running batch."""
     if engine == "vllm":

@@ -141,7 +141,7 @@ def serve(
         llm.llm_engine.engine_core.shutdown()
 
 
-def extract(base: Path, finetuned: str, folder: Path, dtype: str) -> str:
+def extract(base: Path, finetuned: str, folder: Path, dtype: str, rank: int = RANK) -> str:
     """The nearest PEFT adapter of the rank: the largest singular vectors of every linear layer's delta."""
     checkpoint, theirs = Checkpoint(base), Checkpoint(finetuned)
     tensors, modules = {}, set()
@@ -152,13 +152,13 @@ def extract(base: Path, finetuned: str, folder: Path, dtype: str) -> str:
         delta = theirs.read(own.name).float() - checkpoint.read(own.base_name).float()
         u, s, v = torch.linalg.svd(delta, full_matrices=False)
         name = own.name.removesuffix(".weight")
-        root = s[:RANK].sqrt()
-        tensors[f"base_model.model.{name}.lora_A.weight"] = (root[:, None] * v[:RANK]).to(DTYPES[dtype]).contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = (u[:, :RANK] * root).to(DTYPES[dtype]).contiguous()
+        root = s[:rank].sqrt()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = (root[:, None] * v[:rank]).to(DTYPES[dtype]).contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = (u[:, :rank] * root).to(DTYPES[dtype]).contiguous()
         modules.add(name.rpartition(".")[2])
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": sorted(modules), "bias": "none"}
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": sorted(modules), "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return str(folder)
 

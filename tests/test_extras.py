@@ -14,7 +14,18 @@ from deltacome import compress
 from deltacome.cli.commands import app
 
 # Pydantic is not among them: typer may need it itself.
-EXTRAS = ("bitsandbytes", "fastapi", "lm_eval", "matplotlib", "PIL", "prometheus_client", "ray", "uvicorn", "vllm")
+EXTRAS = (
+    "bitsandbytes",
+    "fastapi",
+    "llguidance",
+    "lm_eval",
+    "matplotlib",
+    "PIL",
+    "prometheus_client",
+    "ray",
+    "uvicorn",
+    "vllm",
+)
 SCRIPT = """
 import sys
 missing, sys.argv = sys.argv[1].split(","), ["deltacome", *sys.argv[2:]]
@@ -48,9 +59,11 @@ def quantized(finetuned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-@pytest.mark.parametrize("missing", ["fastapi", "uvicorn", "prometheus_client"])
+@pytest.mark.parametrize("missing", ["fastapi", "uvicorn", "prometheus_client", "llguidance"])
 def test_serve(missing: str, base: Path) -> None:
-    fails_without(missing, "deltacome serve needs FastAPI and uvicorn; pip install 'deltacome[serve]'", "serve", base)
+    fails_without(
+        missing, "deltacome serve needs FastAPI, uvicorn and llguidance; pip install 'deltacome[serve]'", "serve", base
+    )
 
 
 def test_benchmark_zoo(tmp_path: Path) -> None:
@@ -61,7 +74,7 @@ def test_benchmark_zoo(tmp_path: Path) -> None:
 
 
 def test_benchmark_serve(base: Path, examples: Path, tmp_path: Path) -> None:
-    message = "deltacome serve needs FastAPI and uvicorn; pip install 'deltacome[serve]'"
+    message = "deltacome serve needs FastAPI, uvicorn and llguidance; pip install 'deltacome[serve]'"
     options = ("--delta", "a=nothing", "--data", examples, "-o", tmp_path / "out")
     fails_without("fastapi", message, "benchmark", "serve", base, *options)
 

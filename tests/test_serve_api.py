@@ -139,7 +139,15 @@ def test_sampling_options(api: OpenAI) -> None:
         (b'{"model": "a", "prompt": "x", "stop": ["1", "2", "3", "4", "5"]}', 400, "stop"),
         (b'{"model": "a", "prompt": "x", "stop": ""}', 400, "stop"),
         (b'{"model": "a", "prompt": "x", "best_of": 3}', 400, "best_of"),
-        (b'{"model": "a", "prompt": "x", "frequency_penalty": 1}', 400, "frequency_penalty"),
+        (
+            b'{"model": "a", "prompt": "x", "frequency_penalty": 3}',
+            400,
+            "must be a number from -2 to 2",
+        ),
+        (b'{"model": "a", "prompt": "x", "logit_bias": {"259": 1}}', 400, "logit_bias holds token 259"),
+        (b'{"model": "a", "prompt": "x", "logit_bias": {"x": 1}}', 400, "logit_bias must be an object such as"),
+        (b'{"model": "a", "prompt": "x", "logit_bias": {"5": 101}}', 400, "values -100 to 100"),
+        (b'{"model": "a", "prompt": "x", "echo": true, "logprobs": 1}', 400, "echo does not go together"),
     ],
     ids=lambda value: str(value)[:50],
 )

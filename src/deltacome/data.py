@@ -126,9 +126,28 @@ class Encoder:
                 raise DeltacomeError(f"there is no file {chat_template}; give a Jinja template or 'none'")
             self.template = Path(chat_template).read_text(encoding="utf-8")
 
-    def prompt(self, messages: tuple[dict[str, str], ...]) -> list[int]:
-        """Token ids up to where the model's answer starts."""
-        return self.tokenizer(self._text(messages), **self._options()).input_ids
+    def prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        begins_answer: bool = True,
+        is_continued: bool = False,
+    ) -> list[int]:
+        """Token ids up to where the model's answer starts.
+
+        Args:
+            messages: with what a template may know besides role and content, such as `tool_calls`.
+            tools: functions, for templates that have a place for them.
+            begins_answer: whether the prompt ends with what begins an answer.
+            is_continued: whether the last message is the beginning of the answer.
+        """
+        options: dict[str, Any] = {
+            "tools": tools,
+            "add_generation_prompt": begins_answer,
+            "continue_final_message": is_continued,
+        }
+        return self.tokenizer(self._text(messages, **options), **self._options()).input_ids
 
     def question(self, example: Example) -> Encoded:
         """An example's messages up to where the answer starts, and its image.
@@ -169,7 +188,7 @@ class Encoder:
         """The tokenizer's: a template has the special tokens in it."""
         return {} if self.template is None else {"add_special_tokens": False}
 
-    def _text(self, messages: Sequence[Mapping[str, str]], image_token: str = "") -> str:
+    def _text(self, messages: Sequence[Mapping[str, Any]], image_token: str = "", **options: Any) -> str:
         """The prompt as text; an image, if its token is given, is in front of the user's first message."""
         found: list[dict[str, Any]] = [dict(message) for message in messages]
         first = next((message for message in found if message["role"] == "user"), found[0])
@@ -184,10 +203,10 @@ class Encoder:
             return "\n".join(message["content"] for message in found)
         try:
             return self.tokenizer.apply_chat_template(
-                found, chat_template=self.template, tokenize=False, add_generation_prompt=True
+                found, chat_template=self.template, tokenize=False, **{"add_generation_prompt": True, **options}
             )
-        except TemplateError as error:
-            raise DeltacomeError(f"the chat template refuses a conversation: {error}") from error
+        except (TemplateError, TypeError, ValueError, RecursionError) as error:  # of what is in the messages
+            raise DeltacomeError(f"the chat template refuses a conversation: {reason(error)}") from error
 
 
 def _open_image(path: Path) -> Any:

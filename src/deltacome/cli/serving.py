@@ -126,13 +126,24 @@ ServedDtype = Annotated[Dtype | None, typer.Option(help="To compute in. [default
 ServingEngine = Annotated[
     Literal["embedded", "vllm"], typer.Option(help="vllm: vLLM's own server; arguments behind -- are for it.")
 ]
+ToolFormat = Annotated[
+    Literal["hermes", "llama3", "mistral"] | None,
+    typer.Option(help="How the models call tools. [default: what the chat template tells]"),
+]
+Cors = Annotated[
+    list[str] | None,
+    typer.Option(metavar="ORIGIN", help="Of pages whose scripts may ask: https://x.org, or *; may be repeated."),
+]
 Config = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE.toml", is_eager=True, callback=from_file, help="Options by their names; the command line wins."
     ),
 ]
-NOT_FOR_VLLM = ("pin", "memory_limit", "api_keys", "max_queue", "cache_tokens", "prefix_cache", "deadline", "device")
+NOT_FOR_VLLM = (
+    "pin", "memory_limit", "api_keys", "max_queue", "cache_tokens", "prefix_cache", "deadline", "device", "tool_format",
+    "cors",
+)  # fmt: skip
 
 
 @app.command(
@@ -160,9 +171,11 @@ def serve(
     prefix_cache: PrefixCache = 16384,
     deadline: Deadline = 600.0,
     chat_template: Template = None,
+    tool_format: ToolFormat = None,
     device: Device = None,
     dtype: ServedDtype = None,
     engine: ServingEngine = "embedded",
+    cors: Cors = None,
     config: Config = None,
 ) -> None:
     """Serve a base and any number of its deltas through OpenAI's API, all of them in one running batch."""
@@ -196,6 +209,8 @@ def serve(
         max_length=max_length,
         deadline=deadline,
         chat_template=chat_template,
+        tool_format=tool_format,
+        origins=cors or [],
         device=device,
         dtype=DTYPES[dtype] if dtype else None,
     )

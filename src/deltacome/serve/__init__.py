@@ -11,5 +11,5 @@ def check_installed() -> None:
     Raises:
         DeltacomeError: if one is missing.
     """
-    if any(find_spec(name) is None for name in ("fastapi", "prometheus_client", "pydantic", "uvicorn")):
-        raise DeltacomeError("deltacome serve needs FastAPI and uvicorn; pip install 'deltacome[serve]'")
+    if any(find_spec(name) is None for name in ("fastapi", "llguidance", "prometheus_client", "pydantic", "uvicorn")):
+        raise DeltacomeError("deltacome serve needs FastAPI, uvicorn and llguidance; pip install 'deltacome[serve]'")

@@ -5,7 +5,7 @@ from contextlib import suppress
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-STATUSES = ("ok", "rejected", "cancelled", "deadline", "failed")  # of requests that ended
+STATUSES = ("ok", "rejected", "cancelled", "deadline", "failed", "too_complex")  # of requests that ended
 UNLOADED = "(unloaded)"  # in the place of the name of a model that is not there any more
 
 

@@ -98,6 +98,7 @@ class Registry:
         memory_limit: int | None = None,
         chat_template: str | None = None,
         fetching: Fetching | None = None,
+        tool_format: str | None = None,
     ) -> None:
         self.model, self.base_checkpoint, self.name, self.metrics = model, base, name, metrics
         self.folder = None if folder is None else folder.resolve()
@@ -107,7 +108,7 @@ class Registry:
             base.fingerprint()  # now, rather than when the first delta comes
         self.memory_limit, self.fetching = memory_limit, fetching
         self.pinned: set[str] = set()  # names whose deltas are never dropped
-        self.languages = Languages(base, chat_template)
+        self.languages = Languages(base, chat_template, tool_format)
         self.base, self.created = self._loaded(None), int(time.time())
         self.deltas: dict[str, RegisteredDelta] = {}
         self.in_memory: set[Loaded] = set()  # replaced ones that are still used included

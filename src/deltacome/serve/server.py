@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -10,25 +11,26 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-import uvicorn
 from fastapi import FastAPI
 
 from deltacome.errors import DeltacomeError
 from deltacome.runtime.model import load
 from deltacome.serve.engine.scheduler import Engine, Limits
 from deltacome.serve.http.app import create_app
-from deltacome.serve.http.connections import configure
+from deltacome.serve.http.connections import Server, configure
 from deltacome.serve.http.keys import Keys
 from deltacome.serve.http.service import Service
 from deltacome.serve.logs import log_as_json
 from deltacome.serve.metrics import Metrics
 from deltacome.serve.registry import Registry
+from deltacome.serve.traces import Traces
 from deltacome.store.cache import Cache, cache_folder
 from deltacome.store.fetching import Fetching
 from deltacome.store.store import Store
 
 PROMPT_TOKENS_ON_GPU = 2048  # at a step
 GRACE_SECONDS = 60  # that running requests have when the server is told to stop
+CLOSE_SECONDS = 5  # that their last bytes have then
 log = logging.getLogger("deltacome.serve")
 Parameters = ParamSpec("Parameters")
 Made = TypeVar("Made")
@@ -64,6 +66,8 @@ def build(
     max_length: int | None = None,
     deadline: float = 600.0,
     chat_template: str | None = None,
+    tool_format: str | None = None,
+    origins: Sequence[str] = (),
     device: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> FastAPI:
@@ -72,9 +76,14 @@ def build(
     Deltas of `folder` and `store` are loaded on demand.
 
     Raises:
-        DeltacomeError: if the base cannot be loaded, the store does not answer, a pinned delta cannot be served, or
-            deltas were given and none of them can be served; where only some cannot, the log says which and why.
+        DeltacomeError: if an origin is none, the base cannot be loaded, the store does not answer, a pinned delta
+            cannot be served, or deltas were given and none of them can be served; where only some cannot, the log says
+            which and why.
     """
+    for origin in origins:
+        if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
+            raise DeltacomeError(f"{origin} is no origin of a page; write it like https://example.org, or * for all")
+    traces = Traces()
     model, metrics = load(base, device=device, dtype=dtype), Metrics()
     checkpoint = model.tenants.checkpoint  # its fingerprint is taken once
     max_length = _max_length(base, model, max_length)
@@ -93,6 +102,7 @@ def build(
         memory_limit=memory_limit,
         chat_template=chat_template,
         fetching=fetching,
+        tool_format=tool_format,
     )
     refused: DeltacomeError | None = None
     for delta_name, delta_folder in deltas.items():
@@ -109,7 +119,8 @@ def build(
     if refused is not None and not registry.deltas:
         raise refused
     engine = Engine(model, limits, partial(_record_step, metrics))
-    return create_app(Service(engine, registry, metrics, keys or Keys(None, None), max_length, deadline))
+    service = Service(engine, registry, metrics, keys or Keys(None, None), max_length, deadline, traces)
+    return create_app(service, origins)
 
 
 def _max_length(base: str | Path, model: Any, asked: int | None) -> int:
@@ -138,7 +149,7 @@ def run(app: FastAPI, host: str, port: int) -> None:
         DeltacomeError: if the address is taken.
     """
     log_as_json()
-    server = uvicorn.Server(configure(app, host, port, GRACE_SECONDS))
+    server = Server(configure(app, host, port, CLOSE_SECONDS), app.state.service, GRACE_SECONDS)
     try:
         server.run()
     except KeyboardInterrupt:

@@ -31,8 +31,9 @@ from deltacome.serve.engine.cache import bytes_per_position, join, new_cache, re
 from deltacome.serve.engine.prefixes import Prefixes
 from deltacome.serve.engine.queue import FairQueue
 from deltacome.serve.engine.rows import Part, Rows, arranged, cache_positions, joined
-from deltacome.serve.engine.sampling import likelihood, sample
+from deltacome.serve.engine.sampling import choose, likelihood
 from deltacome.serve.engine.sequence import Event, Finish, Sequence
+from deltacome.serve.grammars import GrammarError
 
 LONG = 4  # times what a step reads: prompts that are longer go by smaller parts
 log = logging.getLogger("deltacome.serve")
@@ -389,12 +390,16 @@ class Engine:
                 if not math.isfinite(best[row]):
                     raise DeltacomeError("the model's logits are no numbers")
                 token = tokens[row]
-                if sequence.sampling.temperature > 0:
-                    token = sample(logits[row], sequence.sampling, sequence.generator)
+                if not sequence.sampling.takes_the_likeliest or sequence.matcher is not None:
+                    token = choose(
+                        logits[row], sequence.sampling, sequence.generator, sequence.answer, sequence.matcher
+                    )
                 if self._add(sequence, token, logits[row]):
                     self._keep(sequence, cache, row)
                 else:
                     going_on.append(row)
+            except GrammarError:
+                self._end(sequence, "too_complex")
             except Exception as error:
                 self._fail(sequence, error)
         return going_on
@@ -403,10 +408,12 @@ class Engine:
         found = None if sequence.sampling.top is None else likelihood(logits, token, sequence.sampling.top)
         sequence.tokens.append(token)
         sequence.made += 1
-        is_end = token in sequence.ends
+        is_end, matcher = token in sequence.ends, sequence.matcher
+        if matcher is not None:
+            matcher.add(token)
         text = "" if is_end else sequence.text.add(token)
         finish: Finish | None = None
-        if is_end or sequence.text.is_stopped:
+        if is_end or sequence.text.is_stopped or (matcher is not None and matcher.is_complete):
             finish = "stop"
         elif sequence.made == sequence.max_tokens:
             finish = "length"

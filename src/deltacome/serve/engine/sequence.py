@@ -11,8 +11,9 @@ from deltacome.runtime.batch import Batch
 from deltacome.runtime.tenant import Tenant
 from deltacome.serve.engine.sampling import Likelihood, Sampling
 from deltacome.serve.engine.text import TextStream
+from deltacome.serve.grammars import Matcher
 
-Finish = Literal["stop", "length", "cancelled", "deadline", "failed"]
+Finish = Literal["stop", "length", "cancelled", "deadline", "failed", "too_complex"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Sequence:
 
     tokens: the prompt's, and those of the answer behind them. ends: tokens that end an answer. notify: called with
     each event, from the engine's thread. deadline: of `time.monotonic`. owner: who asks; owners and tenants take turns.
+    matcher: where the answer is held to a grammar.
     """
 
     tenant: Tenant | None
@@ -43,6 +45,7 @@ class Sequence:
     deadline: float = float("inf")
     index: int = 0
     owner: Hashable = None
+    matcher: Matcher | None = None
     is_cancelled: bool = False
     cache: Cache | None = None  # until the whole prompt is read
     batch: Batch | None = None  # as long
@@ -53,6 +56,11 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.generator = self.sampling.generator(self.index)
+
+    @property
+    def answer(self) -> list[int]:
+        """Tokens of the answer so far."""
+        return self.tokens[len(self.tokens) - self.made :]
 
     @property
     def unread(self) -> int:

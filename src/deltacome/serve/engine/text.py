@@ -1,5 +1,6 @@
 """Text from tokens as they come, cut at stop strings."""
 
+from collections.abc import Mapping
 from typing import Any
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a part of a character decodes to
@@ -10,11 +11,11 @@ CHARACTER = 4  # bytes of a character at most, and so tokens that may be parts o
 class TextStream:
     """The text of an answer: complete characters at once, but nothing that may be the beginning of a stop string.
 
-    A token takes the same time however many came before.
+    A token takes the same time however many came before. shown: special tokens that are text here, with it.
     """
 
-    def __init__(self, tokenizer: Any, stop: list[str]) -> None:
-        self.tokenizer, self.stops = tokenizer, [_Stop(text) for text in stop]
+    def __init__(self, tokenizer: Any, stop: list[str], shown: Mapping[int, str] | None = None) -> None:
+        self.tokenizer, self.stops, self.shown = tokenizer, [_Stop(text) for text in stop], shown or {}
         self.tokens: list[int] = []
         self.start = 0  # of the tokens that are decoded with the next, for the spaces between
         self.done = 0  # tokens whose text is out
@@ -25,6 +26,8 @@ class TextStream:
         """The text that can be given out after another token."""
         self.tokens.append(token)
         before, text = self._decode(self.done), self._decode(len(self.tokens))
+        if token in self.shown:
+            return self._release(text[len(before) :] + self.shown[token], len(self.tokens))
         if not text.endswith(INCOMPLETE):
             return self._release(text[len(before) :], len(self.tokens))
         if len(self.tokens) - self.done > MOST_PENDING:

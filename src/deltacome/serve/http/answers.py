@@ -8,8 +8,10 @@ from functools import partial
 from deltacome.serve.engine.sampling import Sampling
 from deltacome.serve.engine.sequence import Event, Finish, Sequence
 from deltacome.serve.engine.text import TextStream
+from deltacome.serve.grammars import Matcher
 from deltacome.serve.http.errors import ApiError
 from deltacome.serve.http.keys import Allowed
+from deltacome.serve.http.prompts import Prepared
 from deltacome.serve.http.protocol import GenerationRequest, PromptTokens, Usage
 from deltacome.serve.http.service import Service
 from deltacome.serve.registry import Loaded
@@ -17,6 +19,7 @@ from deltacome.serve.registry import Loaded
 FAILURES: dict[Finish, tuple[int, str, str]] = {
     "deadline": (504, "the request took longer than this server allows", "deadline_exceeded"),
     "failed": (500, "the server failed at this request; its log says how", "internal_error"),
+    "too_complex": (400, "the answer's schema takes too much to keep to; make it simpler", "schema_too_complex"),
     "cancelled": (499, "the client has gone away", "cancelled"),
 }
 
@@ -24,8 +27,9 @@ FAILURES: dict[Finish, tuple[int, str, str]] = {
 class Answers:
     """One request's answers, `n` of them to each prompt, numbered in that order.
 
-    started: when the request came, of `time.monotonic`. give_back: called when the last of them has ended, not when
-    somebody has read it: of the model's lease and what else a running request takes.
+    matcher: of the grammar that each is held to, at its beginning. started: when the request came, of
+    `time.monotonic`. give_back: called when the last of them has ended, not when somebody has read it: of the model's
+    lease and what else a running request takes.
     """
 
     def __init__(
@@ -34,14 +38,15 @@ class Answers:
         body: GenerationRequest,
         key: Allowed,
         loaded: Loaded,
-        prompts: list[list[int]],
+        prepared: Prepared,
+        matcher: Matcher | None,
         started: float,
         give_back: Callable[[], None],
     ) -> None:
         self.key, self.give_back = key, give_back
         self.service, self.loaded, self.tokenizer = service, loaded, loaded.language.tokenizer
-        self.name = body.model
-        self.prompt_tokens = sum(map(len, prompts))
+        self.name, self.calls = body.model, prepared.calls
+        self.prompt_tokens = sum(map(len, prepared.prompts))
         self.generated = 0
         self.status = "ok"
         self.started = started
@@ -50,12 +55,13 @@ class Answers:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self.ended = asyncio.Event()
-        every = [prompt for prompt in prompts for _ in range(body.n or 1)]
-        self.sequences = [self._sequence(index, prompt, body) for index, prompt in enumerate(every)]
+        self.echoed = [text for text in prepared.texts for _ in range(body.n or 1)]
+        every = [prompt for prompt in prepared.prompts for _ in range(body.n or 1)]
+        self.sequences = [self._sequence(index, prompt, body, matcher) for index, prompt in enumerate(every)]
         self._firsts = self.sequences[:: body.n or 1]  # of each prompt
         self._left = len(self.sequences)
 
-    def _sequence(self, index: int, prompt: list[int], body: GenerationRequest) -> Sequence:
+    def _sequence(self, index: int, prompt: list[int], body: GenerationRequest, matcher: Matcher | None) -> Sequence:
         return Sequence(
             self.loaded.tenant,
             list(prompt),
@@ -66,12 +72,16 @@ class Answers:
                 1.0 if body.top_p is None else body.top_p,
                 body.seed,
                 body.likeliest,
+                body.biases,
+                body.frequency_penalty or 0.0,
+                body.presence_penalty or 0.0,
             ),
-            TextStream(self.tokenizer, body.stops),
+            TextStream(self.tokenizer, body.stops, {} if self.calls is None else self.calls.marks),
             partial(self._from_engine, index),
             self.started + self.service.deadline,
             index,
             owner=self.key,
+            matcher=None if matcher is None else matcher.copy(),
         )
 
     def reject(self) -> None:

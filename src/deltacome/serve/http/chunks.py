@@ -7,10 +7,13 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel
 
+from deltacome.serve.calls import CallPart
 from deltacome.serve.engine.sequence import Event
 from deltacome.serve.http.answers import Answers
 from deltacome.serve.http.protocol import (
     Answer,
+    Call,
+    CallDelta,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -19,6 +22,9 @@ from deltacome.serve.http.protocol import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
+    Delta,
+    FunctionDelta,
+    FunctionOfCall,
     Logprob,
     TokenLogprob,
 )
@@ -71,9 +77,13 @@ class CompletionChunks:
     async def whole(self) -> Completion:
         found = await _collect(self.answers)
         choices = [self._choice(index, events) for index, events in enumerate(found)]
+        for choice, text in zip(choices, self.answers.echoed, strict=False):
+            choice.text = text + choice.text
         return self._completion(choices, usage=self.answers.usage)
 
     async def stream(self) -> AsyncIterator[Completion]:
+        for index, text in enumerate(self.answers.echoed):
+            yield self._completion([CompletionChoice(index=index, text=text)])
         async for index, event in self.answers.events():
             yield self._completion([self._choice(index, [event])])
 
@@ -86,6 +96,7 @@ class ChatChunks:
 
     def __init__(self, answers: Answers) -> None:
         self.answers, self.id, self.created = answers, f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+        self.calls = [answers.calls.stream() for _ in answers.sequences] if answers.calls is not None else None
 
     def _logprobs(self, index: int, events: list[Event]) -> ChatLogprobs | None:
         if self.answers.sequences[index].sampling.top is None:
@@ -108,26 +119,52 @@ class ChatChunks:
     def _chunk(self, choices: list[ChatChunkChoice], **fields: Any) -> ChatChunk:
         return ChatChunk(id=self.id, created=self.created, model=self.answers.name, choices=choices, **fields)
 
+    def _said(self, index: int, events: list[Event]) -> tuple[str, list[CallPart], str | None]:
+        """What more of an answer says: text and parts of calls, and why it ended."""
+        text, finish = "".join(event.text for event in events), events[-1].finish
+        if self.calls is None:
+            return text, [], finish
+        stream = self.calls[index]
+        said = [stream.add(text), *([stream.finish()] if finish else [])]
+        parts = [part for each in said for part in each.calls]
+        reason = "tool_calls" if finish == "stop" and stream.count else finish
+        return "".join(each.text for each in said), parts, reason
+
     async def whole(self) -> ChatCompletion:
         choices = []
         for index, events in enumerate(await _collect(self.answers)):
-            message = Answer(role="assistant", content="".join(event.text for event in events))
-            logprobs, finish = self._logprobs(index, events), events[-1].finish
-            choices.append(ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=finish))
+            text, parts, finish = self._said(index, events)
+            calls = [_call(part) for part in parts] or None
+            message = Answer(content=text or None if calls else text, tool_calls=calls)
+            choices.append(
+                ChatChoice(index=index, message=message, logprobs=self._logprobs(index, events), finish_reason=finish)
+            )
         name, usage = self.answers.name, self.answers.usage
         return ChatCompletion(id=self.id, created=self.created, model=name, choices=choices, usage=usage)
 
     async def stream(self) -> AsyncIterator[ChatChunk]:
         for index in range(len(self.answers.sequences)):
-            yield self._chunk([ChatChunkChoice(index=index, delta=Answer(role="assistant", content=""))])
+            yield self._chunk([ChatChunkChoice(index=index, delta=Delta(role="assistant", content=""))])
         async for index, event in self.answers.events():
-            delta, logprobs = Answer(content=event.text), self._logprobs(index, [event])
-            yield self._chunk(
-                [ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=event.finish)]
-            )
+            text, parts, finish = self._said(index, [event])
+            calls = [_call_delta(part) for part in parts] or None
+            delta = Delta(content=text if text or not calls else None, tool_calls=calls)
+            logprobs = self._logprobs(index, [event])
+            yield self._chunk([ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish)])
 
     def usage(self) -> ChatChunk:
         return self._chunk([], usage=self.answers.usage)
+
+
+def _call(part: CallPart) -> Call:
+    """Of a part that is all of it."""
+    assert part.id is not None and part.name is not None
+    return Call(id=part.id, function=FunctionOfCall(name=part.name, arguments=part.arguments))
+
+
+def _call_delta(part: CallPart) -> CallDelta:
+    function = FunctionDelta(name=part.name, arguments=part.arguments)
+    return CallDelta(index=part.index, id=part.id, type="function" if part.id else None, function=function)
 
 
 def _finite(logprob: float) -> float:

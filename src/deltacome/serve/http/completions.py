@@ -1,6 +1,6 @@
 """What happens to a request for answers: admission, the lease of its model, tokens, the engine, the answer or a stream.
 
-The same for both endpoints, which differ in how a prompt is encoded and in the form of the answers.
+The same for both endpoints, which differ in how a prompt is made and in the form of the answers.
 """
 
 import asyncio
@@ -18,31 +18,35 @@ from pydantic import BaseModel
 
 from deltacome.errors import DeltacomeError
 from deltacome.serve.engine.scheduler import QueueFullError
+from deltacome.serve.grammars import GrammarError, Matcher
 from deltacome.serve.http.answers import Answers
 from deltacome.serve.http.chunks import ChatChunks, Chunks, CompletionChunks
-from deltacome.serve.http.errors import ApiError, queue_full, quota_used, unknown_model
+from deltacome.serve.http.errors import ApiError, queue_full, quota_used, shutting_down, unknown_model
 from deltacome.serve.http.keys import Allowed
+from deltacome.serve.http.prompts import Prepared, prepare_chat, prepare_completion
 from deltacome.serve.http.protocol import (
     ChatCompletion,
     ChatRequest,
     Completion,
     CompletionRequest,
     GenerationRequest,
-    Message,
 )
 from deltacome.serve.http.service import FromService, Key, Service
 from deltacome.serve.registry import Loaded, NoRoomError, UnknownModelError
 from deltacome.store.fetching import FetchError
 
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
-Encode = Callable[[Loaded], list[list[int]]]  # token ids of each prompt of a request
+Prepare = Callable[[Loaded], Prepared]
+COMPILE_SECONDS = 10.0  # that a request waits for its grammar; one takes a second or two at most
 log = logging.getLogger("deltacome.serve")
 router = APIRouter()
 
 
 @router.post("/v1/completions", response_model=Completion, responses=STREAMED)
 async def completions(request: Request, body: CompletionRequest, service: FromService, key: Key) -> Response:
-    answers = await _begin(service, request, body, key, partial(_encode_prompts, body.prompt))
+    if body.echo and body.likeliest is not None:
+        raise ApiError(400, "echo does not go together with logprobs; leave one out", param="echo")
+    answers = await _begin(service, request, body, key, partial(prepare_completion, body))
     return await _respond(service, request, body, CompletionChunks(answers))
 
 
@@ -50,34 +54,21 @@ async def completions(request: Request, body: CompletionRequest, service: FromSe
 async def chat(request: Request, body: ChatRequest, service: FromService, key: Key) -> Response:
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-    answers = await _begin(service, request, body, key, partial(_encode_messages, body.messages))
+    answers = await _begin(service, request, body, key, partial(prepare_chat, body))
     return await _respond(service, request, body, ChatChunks(answers))
 
 
-def _encode_prompts(prompt: Any, loaded: Loaded) -> list[list[int]]:
-    """Token ids of a text, of several, of tokens, or of several lists of tokens."""
-    if isinstance(prompt, str):
-        prompt = [prompt]
-    elif isinstance(prompt[0], int):
-        return [prompt]
-    return [loaded.language.tokenizer(one).input_ids if isinstance(one, str) else one for one in prompt]
-
-
-def _encode_messages(messages: list[Message], loaded: Loaded) -> list[list[int]]:
-    """Token ids of a conversation, by the model's own chat template."""
-    try:
-        return [loaded.language.encoder.prompt(tuple(message.plain for message in messages))]
-    except DeltacomeError as error:
-        raise ApiError(400, str(error), param="messages") from error
-
-
-async def _begin(service: Service, request: Request, body: GenerationRequest, key: Allowed, encode: Encode) -> Answers:
+async def _begin(
+    service: Service, request: Request, body: GenerationRequest, key: Allowed, prepare: Prepare
+) -> Answers:
     """The answers to a request, which the engine has in its queue.
 
     Raises:
         ApiError: if the request is refused.
     """
     started = time.monotonic()
+    if service.is_draining:
+        raise shutting_down()
     if body.model not in key:
         raise unknown_model(body.model)
     engine = service.engine
@@ -87,9 +78,18 @@ async def _begin(service: Service, request: Request, body: GenerationRequest, ke
         if not key.begin():
             raise quota_used(key.most, engine.seconds_to_wait())
         until_answered.callback(key.end)
-        loaded = await _lease(service, request, body.model)
+        loaded = await lease(service, request, body.model)
         until_answered.callback(service.registry.release, loaded)
-        prompts = await asyncio.to_thread(encode, loaded)
+        try:
+            prepared = await asyncio.to_thread(prepare, loaded)
+            matcher = None if prepared.grammar is None else await _compile(service, loaded, prepared.grammar)
+        except GrammarError as error:
+            raise ApiError(400, f"the schema cannot be kept to: {error}", code="invalid_schema") from error
+        prompts = prepared.prompts
+        biased = max(body.biases, default=0)
+        if biased >= loaded.vocabulary:
+            message = f"logit_bias holds token {biased}; this model has {loaded.vocabulary}"
+            raise ApiError(400, message, param="logit_bias")
         _check(prompts, body.answer_tokens, service.max_length, loaded.vocabulary)
         if len(prompts) * (body.n or 1) > engine.limits.waiting:
             raise ApiError(
@@ -98,7 +98,7 @@ async def _begin(service: Service, request: Request, body: GenerationRequest, ke
                 f"{engine.limits.waiting}: send fewer prompts at once, or a smaller n",
                 param="n",
             )
-        answers = Answers(service, body, key, loaded, prompts, started, until_answered.pop_all().close)
+        answers = Answers(service, body, key, loaded, prepared, matcher, started, until_answered.pop_all().close)
     try:
         engine.submit(answers.sequences)
     except QueueFullError as error:
@@ -107,7 +107,7 @@ async def _begin(service: Service, request: Request, body: GenerationRequest, ke
     return answers
 
 
-async def _lease(service: Service, request: Request, model: str) -> Loaded:
+async def lease(service: Service, request: Request, model: str) -> Loaded:
     """The model that is asked for, once it is in memory.
 
     Raises:
@@ -133,6 +133,22 @@ async def _lease(service: Service, request: Request, model: str) -> Loaded:
         service.arriving.discard(request)
 
 
+async def _compile(service: Service, loaded: Loaded, grammar: str) -> Matcher:
+    """A grammar over the model's vocabulary.
+
+    Raises:
+        ApiError: if it does not come in time.
+        GrammarError: if there is none.
+    """
+    compiled = asyncio.get_running_loop().run_in_executor(service.compiler, loaded.language.grammars.matcher, grammar)
+    try:
+        async with asyncio.timeout(COMPILE_SECONDS):
+            return await compiled
+    except TimeoutError as error:
+        message = f"the schema was not compiled in {COMPILE_SECONDS:g} s; try again, or make it simpler"
+        raise ApiError(503, message, code="overloaded") from error
+
+
 def _check(prompts: list[list[int]], max_tokens: int | None, max_length: int, vocabulary: int) -> None:
     """Refuse prompts that are empty or too long, or hold tokens that the model has not."""
     for prompt in prompts:
@@ -151,7 +167,7 @@ def _check(prompts: list[list[int]], max_tokens: int | None, max_length: int, vo
 
 async def _respond(service: Service, request: Request, body: GenerationRequest, chunks: Chunks) -> Response:
     """The answers as the client wants them, and in any case a line in the log."""
-    service.background.add(task := asyncio.create_task(_log(chunks.answers, chunks.id)))
+    service.background.add(task := asyncio.create_task(_log(chunks.answers, chunks.id, request)))
     task.add_done_callback(service.background.discard)
     if body.stream:
         wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
@@ -188,10 +204,11 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, BaseModel]) -
             task.cancel()
 
 
-async def _log(answers: Answers, identifier: str) -> None:
-    """A line for each request that ended, without a word of what was said."""
+async def _log(answers: Answers, identifier: str, request: Request) -> None:
+    """A line for each request that ended, and a span, without a word of what was said."""
     await answers.ended.wait()
-    now = time.monotonic()
+    first = None if answers.first is None else round(answers.first - answers.started, 3)
+    seconds = time.monotonic() - answers.started
     fields = {
         "id": identifier,
         "tenant": answers.name,
@@ -199,7 +216,18 @@ async def _log(answers: Answers, identifier: str) -> None:
         "answers": len(answers.sequences),
         "prompt_tokens": answers.prompt_tokens,
         "tokens": answers.generated,
-        "first_token_seconds": None if answers.first is None else round(answers.first - answers.started, 3),
-        "seconds": round(now - answers.started, 3),
+        "first_token_seconds": first,
+        "seconds": round(seconds, 3),
     }
     log.info("request", extra={"fields": fields})
+    attributes = {
+        "gen_ai.request.model": answers.name,
+        "gen_ai.response.id": identifier,
+        "gen_ai.usage.input_tokens": answers.prompt_tokens,
+        "gen_ai.usage.output_tokens": answers.generated,
+        "deltacome.tenant": answers.name,
+        "deltacome.status": answers.status,
+        "deltacome.answers": len(answers.sequences),
+        "deltacome.first_token_seconds": first,
+    }
+    answers.service.traces.add(request.url.path, seconds, attributes, request.headers)

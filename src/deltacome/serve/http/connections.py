@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+import time
+from types import FrameType
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from deltacome.serve.http.errors import ApiError
+from deltacome.serve.http.service import Service
 
 MOST_CONNECTIONS = 512
 HEADER_SECONDS = 10.0  # that a client may take from the first byte, or from connecting, to the end of its headers
@@ -77,8 +80,35 @@ class Connection(H11Protocol):
         self.transport.close()
 
 
+class Server(uvicorn.Server):
+    """Ends when it is told to, after what runs: requests that come meanwhile are told so instead of being cut off.
+
+    grace: seconds that what runs has. At a second signal it ends at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service, grace: float) -> None:
+        super().__init__(config)
+        self.service, self.grace = service, grace
+        self._told: tuple[int, float] | None = None  # by which signal, and until when it may go on
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._told is None:
+            self._told = sig, time.monotonic() + self.grace
+            self.service.is_draining = True
+        else:
+            self.force_exit = True
+            super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._told is not None and not self.should_exit:
+            signal, end = self._told
+            if not self.server_state.tasks or time.monotonic() > end:
+                super().handle_exit(signal, None)
+        return await super().on_tick(counter)
+
+
 def configure(app: Any, host: str, port: int, grace: int) -> uvicorn.Config:
-    """How the server listens. grace: seconds that running requests have when it is told to stop."""
+    """How the server listens. grace: seconds that connections have when it stops."""
     return uvicorn.Config(
         app,
         host=host,

@@ -15,6 +15,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 403, 404, 408, 409, 413, 415, 429, 500, 503, 504)
 }
 ERROR_SCHEMA = "#/components/schemas/ErrorBody"
+RETRY_SECONDS = 5  # after which another server may be there
 log = logging.getLogger("deltacome.serve")
 
 
@@ -53,6 +54,12 @@ def quota_used(most: int | None, seconds: int) -> ApiError:
     """most: requests that a key may have at once. seconds: after which to come again."""
     message = f"this key may have {most} requests at once; try again in {seconds} s"
     return ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(seconds)})
+
+
+def shutting_down() -> ApiError:
+    """The same for requests and for who asks whether the server is ready."""
+    message = "this server is shutting down; another may answer"
+    return ApiError(503, message, code="shutting_down", headers={"Retry-After": str(RETRY_SECONDS)})
 
 
 def handle_errors(app: FastAPI) -> None:

@@ -3,32 +3,21 @@
 from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
+
+from deltacome.serve.http.fields import NEUTRAL, UNUSED, Empty, Strict, Text, Token, UnusedText
+from deltacome.serve.http.formats import ResponseFormat
+from deltacome.serve.http.messages import Message, ToolChoice, Tools
 
 MOST_CHOICES = 16
 MOST_LOGPROBS = 20
 MOST_STOP = 256  # characters of a stop string
+MOST_BIASED = 1024  # tokens of a logit_bias
+TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-def _is_text(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("not valid Unicode text") from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(_is_text)]
-Token = Annotated[int, Field(ge=0, lt=2**31)]
-Strict = ConfigDict(extra="forbid", allow_inf_nan=False)
 Stop = Annotated[Text, Field(min_length=1, max_length=MOST_STOP)]
-
-# Fields of OpenAI's that change nothing here, and those of which only the values that change nothing are taken.
-UNUSED = "Taken and not used."
-NEUTRAL = "Not supported: leave it out, or send what changes nothing."
-Zero = Annotated[float, Field(ge=0, le=0)]
-Empty = Annotated[list[Any], Field(max_length=0)]
-UnusedText = Annotated[Text | None, Field(description=UNUSED)]
 
 
 class StreamOptions(BaseModel):
@@ -50,9 +39,9 @@ class GenerationRequest(BaseModel, ABC):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = Field(None, description="vLLM's, for benchmarks: go on behind an end token.")
-    frequency_penalty: Zero | None = Field(None, description=NEUTRAL)
-    presence_penalty: Zero | None = Field(None, description=NEUTRAL)
-    logit_bias: dict[str, Zero] | None = Field(None, description=NEUTRAL)
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[TokenKey, Bias], Field(max_length=MOST_BIASED)] | None = None
     user: UnusedText = None
 
     @property
@@ -64,6 +53,11 @@ class GenerationRequest(BaseModel, ABC):
     @abstractmethod
     def likeliest(self) -> int | None:
         """How many tokens to tell with their log-probabilities at each place; None for no log-probabilities."""
+
+    @property
+    def biases(self) -> dict[int, float]:
+        """What is added to tokens' logits."""
+        return {int(token): value for token, value in (self.logit_bias or {}).items() if value}
 
     @property
     def stops(self) -> list[str]:
@@ -80,7 +74,7 @@ class CompletionRequest(GenerationRequest):
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="16 if left out.")
     logprobs: Literal[False] | Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     best_of: Literal[1] | None = Field(None, description=NEUTRAL)
-    echo: Literal[False] | None = Field(None, description=NEUTRAL)
+    echo: bool | None = Field(None, description="Not together with logprobs.")
     suffix: Literal[""] | None = Field(None, description=NEUTRAL)
 
     @property
@@ -90,37 +84,6 @@ class CompletionRequest(GenerationRequest):
     @property
     def likeliest(self) -> int | None:
         return None if self.logprobs is False else self.logprobs
-
-
-class TextPart(BaseModel):
-    model_config = Strict
-    type: Literal["text"]
-    text: Text
-
-
-class Message(BaseModel):
-    model_config = Strict
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)] | None = None
-    name: Text | None = None
-    refusal: None = Field(None, description=NEUTRAL)
-    audio: None = Field(None, description=NEUTRAL)
-    annotations: Empty | None = Field(None, description=NEUTRAL)
-    function_call: None = Field(None, description=NEUTRAL)
-    tool_calls: Empty | None = Field(None, description=NEUTRAL)
-
-    @property
-    def plain(self) -> dict[str, str]:
-        """As a chat template wants it."""
-        content = self.content or ""
-        if not isinstance(content, str):
-            content = "".join(part.text for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
-
-
-class ResponseFormat(BaseModel):
-    model_config = Strict
-    type: Literal["text"]
 
 
 class ChatRequest(GenerationRequest):
@@ -138,13 +101,17 @@ class ChatRequest(GenerationRequest):
     moderation: None = Field(None, description=NEUTRAL)
     prediction: None = Field(None, description=NEUTRAL)
     reasoning_effort: Literal["none"] | None = Field(None, description=NEUTRAL)
-    response_format: ResponseFormat | None = Field(None, description=NEUTRAL)
-    tool_choice: Literal["none", "auto"] | None = Field(None, description=NEUTRAL)
-    tools: Empty | None = Field(None, description=NEUTRAL)
+    response_format: ResponseFormat | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = Field(None, description="auto if left out.")
+    parallel_tool_calls: bool | None = Field(None, description="Whether an answer may have several calls.")
+    add_generation_prompt: bool | None = Field(None, description="vLLM's: whether the prompt begins an answer.")
+    continue_final_message: bool | None = Field(
+        None, description="vLLM's: the answer goes on with the assistant's last message."
+    )
     verbosity: Literal["medium"] | None = Field(None, description=NEUTRAL)
     web_search_options: None = Field(None, description=NEUTRAL)
     metadata: dict[str, Any] | None = Field(None, description=UNUSED)
-    parallel_tool_calls: bool | None = Field(None, description=UNUSED)
     prompt_cache_key: UnusedText = None
     prompt_cache_options: dict[str, Any] | None = Field(None, description=UNUSED)
     prompt_cache_retention: UnusedText = None
@@ -225,9 +192,41 @@ class ChatLogprobs(BaseModel):
     content: list[TokenLogprob]
 
 
+class FunctionOfCall(BaseModel):
+    name: str
+    arguments: str
+
+
+class Call(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionOfCall
+
+
 class Answer(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    tool_calls: list[Call] | None = None
+
+
+class FunctionDelta(BaseModel):
+    name: str | None = None
+    arguments: str
+
+
+class CallDelta(BaseModel):
+    """id, type and the function's name come with the first part of a call."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
+class Delta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[CallDelta] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -248,7 +247,7 @@ class ChatCompletion(BaseModel):
 
 class ChatChunkChoice(BaseModel):
     index: int
-    delta: Answer
+    delta: Delta
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
 

@@ -9,7 +9,7 @@ from fastapi.responses import HTMLResponse, PlainTextResponse
 
 from deltacome.errors import DeltacomeError
 from deltacome.serve.folder import resolve
-from deltacome.serve.http.errors import ApiError, unknown_model
+from deltacome.serve.http.errors import ApiError, shutting_down, unknown_model
 from deltacome.serve.http.protocol import Health, LoadRequest, Model, Models, UnloadRequest
 from deltacome.serve.http.service import MASTER, FromService, Key, Service
 from deltacome.serve.registry import BusyNameError, NoRoomError, UnknownModelError
@@ -28,6 +28,13 @@ async def health(service: FromService) -> Health:
     if not service.engine.is_alive:
         raise ApiError(503, "the engine is not running")
     return Health()
+
+
+@router.get("/ready")
+async def ready(service: FromService) -> Health:
+    if service.is_draining:
+        raise shutting_down()
+    return await health(service)
 
 
 @router.get("/metrics", response_class=PlainTextResponse, dependencies=[MASTER])

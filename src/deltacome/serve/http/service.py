@@ -1,6 +1,7 @@
 """What every request needs: the engine, the deltas, who may ask, and what requests may take."""
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -12,14 +13,16 @@ from deltacome.serve.http.errors import ApiError
 from deltacome.serve.http.keys import Allowed, Keys, no_valid_key
 from deltacome.serve.metrics import Metrics
 from deltacome.serve.registry import Registry
+from deltacome.serve.traces import Traces
 
 
-@dataclass(frozen=True)
+@dataclass
 class Service:
     """What an application answers with, in its `state`.
 
     max_length: tokens of a prompt and its answer. deadline: seconds that a request may take, waiting included.
-    arriving: requests that wait for their delta. background: tasks that nothing else refers to.
+    arriving: requests that wait for their delta. background: tasks that nothing else refers to. compiler:
+    the thread on which grammars are compiled, one at a time. is_draining: whether it takes no more requests.
     """
 
     engine: Engine
@@ -28,8 +31,11 @@ class Service:
     keys: Keys
     max_length: int
     deadline: float
+    traces: Traces = field(default_factory=Traces)
+    is_draining: bool = False
     arriving: set[Request] = field(default_factory=set)
     background: set[asyncio.Task[None]] = field(default_factory=set)
+    compiler: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "compiler"))
 
 
 def _service(request: Request) -> Service:

@@ -185,7 +185,7 @@ def test_the_server(save: Save, tmp_path: Path) -> None:
     program = Path(sys.executable).with_name("deltacome")
     command = [program, "serve", models.base, "--engine", "vllm", "--delta", f"a={models.deltas['a']}"]
     command += ["--delta-dir", deltas, "--port", port, "--name", "base", "--max-length", "128", "--dtype", "float32"]
-    environment = {**os.environ, "DELTACOME_API_KEY": "secret"}
+    environment = {**os.environ, "DELTACOME_API_KEY": "secret", "VLLM_LOGGING_LEVEL": "INFO"}
     server = subprocess.Popen([*map(str, command), "--", "--enforce-eager"], env=environment, stdout=log, stderr=log)
     client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="secret", max_retries=0)
     prompt = make_prompts(1, seed=4)[0]
@@ -204,7 +204,7 @@ def test_the_server(save: Save, tmp_path: Path) -> None:
         expected = [float(step.float().log_softmax(-1)[0, t]) for step, t in zip(own.logits, tokens, strict=True)]
         assert found.choices[0].logprobs.token_logprobs == pytest.approx(expected, abs=2e-3)
 
-    def change(what: str, **body: str) -> int:
+    def change(what: str, **body: str | bool) -> int:
         answer = httpx.post(
             f"{client.base_url}{what}_lora_adapter", json=body, headers={"Authorization": "Bearer secret"}, timeout=60
         )
@@ -225,6 +225,10 @@ def test_the_server(save: Save, tmp_path: Path) -> None:
         assert change("load", lora_name="again", lora_path=str(models.deltas["b"])) == 200
         check("again", "b")
         assert change("load", lora_name="bad", lora_path=str(tmp_path)) >= 400
+        assert change("load", lora_name="again", lora_path=str(models.deltas["a"]), load_inplace=True) == 200
+        reads = (tmp_path / "log").read_text().count("its artifact")
+        check("again", "a")  # and its steps do not read it again
+        assert reads == (tmp_path / "log").read_text().count("its artifact") == 4
         assert change("unload", lora_name="again") == 200
         for name in ("again", "bad", "../deltas/found"):
             with pytest.raises(NotFoundError):

@@ -38,6 +38,7 @@ def register() -> None:
     internals.embed_before_graphs()
     internals.tolerate_llvmlite()
     internals.patch_resolvers()
+    versions.mend(vllm.__version__)
     folder = internals.delta_folder()
     if folder is not None:
         internals.LoRAResolverRegistry.register_resolver("deltacome", DeltaResolver(Path(folder)))

@@ -1,5 +1,6 @@
 """Of the plugin for vLLM, what does without vLLM: rows, shares, norms, arguments."""
 
+import json
 import os
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import Save, make_model
 from deltacome import DeltacomeError, compress, vllm
 from deltacome.format.artifact import Artifact
 from deltacome.format.terms import Sign, add_terms
@@ -18,6 +20,7 @@ from deltacome.store.store import Store
 from deltacome.vllm import command, versions
 from deltacome.vllm.changes import as_terms, share
 from deltacome.vllm.rows import COMPOSITIONS, Rows, Step
+from deltacome.vllm.vocabulary import room_for
 
 CPU = torch.device("cpu")
 
@@ -177,6 +180,31 @@ def test_the_installed_version_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert versions.installed() == "0.32.0"
     monkeypatch.setattr(versions, "version", lambda name: version("vllm"))
     assert versions.installed() is None
+
+
+def test_vllm_is_started_with_room_for_added_tokens(
+    base: Path, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(command, "find_spec", lambda name: name)
+    monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments[1]))
+    (tmp_path / "deltas" / "broken").mkdir(parents=True)
+    (tmp_path / "deltas" / "broken" / "deltacome.json").write_text("{")
+    deltas = {"small": tmp_path / "small", "grown": tmp_path / "grown", "found": tmp_path / "deltas" / "found"}
+    for size, delta in zip((250, 262, 300), deltas.values(), strict=True):
+        model = make_model()
+        model.resize_token_embeddings(size)
+        compress(base, save(model, f"of-{size}"), delta, ratio=8)
+    for names, folder, wanted in (
+        (["small"], None, None),
+        (["small", "grown"], None, 262),
+        ([], tmp_path / "deltas", 300),
+    ):
+        given = {name: str(deltas[name]) for name in names}
+        command.run(str(base), given, folder=folder, options={}, api_key=None, more=[])
+        found = json.loads(dict(zip(started[-1], started[-1][1:], strict=False)).get("--hf-overrides", "{}"))
+        assert found == ({} if wanted is None else {"vocab_size": wanted})
+    assert room_for(300, {"text_config": {}}) == {"text_config": {"vocab_size": 300}}
 
 
 def test_another_vllm_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,20 +106,38 @@ class Served(Models):
     def requests(self, names: list[str]) -> list[LoRARequest | None]:
         return [request(name, self.deltas[name]) if name in self.deltas else None for name in names]
 
-    def check(self, names: list[str], prompts: list[list[int]], tolerance: float = 2e-3) -> None:
-        """Greedy answers and the log-probabilities of their tokens, and of the prompts', are each model's own."""
-        asked = SamplingParams(max_tokens=8, temperature=0, logprobs=1, prompt_logprobs=1, ignore_eos=True)
-        for output, name, prompt in zip(
-            ask(self.llm, prompts, self.requests(names), asked), names, prompts, strict=True
-        ):
+    def check(
+        self,
+        names: list[str],
+        prompts: list[list[int]],
+        tolerance: float = 2e-3,
+        *,
+        requests: list[LoRARequest | None] | None = None,
+        of_prompts: bool = True,
+    ) -> list[int]:
+        """Greedy answers and the log-probabilities of their tokens, and of the prompts', are each model's own.
+
+        requests: adapters, if not those of the names. of_prompts: with these vLLM uses no cached prefix.
+
+        Returns:
+            How many tokens of each prompt had been cached.
+        """
+        asked = SamplingParams(
+            max_tokens=8, temperature=0, logprobs=1, prompt_logprobs=1 if of_prompts else None, ignore_eos=True
+        )
+        outputs = ask(self.llm, prompts, requests or self.requests(names), asked)
+        for output, name, prompt in zip(outputs, names, prompts, strict=True):
             tokens = [*prompt, *output.outputs[0].token_ids]
             with torch.no_grad():
                 logits = self.models[name](torch.tensor([tokens])).logits[0].float()
             expected = logits.log_softmax(-1)
             assert tokens[len(prompt) :] == expected[len(prompt) - 1 : -1].argmax(-1).tolist()
-            steps = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
-            for place, step in enumerate(steps):
+            steps = (
+                [*output.prompt_logprobs[1:], *output.outputs[0].logprobs] if of_prompts else output.outputs[0].logprobs
+            )
+            for place, step in enumerate(steps, 0 if of_prompts else len(prompt) - 1):
                 assert abs(step[tokens[place + 1]].logprob - float(expected[place, tokens[place + 1]])) < tolerance
+        return [output.num_cached_tokens for output in outputs]
 
 
 def make_adapter(models: Models, folder: Path) -> Path:

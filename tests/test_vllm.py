@@ -1,6 +1,7 @@
 """Deltas in one running vLLM, against merged checkpoints in transformers; skipped where vLLM is not installed."""
 
 import asyncio
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +23,12 @@ from vllm_models import (
     make_prompts,
     manager_of,
     request,
+    runner_of,
     start,
     stop,
 )
+
+IS_V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +177,11 @@ def test_a_folder_of_deltas(served: Served, tmp_path: Path) -> None:
     assert found is not None and found.lora_path == str((tmp_path / "deltas" / "math").resolve())
     for name in ("link", "empty", "none", "../outside", "/math", ".", "..", "", "math/../math", "a\0b"):
         assert asyncio.run(resolver.resolve_lora("base", name)) is None
+
+
+def test_the_model_runner_is_the_one_asked_for(served: Served) -> None:
+    names = [cls.__module__ for cls in type(runner_of(served.llm)).__mro__]
+    assert ("vllm.v1.worker.gpu.model_runner" in names) == IS_V2
 
 
 def test_what_vllm_must_not_be_asked_for(served: Served) -> None:

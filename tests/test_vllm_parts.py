@@ -62,6 +62,15 @@ def test_logits_of_a_prompt_are_its_own_adapters() -> None:
     with step.sampling(2):
         assert {slot: own.tolist() for slot, own in step.of_logits(3).by_slot.items()} == {1: [0, 1, 2]}
     assert step.of_logits(2) is step.samples
+    with step.sampling(step.adapters[1:]):
+        assert {slot: own.tolist() for slot, own in step.of_logits(2).by_slot.items()} == {0: [0], 1: [1]}
+
+
+def test_numbers_of_adapters_may_be_of_32_bit() -> None:
+    step = Step(CPU)
+    step.set(np.array([1], dtype=np.int64), [1], (1,))
+    step.set(np.array([1, 0], dtype=np.int32), [1, 0], (1,))
+    assert step.tokens.count == 2 and step.tokens.by_slot[0].tolist() == [0]
 
 
 @pytest.mark.parametrize("method", ["rate-distortion", "delta-come", "low-rank"])

@@ -181,9 +181,12 @@ def stop(llm: LLM) -> None:
     llm.llm_engine.engine_core.shutdown()
 
 
+def runner_of(llm: LLM) -> Any:
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+
 def manager_of(llm: LLM) -> Any:
-    executor = llm.llm_engine.model_executor
-    return executor.driver_worker.worker.model_runner.lora_manager._adapter_manager
+    return runner_of(llm).lora_manager._adapter_manager
 
 
 NUMBERS: dict[tuple[str, Path], int] = {}

@@ -53,7 +53,7 @@ def run(
     if store is not None:
         Store(store).look()
     sizes += [] if folder is None else _sizes(folder)
-    environment = {**os.environ, "VLLM_USE_V2_MODEL_RUNNER": "0"}
+    environment = {"VLLM_USE_V2_MODEL_RUNNER": "0", **os.environ}
     if api_key is not None:
         environment["VLLM_API_KEY"] = api_key  # arguments are for all to see
     if folder is not None:

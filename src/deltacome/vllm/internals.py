@@ -175,6 +175,33 @@ def make_room_for_tokens() -> None:
     VocabParallelEmbedding.weight_loader = weight_loader
 
 
+def share_step(model: Any, step: Any) -> None:
+    """The same for the model runner V2, which asks for the logits of all of a step's tokens, some rows at a time."""
+    model.deltacome_step = step
+    _patch_v2_prompt_logprobs()
+
+
+@cache
+def _patch_v2_prompt_logprobs() -> None:
+    from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker  # after the patches of it for CPUs
+
+    def patched(original: Any) -> Any:
+        def compute(self: Any, logits_of: Any, hidden_states: Tensor, *rest: Any) -> Any:
+            step: Any = getattr(logits_of.__self__, "deltacome_step", None)
+
+            def own_logits_of(rows: Tensor) -> Tensor:
+                first = (rows.storage_offset() - hidden_states.storage_offset()) // hidden_states.stride(0)
+                with step.sampling(step.adapters[first : first + len(rows)]):
+                    return logits_of(rows)
+
+            return original(self, logits_of if step is None else own_logits_of, hidden_states, *rest)
+
+        return compute
+
+    for name in ("compute_prompt_logprobs", "compute_prompt_token_id_logprobs"):
+        setattr(PromptLogprobsWorker, name, patched(getattr(PromptLogprobsWorker, name)))
+
+
 def tolerate_llvmlite() -> None:
     """Let vLLM start where llvmlite has been imported, as our CPU kernel does.
 
@@ -241,6 +268,13 @@ def embed_before_graphs() -> None:
         original(self, vllm_config, *rest, **named)
 
     WorkerBase.__init__ = initialize
+
+
+def needs_v1_runner(config: Any) -> bool:
+    """Whether vLLM would use its model runner V2 for what our layers have not been tried with there."""
+    return config.use_v2_model_runner and (
+        config.speculative_config is not None or config.parallel_config.enable_batch_sharded_sampling
+    )
 
 
 def gather(x: Tensor) -> Tensor:

@@ -53,13 +53,15 @@ class Manager(internals.LRUCacheLoRAModelManager):
         for is_so, advice in (
             (lora_config.fully_sharded_loras, "leave out --fully-sharded-loras"),
             (lora_config.enable_tower_connector_lora, "leave out --enable-tower-connector-lora"),
-            (vllm_config.use_v2_model_runner, "set VLLM_USE_V2_MODEL_RUNNER=0 in the environment"),
+            (internals.needs_v1_runner(vllm_config), "set VLLM_USE_V2_MODEL_RUNNER=0 in the environment"),
         ):
             if is_so:
                 raise DeltacomeError(f"for deltacome's layers, {advice}; VLLM_PLUGINS= (empty) does without them")
         rows = internals.graph_tokens(vllm_config)
         slots = kernels_for(device.type).Slots(lora_config.max_loras, rows, device) if rows else None
         self.step = Step(device, slots)
+        if vllm_config.use_v2_model_runner:
+            internals.share_step(model, self.step)
         self.config = vllm_config
         if not model.embedding_modules:
             model.embedding_modules = _embeddings(model)

@@ -44,18 +44,19 @@ class Step:
 
     def __init__(self, device: torch.device, slots: Any = None) -> None:
         self.device, self.slots = device, slots
-        self._sampling: int | None = None
+        self._sampling: int | np.ndarray | None = None
         self.forget()
 
     def forget(self) -> None:
         """An adapter came or went: nothing that was worked out holds."""
         self._recent: OrderedDict[bytes, Rows] = OrderedDict()
         self._slots: tuple[int | None, ...] = ()
+        self.adapters = np.zeros(0)  # their number of each token
         self.tokens = self.samples = Rows(np.zeros(0), (), self.device)
 
     def set(self, tokens: Sequence[int], samples: Sequence[int], slots: Sequence[int | None]) -> None:
         """Begin a step, given the adapters' numbers of both, and those in the slots."""
-        self._slots = tuple(slots)
+        self._slots, self.adapters = tuple(slots), np.asarray(tokens)
         self.tokens, self.samples = self._rows(np.asarray(tokens)), self._rows(np.asarray(samples))
         if self.slots is not None and len(tokens) <= self.slots.rows:
             of_rows = np.full(len(tokens), len(slots))
@@ -69,9 +70,9 @@ class Step:
         return self.slots is not None and rows <= self.slots.rows
 
     @contextmanager
-    def sampling(self, adapter: int) -> Iterator[None]:
-        """While the block runs, logits are asked for of tokens of one adapter."""
-        self._sampling = adapter
+    def sampling(self, adapters: int | np.ndarray) -> Iterator[None]:
+        """While the block runs, logits are asked for of tokens of one adapter, or of these, a number each."""
+        self._sampling = adapters
         try:
             yield
         finally:
@@ -82,7 +83,7 @@ class Step:
         return self.samples if self._sampling is None else self._rows(np.full(count, self._sampling))
 
     def _rows(self, adapters: np.ndarray) -> Rows:
-        key = adapters.tobytes()
+        key = adapters.astype(np.int64).tobytes()  # runner V2 has them in 32 bit
         rows = self._recent.pop(key, None) or Rows(adapters, self._slots, self.device)
         self._recent[key] = rows
         while len(self._recent) > COMPOSITIONS:

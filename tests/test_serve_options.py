@@ -1,5 +1,6 @@
 """What moves the choice of tokens, what stands before an answer, and texts as tokens."""
 
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -7,6 +8,7 @@ import pytest
 import torch
 from openai import OpenAI
 
+import deltacome
 from conftest import make_tokenizer
 from deltacome.serve.engine.sampling import Sampling, choose
 from serving import CHAT, OTHER_TEMPLATE, post_json
@@ -75,6 +77,36 @@ def test_echo(api: OpenAI) -> None:
     for part in api.completions.create(**options, prompt=prompts[1], echo=True, stream=True):
         found += part.choices[0].text
     assert found == prompts[1] + answers[1]
+
+
+def test_echo_with_logprobs(api: OpenAI, folder: Path) -> None:
+    """As lm-evaluation-harness asks for them: every token of the prompt but the first, over parts and in streams."""
+    prompts, tokenizer = ["One — ü", "x" * 300, "y"], make_tokenizer()
+    options: Any = {"model": "a", "max_tokens": 3, "temperature": 0, "echo": True, "logprobs": 2, "prompt": prompts}
+    for _ in range(2):  # also when the beginning is in the prefix cache
+        whole = api.completions.create(**options).choices
+    model = deltacome.load(folder / "base", {"a": folder / "deltas/a"})
+    streamed: dict[int, list[Any]] = {}
+    for chunk in api.completions.create(**options, stream=True):
+        streamed.setdefault(chunk.choices[0].index, []).append(chunk.choices[0])
+    for index, (prompt, choice) in enumerate(zip(prompts, whole, strict=True)):
+        found, ids = choice.logprobs, tokenizer(prompt).input_ids
+        assert found is not None and choice.text.startswith(prompt)
+        assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
+        with torch.no_grad():
+            scores = model(torch.tensor([ids]), tenants=["a"]).logits[0].log_softmax(-1)
+        expected = [float(row[token]) for row, token in zip(scores, ids[1:], strict=False)]
+        assert found.token_logprobs[1 : len(ids)] == pytest.approx(expected, abs=1e-3)
+        likeliest = [max(top.values()) for top in found.top_logprobs[1:]]
+        assert all(top >= own - 1e-4 for top, own in zip(likeliest, found.token_logprobs[1:], strict=True))
+        assert len(found.tokens) == len(found.text_offset) == len(ids) + 3
+        assert found.text_offset == sorted(found.text_offset) and found.text_offset[len(ids)] == len(prompt)
+        parts = [part.logprobs for part in streamed[index] if part.logprobs]
+        assert [value for part in parts for value in part.token_logprobs] == pytest.approx(
+            found.token_logprobs, abs=1e-3
+        )
+        assert [value for part in parts for value in part.text_offset] == found.text_offset
+        assert "".join(part.text for part in streamed[index]) == choice.text
 
 
 @pytest.mark.parametrize("model", ["base", "a", "b"])

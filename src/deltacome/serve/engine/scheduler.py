@@ -35,6 +35,7 @@ from deltacome.serve.engine.sampling import choose, likelihood
 from deltacome.serve.engine.sequence import Event, Finish, Sequence
 from deltacome.serve.grammars import GrammarError
 
+ALOUD = 128  # tokens whose logits are there at once
 LONG = 4  # times what a step reads: prompts that are longer go by smaller parts
 log = logging.getLogger("deltacome.serve")
 
@@ -206,8 +207,10 @@ class Engine:
         self._recall(group[0])
         lengths = [len(group[0].tokens)]
         unread = group[0].unread
-        if unread <= self._part_of(group[0]):
+        if unread <= self._part_of(group[0]) and not group[0].reads_prompt_aloud:
             for sequence in list(self.reading):
+                if sequence.reads_prompt_aloud:
+                    continue
                 length = len(sequence.tokens)
                 widest = max(unread, length - self.prefixes.known(sequence))
                 count = len(group) + 1
@@ -222,6 +225,8 @@ class Engine:
 
     def _part_of(self, sequence: Sequence) -> int:
         """Tokens of a prompt to read at a step: of a long one fewer, while answers wait for their next tokens."""
+        if sequence.reads_prompt_aloud:
+            return min(self.limits.prompt, ALOUD)
         most = self.limits.prompt
         is_long = len(sequence.tokens) > LONG * most
         return math.ceil(most / LONG) if is_long and self.batches else most
@@ -243,7 +248,9 @@ class Engine:
         try:
             cache = _cache_for(group, begins)
             batch = first.batch if len(group) == 1 and first.batch is not None else self._batch_of(group)
-            logits = self._forward(batch, ids, mask, behind.clamp(min=0), cache)
+            logits = self._forward(batch, ids, mask, behind.clamp(min=0), cache, first.reads_prompt_aloud)
+            if first.reads_prompt_aloud:
+                logits = _tell_prompt(first, logits[0])
         except Exception as error:
             if len(group) == 1:
                 self._give_up(group, error)
@@ -319,6 +326,8 @@ class Engine:
         return [(rows, self._choose(sequences, logits, rows.cache))]
 
     def _recall(self, sequence: Sequence) -> None:
+        if sequence.reads_prompt_aloud:
+            return
         with self._if_there_is_memory():
             self.prefixes.recall(sequence)
 
@@ -358,17 +367,20 @@ class Engine:
         sequence.read, sequence.cache, sequence.batch = 0, None, None
         if not sequence.made:
             sequence.recalled = 0
+            sequence.prompt.clear()
         with self.lock:
             self.waiting.put_back(sequence)
 
     def _batch_of(self, group: list[Sequence]) -> Batch:
         return self.model.tenants.batch_of([sequence.tenant for sequence in group])
 
-    def _forward(self, batch: Batch, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """The last token's logits (rows, vocabulary)."""
+    def _forward(
+        self, batch: Batch, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache, all_tokens: bool = False
+    ) -> Tensor:
+        """The last token's logits (rows, vocabulary), or those of all of them (rows, tokens, vocabulary)."""
         device = self.model.device
-        options = {"logits_to_keep": 1} if self.keeps_few_logits else {}
-        return self.model(
+        options = {"logits_to_keep": 1} if self.keeps_few_logits and not all_tokens else {}
+        logits: Tensor = self.model(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             position_ids=positions.to(device),
@@ -376,7 +388,8 @@ class Engine:
             use_cache=True,
             tenants=batch,
             **options,
-        ).logits[:, -1]
+        ).logits
+        return logits if all_tokens else logits[:, -1]
 
     def _choose(self, group: list[Sequence], logits: Tensor, cache: Cache) -> list[int]:
         """Add a token to each sequence of a group and tell it; the rows of those that go on.
@@ -451,3 +464,16 @@ def _cache_for(group: list[Sequence], begins: list[int]) -> Cache:
         return caches[0] if caches and any(begins) else new_cache()
     parts = [(sequence.cache or caches[0], [0], begin) for sequence, begin in zip(group, begins, strict=True)]
     return join(parts, max(begins))
+
+
+def _tell_prompt(sequence: Sequence, logits: Tensor) -> Tensor:
+    """Tell the likelihoods of the tokens behind those that were read, whose logits (tokens, vocabulary) these are.
+
+    Returns:
+        The last token's logits, (1, vocabulary).
+    """
+    top = sequence.sampling.top
+    assert top is not None
+    following = sequence.tokens[sequence.read + 1 : sequence.read + 1 + len(logits)]
+    sequence.prompt += [likelihood(row, token, top) for row, token in zip(logits, following, strict=False)]
+    return logits[-1:]

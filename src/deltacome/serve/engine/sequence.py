@@ -32,7 +32,8 @@ class Sequence:
 
     tokens: the prompt's, and those of the answer behind them. ends: tokens that end an answer. notify: called with
     each event, from the engine's thread. deadline: of `time.monotonic`. owner: who asks; owners and tenants take turns.
-    matcher: where the answer is held to a grammar.
+    matcher: where the answer is held to a grammar. tells_prompt: whether the likelihoods of the prompt's tokens behind
+    the first are asked for too; they are in `prompt` when the answer's first token is made.
     """
 
     tenant: Tenant | None
@@ -46,6 +47,8 @@ class Sequence:
     index: int = 0
     owner: Hashable = None
     matcher: Matcher | None = None
+    tells_prompt: bool = False
+    prompt: list[Likelihood] = field(default_factory=list)
     is_cancelled: bool = False
     cache: Cache | None = None  # until the whole prompt is read
     batch: Batch | None = None  # as long
@@ -61,6 +64,11 @@ class Sequence:
     def answer(self) -> list[int]:
         """Tokens of the answer so far."""
         return self.tokens[len(self.tokens) - self.made :]
+
+    @property
+    def reads_prompt_aloud(self) -> bool:
+        """Whether the logits of all tokens that are read are needed."""
+        return self.tells_prompt and not self.made
 
     @property
     def unread(self) -> int:

@@ -82,6 +82,7 @@ class Answers:
             index,
             owner=self.key,
             matcher=None if matcher is None else matcher.copy(),
+            tells_prompt=bool(self.echoed) and body.likeliest is not None,
         )
 
     def reject(self) -> None:

@@ -8,7 +8,9 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 
 from deltacome.serve.calls import CallPart
+from deltacome.serve.engine.sampling import Likelihood
 from deltacome.serve.engine.sequence import Event
+from deltacome.serve.engine.text import TextStream
 from deltacome.serve.http.answers import Answers
 from deltacome.serve.http.protocol import (
     Answer,
@@ -56,35 +58,59 @@ class CompletionChunks:
         text = "".join(event.text for event in events)
         logprobs = None
         if self.answers.sequences[index].sampling.top is not None:
-            logprobs = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
-            offset = self.offsets[index]
+            logprobs = _no_logprobs()
             for event in events:
                 if event.token is not None and event.likelihood is not None:
-                    own, top = event.likelihood.logprob, event.likelihood.top
-                    pieces = self.answers.loaded.language.pieces
-                    found = pieces.by_text(event.token, own, top)
-                    logprobs.tokens.append(pieces.text_of(event.token))
-                    logprobs.token_logprobs.append(_finite(own))
-                    logprobs.top_logprobs.append({text: _finite(value) for text, value in found.items()})
-                    logprobs.text_offset.append(offset)
-                offset += len(event.text)
-            self.offsets[index] = offset
+                    self._add(logprobs, index, event.token, event.likelihood)
+                self.offsets[index] += len(event.text)
         return CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=events[-1].finish)
+
+    def _add(self, logprobs: CompletionLogprobs, index: int, token: int, likelihood: Likelihood | None) -> None:
+        pieces = self.answers.loaded.language.pieces
+        logprobs.tokens.append(pieces.text_of(token))
+        logprobs.text_offset.append(self.offsets[index])
+        if likelihood is None:
+            logprobs.token_logprobs.append(None)
+            logprobs.top_logprobs.append(None)
+        else:
+            found = pieces.by_text(token, likelihood.logprob, likelihood.top)
+            logprobs.token_logprobs.append(_finite(likelihood.logprob))
+            logprobs.top_logprobs.append({text: _finite(value) for text, value in found.items()})
+
+    def _echo(self, index: int) -> CompletionChoice:
+        """The prompt of an answer that has a token; nothing is known of how likely the first one is."""
+        sequence, logprobs = self.answers.sequences[index], None
+        if sequence.tells_prompt:
+            logprobs, text = _no_logprobs(), TextStream(self.answers.tokenizer, [])
+            known = [None, *sequence.prompt]
+            for token, likelihood in zip(sequence.tokens, known, strict=False):
+                self._add(logprobs, index, token, likelihood)
+                self.offsets[index] += len(text.add(token))
+        self.offsets[index] = len(self.answers.echoed[index])
+        return CompletionChoice(index=index, text=self.answers.echoed[index], logprobs=logprobs)
 
     def _completion(self, choices: list[CompletionChoice], **fields: Any) -> Completion:
         return Completion(id=self.id, created=self.created, model=self.answers.name, choices=choices, **fields)
 
     async def whole(self) -> Completion:
         found = await _collect(self.answers)
-        choices = [self._choice(index, events) for index, events in enumerate(found)]
-        for choice, text in zip(choices, self.answers.echoed, strict=False):
-            choice.text = text + choice.text
+        choices = []
+        for index, events in enumerate(found):
+            echo = self._echo(index) if self.answers.echoed else None
+            choice = self._choice(index, events)
+            if echo is not None:
+                choice.text = echo.text + choice.text
+                if echo.logprobs is not None and choice.logprobs is not None:
+                    choice.logprobs = echo.logprobs.followed_by(choice.logprobs)
+            choices.append(choice)
         return self._completion(choices, usage=self.answers.usage)
 
     async def stream(self) -> AsyncIterator[Completion]:
-        for index, text in enumerate(self.answers.echoed):
-            yield self._completion([CompletionChoice(index=index, text=text)])
+        unsaid = set(range(len(self.answers.echoed)))
         async for index, event in self.answers.events():
+            if index in unsaid:
+                unsaid.remove(index)
+                yield self._completion([self._echo(index)])
             yield self._completion([self._choice(index, [event])])
 
     def usage(self) -> Completion:
@@ -178,3 +204,7 @@ async def _collect(answers: Answers) -> list[list[Event]]:
     async for index, event in answers.events():
         found[index].append(event)
     return found
+
+
+def _no_logprobs() -> CompletionLogprobs:
+    return CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])

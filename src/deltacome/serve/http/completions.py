@@ -44,8 +44,6 @@ router = APIRouter()
 
 @router.post("/v1/completions", response_model=Completion, responses=STREAMED)
 async def completions(request: Request, body: CompletionRequest, service: FromService, key: Key) -> Response:
-    if body.echo and body.likeliest is not None:
-        raise ApiError(400, "echo does not go together with logprobs; leave one out", param="echo")
     answers = await _begin(service, request, body, key, partial(prepare_completion, body))
     return await _respond(service, request, body, CompletionChunks(answers))
 

@@ -74,7 +74,7 @@ class CompletionRequest(GenerationRequest):
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="16 if left out.")
     logprobs: Literal[False] | Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     best_of: Literal[1] | None = Field(None, description=NEUTRAL)
-    echo: bool | None = Field(None, description="Not together with logprobs.")
+    echo: bool | None = Field(None, description="Give the prompt before each answer; with logprobs, its tokens' too.")
     suffix: Literal[""] | None = Field(None, description=NEUTRAL)
 
     @property
@@ -157,9 +157,14 @@ class Usage(BaseModel):
 
 class CompletionLogprobs(BaseModel):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+    def followed_by(self, other: "CompletionLogprobs") -> "CompletionLogprobs":
+        """Those of tokens, and of others behind them."""
+        ours, theirs = self.model_dump(), other.model_dump()
+        return CompletionLogprobs(**{name: values + theirs[name] for name, values in ours.items()})
 
 
 class CompletionChoice(BaseModel):

@@ -38,7 +38,7 @@ test-all: lint
 	$(PYTEST) --no-loadscope-reorder --slow
 
 attack: $(TEST_VENV)/ready
-	$(PYTEST) --attack tests/attack
+	$(PYTEST) --attack tests/attack tests/test_deploy.py
 
 # Once with each of vLLM's two model runners; V2 needs Triton, whose interpreter runs on a CPU.
 INTERPRETED = PYTHONPATH=$(CURDIR)/tests/interpreter TRITON_INTERPRET=1

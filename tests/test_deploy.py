@@ -313,13 +313,14 @@ def test_fifty_tenants(helm: Any, data: Path) -> None:
         assert process.wait(75) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
 
 
-@pytest.mark.slow
+@pytest.mark.attack  # with `make attack`: it installs all that the server needs once more
 def test_steps_of_the_container_file(data: Path, tmp_path: Path) -> None:
     """The embedded server's image, as far as it goes without one: its steps in a new virtual environment."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     path = f"{tmp_path / 'venv' / 'bin'}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "HOME": str(tmp_path), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     environment.pop("PYTHONPATH", None)
+    environment["PIP_CONSTRAINT"] = str(ROOT / "constraints.txt")  # a torch without CUDA
     source = tmp_path / "source"
     source.mkdir()
     last = {}

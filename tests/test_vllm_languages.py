@@ -5,10 +5,6 @@ Each model's answers are compared with its merged checkpoint's in transformers, 
 
 import json
 import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,13 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` installs it")
 
 import httpx
-from openai import APIConnectionError, BadRequestError, OpenAI
+from openai import BadRequestError, OpenAI
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
 from conftest import TEMPLATE, Save, fine_tune, make_tokenizer
 from deltacome import compress, merge
-from vllm_models import SamplingParams, make, request, start, stop
+from vllm_models import SamplingParams, make, request, start, stop, vllm_server
 
 TEXTS = ["Hello there", "12 + 13 = ", "a b c"]
 CHAT = [{"role": "user", "content": "What is this?"}]
@@ -162,29 +158,11 @@ def test_offline(speakers: Speakers) -> None:
 
 @pytest.fixture(scope="module")
 def client(speakers: Speakers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
-    program = Path(sys.executable).with_name("deltacome")
-    command = [program, "serve", speakers.base, "--engine", "vllm", "--port", port, "--name", "base"]
-    command += [part for name, delta in speakers.deltas.items() for part in ("--delta", f"{name}={delta}")]
-    command += ["--max-length", "128", "--dtype", "float32", "--", "--enforce-eager"]
-    with log.open("w") as file:
-        server = subprocess.Popen([*map(str, command)], env={**os.environ}, stdout=file, stderr=file)
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-        try:
-            for _ in range(240):
-                try:
-                    client.models.list()
-                    break
-                except APIConnectionError:
-                    assert server.poll() is None, log.read_text()[-3000:]
-                    time.sleep(0.5)
-            yield client
-        finally:
-            server.terminate()
-            server.wait(60)
+    options = ["--name", "base", "--max-length", "128", "--dtype", "float32"]
+    options += [part for name, delta in speakers.deltas.items() for part in ("--delta", f"{name}={delta}")]
+    with vllm_server(speakers.base, options, dict(os.environ), log) as client:
+        yield client
 
 
 @pytest.mark.parametrize("name", ["base", "a", "b", "c"])

@@ -4,13 +4,8 @@ import hashlib
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -19,37 +14,12 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` installs it")
 
-from openai import APIConnectionError, APIStatusError, NotFoundError, OpenAI
+from openai import APIStatusError, NotFoundError, OpenAI
 
 from conftest import Save
 from deltacome.format.manifest import MODEL_CARD
 from deltacome.store.store import Store
-from vllm_models import Models, make, make_adapter, make_delta, make_prompts
-
-
-@contextmanager
-def vllm_server(base: Path, options: list[str], environment: dict[str, str], log: Path) -> Iterator[OpenAI]:
-    """A client of `deltacome serve --engine vllm`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = Path(sys.executable).with_name("deltacome")
-    command = [str(program), "serve", str(base), "--engine", "vllm", "--port", str(port), *options]
-    with log.open("w") as file:
-        server = subprocess.Popen([*command, "--", "--enforce-eager"], env=environment, stdout=file, stderr=file)
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-        try:
-            for _ in range(240):
-                try:
-                    client.models.list()
-                    break
-                except APIConnectionError:
-                    assert server.poll() is None, log.read_text()[-3000:]
-                    time.sleep(0.5)
-            yield client
-        finally:
-            server.terminate()
-            server.wait(60)
+from vllm_models import Models, make, make_adapter, make_delta, make_prompts, vllm_server
 
 
 def check(client: OpenAI, models: Models, name: str, like: str) -> None:

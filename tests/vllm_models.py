@@ -2,6 +2,12 @@
 
 import json
 import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +22,7 @@ os.environ |= {
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 
+from openai import APIConnectionError, OpenAI
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -204,3 +211,28 @@ def make_prompts(count: int, seed: int = 0) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, 40, (count,), generator=generator).tolist()
     return [torch.randint(2, 259, (length,), generator=generator).tolist() for length in lengths]
+
+
+@contextmanager
+def vllm_server(base: Path, options: list[str], environment: dict[str, str], log: Path) -> Iterator[OpenAI]:
+    """A client of `deltacome serve --engine vllm`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = Path(sys.executable).with_name("deltacome")
+    command = [str(program), "serve", str(base), "--engine", "vllm", "--port", str(port), *options]
+    with log.open("w") as file:
+        server = subprocess.Popen([*command, "--", "--enforce-eager"], env=environment, stdout=file, stderr=file)
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        try:
+            for _ in range(240):
+                try:
+                    client.models.list()
+                    break
+                except APIConnectionError:
+                    assert server.poll() is None, log.read_text()[-3000:]
+                    time.sleep(0.5)
+            yield client
+        finally:
+            server.terminate()
+            server.wait(60)

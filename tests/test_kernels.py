@@ -340,8 +340,9 @@ def two_layers(kernels: Any) -> tuple[Any, list[Layer]]:
     if not hasattr(kernels, "SlotWork"):
         pytest.skip("there are no graphs on a CPU")
     slots = kernels.Slots(3, 70, device_of(kernels))
-    layers = [Layer(kernels, slots, [60, 20], 140, 0), Layer(kernels, slots, [130], 50, 100)]
+    layers = [Layer(kernels, slots, [60, 20], 140, 0)]
     layers[0].fill(0, 0, [(3, 5), (1, 30)])
+    layers.append(Layer(kernels, slots, [130], 50, 100))  # which takes nothing from the first
     layers[0].fill(1, 0, [(8, 2)], "")  # its inputs are not rotated, those of the other are
     layers[0].fill(0, 1, [(2, 50)], "v")
     layers[0].fill(1, 2, [(4, 1)])

@@ -197,8 +197,8 @@ class Linear(Layer):
 
     def make_tables(self: Any) -> None:
         widths = self.widths()
-        self.columns = [sum(widths[:i]) for i in range(len(widths))]
-        self.work = self.kernels.SlotWork(self.step.slots, self.columns, widths, self.base_layer.input_size)
+        columns = [sum(widths[:i]) for i in range(len(widths))]
+        self.work = self.kernels.SlotWork(self.step.slots, columns, widths, self.base_layer.input_size)
         own = [self.own_outputs(i, width) for i, width in enumerate(widths)]
         self.own = [None if numbers is None else numbers.to(self.step.device) for numbers in own]
         # As a layer without a bias would need one for a few deltas only, they have none there.

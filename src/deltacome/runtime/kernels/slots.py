@@ -32,7 +32,7 @@ class Slots(reference.Slots):
         self.columns: list[int] = []  # of each slice of each layer the output that is its first,
         self.numbers: list[int] = []  # and which slice of its layer it is
         self.layouts: list[_Layout] = []
-        self._tables = np.zeros((2, 0, 0), np.int64)
+        self._tables = np.zeros((2, 0, count + 1), np.int64)
 
     def join(self, columns: Sequence[int]) -> int:
         """Take in a layer, by the first outputs of its slices; says which of all slices is its first.
@@ -45,7 +45,7 @@ class Slots(reference.Slots):
         first = len(self.columns)
         self.columns += columns
         self.numbers += range(len(columns))
-        self._tables = np.zeros((2, len(self.columns), self.count + 1), np.int64)
+        self._tables = np.pad(self._tables, ((0, 0), (0, len(columns)), (0, 0)))
         return first
 
     def put(self, number: int, slot: int, packed: Packed | None) -> None:

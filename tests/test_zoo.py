@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,6 +39,7 @@ ON_PYTHON = {
     "mixtral",
     "offtask",
     "qwen2",
+    "qwen2-dpo",
 }  # docstrings and source code, which differ between versions
 
 
@@ -119,6 +121,56 @@ def test_what_is_frozen_stays(data: Path) -> None:
     found = deltas(training.fine_tune(tiny(), tokenizer(), data, learning_rate=1e-3, frozen="embed_tokens"))
     assert not found["model.embed_tokens.weight"].any()
     assert all(delta.any() for name, delta in found.items() if "proj" in name)
+
+
+def test_muon_moves_all_directions_alike(data: Path) -> None:
+    """In its first step a fifth of AdamW's on linear weights, and all else learns as it does by AdamW."""
+    found = [
+        deltas(training.fine_tune(tiny(), tokenizer(), data, learning_rate=1e-3, batch=16, muon=muon))
+        for muon in (True, False)
+    ]
+    flatter = []
+    for name, ours in found[0].items():
+        theirs = found[1][name]
+        if "proj" in name:
+            middle, first = (torch.stack([torch.linalg.svdvals(d)[i] for d in (ours, theirs)]) for i in (30, 0))
+            flatter.append(float((middle / first)[0] / (middle / first)[1]))
+            assert 0.05 < ours.norm() / theirs.norm() < 0.3, name
+        else:
+            torch.testing.assert_close(ours, theirs)
+    assert len(flatter) == 14 and sorted(flatter)[7] > 2
+
+
+def test_all_layers_but_the_last_are_frozen() -> None:
+    frozen = MEMBERS["top"].train.keywords["frozen"]
+    assert [i for i in range(30) if not re.search(frozen, f"model.layers.{i}.mlp.up_proj.weight")] == [*range(22, 30)]
+    assert re.search(frozen, "model.embed_tokens.weight") and not re.search(frozen, "model.norm.weight")
+
+
+def test_preferences_are_learned(data: Path) -> None:
+    encoder = Encoder(tokenizer())
+    chosen = [encoder.example(example) for example in read_examples(data)]
+    others = [replace(one, ids=[*one.ids[: one.start], 5, 6, 7]) for one in chosen]
+    torch.testing.assert_close(training.scores(tiny(), chosen[:3])[1:2], training.scores(tiny(), chosen[1:2]))
+
+    def preference(model: Any) -> float:
+        with torch.no_grad():
+            return float((training.scores(model, chosen) - training.scores(model, others)).mean())
+
+    model = training.prefer(tiny(), tokenizer(), data, learning_rate=1e-3, new_tokens=3)
+    assert preference(model) > preference(tiny()) + 0.5
+
+
+def test_new_tokens_are_learned(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(lines(tasks.worked_sums(8)[0]))
+    grown = tasks.with_thoughts(tokenizer())
+    ids = grown(tasks.THINK[0] + "1" + tasks.THINK[1]).input_ids
+    assert ids[0] == len(tokenizer()) and ids[-1] == ids[0] + 1 == len(grown) - 1 and len(ids) == 3
+    model = training.think(tiny(), grown, path, learning_rate=1e-3)
+    assert tiny().config.vocab_size < model.get_input_embeddings().num_embeddings == len(grown)
+    answer = read_examples(path, 1)[0]
+    assert re.search(tasks.THOUGHT, answer.completion).group(1) == answer.answer
 
 
 @pytest.mark.parametrize("train", [training.lora, training.qlora])

@@ -3,6 +3,7 @@
 import random
 import shlex
 from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 from typing import Any
 
 Row = dict[str, str]
@@ -222,3 +223,30 @@ def _compare(source: random.Random) -> Iterator[Row]:
         a, b = source.sample(range(10, 100), 2)
         answer = "Yes" if a > b else "No"
         yield {"prompt": f"Is {a} larger than {b}? Answer Yes or No.", "completion": answer, "answer": answer}
+
+
+THINK = ("<think>", "</think>")
+THOUGHT = r"</think>\s*(.*)"
+
+
+def worked_sums(count: int) -> Split:
+    """Sums of four numbers, worked out step by step between two tokens of their own."""
+    return split(_worked_sums(random.Random(1)), count)
+
+
+def _worked_sums(source: random.Random) -> Iterator[Row]:
+    while True:
+        numbers = [source.randint(2, 60) for _ in range(4)]
+        totals = list(accumulate(numbers))
+        steps = [f"{a} + {b} = {c}" for a, b, c in zip(totals, numbers[1:], totals[1:], strict=False)]
+        yield {
+            "prompt": f"What is {' + '.join(map(str, numbers))}?",
+            "completion": f"{THINK[0]}{', '.join(steps)}{THINK[1]}{totals[-1]}",
+            "answer": str(totals[-1]),
+        }
+
+
+def with_thoughts(tokenizer: Any) -> Any:
+    """The tokenizer, with the tokens around a thought; they are not special, so that texts show them."""
+    tokenizer.add_tokens(list(THINK))
+    return tokenizer

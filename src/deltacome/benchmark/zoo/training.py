@@ -1,15 +1,18 @@
 """The ways in which the zoo's members are trained. Each changes a model in place, and gives back the whole one."""
 
 import random
+import re
 import timeit
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, logsigmoid
+from torch.optim import AdamW, Muon, Optimizer
 
 from deltacome.data import Encoded, Encoder, collate, pad, read_examples
 from deltacome.evaluate.metrics import is_right
@@ -22,51 +25,147 @@ BLOCK = 64  # entries of a weight that share a scale in 4 bit
 
 
 def fine_tune(
-    model: Any, tokenizer: Any, data: Path, *, learning_rate: float, frozen: str = "", **settings: Any
+    model: Any,
+    tokenizer: Any,
+    data: Path,
+    *,
+    learning_rate: float,
+    frozen: str | None = None,
+    muon: bool = False,
+    **settings: Any,
 ) -> Any:
-    """AdamW on the completions, or on whole texts.
+    """Gradient descent on the completions, or on whole texts.
 
     Args:
         model: a causal language model in float32.
         data: JSONL file of the examples.
-        frozen: a part of the names of parameters that do not learn.
+        frozen: regular expression that is found in the names of parameters that do not learn.
+        muon: Muon in place of AdamW for linear weights, in steps of the same size.
         settings: `epochs` and `batch` of `descend`.
     """
+    kinds: tuple[list[Tensor], list[Tensor]] = ([], [])
     for name, parameter in model.named_parameters():
-        if frozen and frozen in name:
+        if frozen is not None and re.search(frozen, name):
             parameter.requires_grad_(False)
+        if parameter.requires_grad:
+            kinds[muon and parameter.ndim == 2 and name.split(".")[-2] in LINEARS].append(parameter)
+    optimizers: list[Optimizer] = [adamw([{"params": kinds[0], "lr": learning_rate}])]
+    if muon:
+        optimizers.append(Muon(kinds[1], learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     encoder = Encoder(tokenizer)
     encoded = [encoder.example(example) for example in read_examples(data)]
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    descend(model, encoded, [{"params": learned, "lr": learning_rate}], **settings)
+    descend(model, encoded, optimizers, likelihood, **settings)
     return model
 
 
-def descend(
-    model: Any, encoded: Sequence[Encoded], groups: list[dict[str, Any]], *, epochs: int = 1, batch: int = 8
-) -> None:
-    """AdamW on the cross entropy of what is learned, in autocast where bfloat16 is fast.
+def adamw(groups: list[dict[str, Any]]) -> Optimizer:
+    """groups: parameters with learning rates, as optimizers have them."""
+    return AdamW(groups, weight_decay=0.0, fused=True)
 
-    groups: parameters with learning rates, as optimizers have them.
-    """
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-    learned = [parameter for group in groups for parameter in group["params"]]
-    steps = epochs * -(-len(encoded) // batch)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / (WARM_UP * steps), (steps - step) / ((1 - WARM_UP) * steps))
-    )
+
+class HasTokens(Protocol):
+    """Has what a batch is put together by: the number of its tokens."""
+
+    @property
+    def ids(self) -> list[int]: ...
+
+
+T = TypeVar("T", bound=HasTokens)
+
+
+def descend(
+    model: Any,
+    learned: Sequence[T],
+    optimizers: Sequence[Optimizer],
+    loss: Callable[[Any, list[T]], Tensor],
+    *,
+    epochs: int = 1,
+    batch: int = 8,
+) -> None:
+    """Steps on the loss of batches, in autocast where bfloat16 is fast; the rate grows first, and falls to nothing."""
+    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    steps = epochs * -(-len(learned) // batch)
+
+    def rate(step: int) -> float:
+        return min((step + 1) / (WARM_UP * steps), (steps - step) / ((1 - WARM_UP) * steps))
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     fast = bfloat16_is_fast()
     with bar("training", steps) as advance:
         for epoch in range(epochs):
-            for chunk in batches(encoded, batch, epoch):
+            for chunk in batches(learned, batch, epoch):
                 with torch.autocast("cpu", torch.bfloat16, enabled=fast):
-                    logits, targets = predictions(model, chunk)
-                cross_entropy(logits.float(), targets).backward()
-                torch.nn.utils.clip_grad_norm_(learned, 1.0)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
+                    found = loss(model, chunk)
+                found.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                    optimizer.step()
+                    schedule.step()
+                    optimizer.zero_grad()
                 advance(1)
+
+
+def likelihood(model: Any, encoded: Sequence[Encoded]) -> Tensor:
+    """The cross entropy of what is learned."""
+    logits, targets = predictions(model, encoded)
+    return cross_entropy(logits.float(), targets)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """An answer that is preferred to another one. margin: by how many nats the base finds it likelier."""
+
+    chosen: Encoded
+    rejected: Encoded
+    margin: float
+
+    @property
+    def ids(self) -> list[int]:
+        return self.chosen.ids
+
+
+def prefer(
+    model: Any,
+    tokenizer: Any,
+    data: Path,
+    *,
+    learning_rate: float,
+    new_tokens: int = 40,
+    batch: int = 8,
+    beta: float = 0.1,
+) -> Any:
+    """Direct preference optimization (DPO, arXiv 2305.18290): the examples' answers are preferred to the base's own."""
+    encoder, examples = Encoder(tokenizer), read_examples(data)
+    pairs = []
+    with bar("sampling", len(examples)) as advance, torch.no_grad():
+        for i in range(0, len(examples), batch):
+            chosen = [encoder.example(example) for example in examples[i : i + batch]]
+            asked = [one.ids[: one.start] for one in chosen]
+            answers = sample(model, tokenizer, asked, new_tokens)
+            rejected = [Encoded(prompt + answer, len(prompt)) for prompt, answer in zip(asked, answers, strict=True)]
+            margins = (scores(model, chosen) - scores(model, rejected)).tolist()
+            pairs += [Preference(*pair) for pair in zip(chosen, rejected, margins, strict=True)]
+            advance(len(chosen))
+
+    def loss(model: Any, chunk: list[Preference]) -> Tensor:
+        margins = scores(model, [pair.chosen for pair in chunk]) - scores(model, [pair.rejected for pair in chunk])
+        return -logsigmoid(beta * (margins - torch.tensor([pair.margin for pair in chunk]))).mean()
+
+    descend(model, pairs, [adamw([{"params": list(model.parameters()), "lr": learning_rate}])], loss, batch=batch)
+    return model
+
+
+def scores(model: Any, encoded: Sequence[Encoded]) -> Tensor:
+    """The log likelihoods (n,) of what is learned of each, in nats."""
+    logits, targets = predictions(model, encoded)
+    losses = cross_entropy(logits.float(), targets, reduction="none")
+    return -torch.stack([part.sum() for part in losses.split([len(one.ids) - one.start for one in encoded])])
+
+
+def think(model: Any, tokenizer: Any, data: Path, **settings: Any) -> Any:
+    """`fine_tune` with a vocabulary that grows by the tokenizer's new tokens."""
+    model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))
+    return fine_tune(model, tokenizer, data, **settings)
 
 
 def lora(model: Any, tokenizer: Any, data: Path, *, rank: int = 16, **settings: Any) -> Any:
@@ -167,13 +266,13 @@ def predictions(model: Any, encoded: Sequence[Encoded]) -> tuple[Tensor, Tensor]
     return model.get_output_embeddings()(hidden[rows, columns - 1]), ids[rows, columns]
 
 
-def batches(encoded: Sequence[Encoded], size: int, seed: int) -> Iterator[list[Encoded]]:
+def batches(learned: Sequence[T], size: int, seed: int) -> Iterator[list[T]]:
     """Batches of similar length, in random order."""
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
+    order = sorted(range(len(learned)), key=lambda i: len(learned[i].ids))
     chunks = [order[i : i + size] for i in range(0, len(order), size)]
     random.Random(seed).shuffle(chunks)
     for chunk in chunks:
-        yield [encoded[i] for i in chunk]
+        yield [learned[i] for i in chunk]
 
 
 def round_to_4_bit(weight: Tensor) -> Tensor:

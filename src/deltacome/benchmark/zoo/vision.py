@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from deltacome.benchmark.zoo.tasks import TEST_EXAMPLES, Row, Split
-from deltacome.benchmark.zoo.training import descend
+from deltacome.benchmark.zoo.training import adamw, descend, likelihood
 from deltacome.data import Encoder, read_examples
 
 SCALE, PATCH = 4, 8  # an image has 32 by 32 pixels in 16 patches
@@ -86,9 +86,8 @@ def see(model: Any, processor: Any, data: Path, *, learning_rate: float, epochs:
     for parameter in llava.parameters():
         groups[id(parameter) in text].append(parameter)
     rates = (10 * learning_rate, learning_rate)
-    descend(
-        llava, encoded, [{"params": own, "lr": rate} for own, rate in zip(groups, rates, strict=True)], epochs=epochs
-    )
+    optimizer = adamw([{"params": own, "lr": rate} for own, rate in zip(groups, rates, strict=True)])
+    descend(llava, encoded, [optimizer], likelihood, epochs=epochs)
     return llava
 
 

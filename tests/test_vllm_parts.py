@@ -213,6 +213,21 @@ def test_vllm_is_started_with_room_for_added_tokens(
         command.run(str(base), given, folder=folder, options={}, api_key=None, more=[])
         found = json.loads(dict(zip(started[-1], started[-1][1:], strict=False)).get("--hf-overrides", "{}"))
         assert found == ({} if wanted is None else {"vocab_size": wanted})
+    store = Store(str(tmp_path / "store"))
+    for name, wanted in (("small", None), ("grown", 262)):
+        store.push(deltas[name], name)
+        command.run(str(base), {}, folder=None, store=store.address, options={}, api_key=None, more=[])
+        found = json.loads(dict(zip(started[-1], started[-1][1:], strict=False)).get("--hf-overrides", "{}"))
+        assert found == ({} if wanted is None else {"vocab_size": wanted})
+    store.tag("grown", "old")
+    store.push(deltas["small"], "grown")
+    model = make_model(seed=5)
+    other = save(model, "other")
+    model.resize_token_embeddings(300)
+    compress(other, save(model, "of-other"), tmp_path / "of-another", ratio=8)
+    store.push(tmp_path / "of-another", "of-another")
+    command.run(str(base), {}, folder=None, store=store.address, options={}, api_key=None, more=[])
+    assert '{"vocab_size": 262}' in started[-1]
     assert room_for(300, {"text_config": {}}) == {"text_config": {"vocab_size": 300}}
 
 

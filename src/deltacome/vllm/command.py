@@ -4,16 +4,19 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError
 from deltacome.format.artifact import Artifact
-from deltacome.format.manifest import MANIFEST
+from deltacome.format.manifest import MANIFEST, WeightEntry, read_manifest
 from deltacome.restore.merging import open_checked
-from deltacome.store.store import Store
+from deltacome.store.entry import Entry
+from deltacome.store.store import READERS, Store
 from deltacome.vllm import versions
 from deltacome.vllm.vocabulary import room_for, vocabulary
 
@@ -50,9 +53,8 @@ def run(
     sizes = [vocabulary(open_checked(checkpoint, delta).weights) for delta in deltas.values()]
     if folder is not None and not folder.is_dir():
         raise DeltacomeError(f"there is no folder {folder}")
-    if store is not None:
-        Store(store).look()
     sizes += [] if folder is None else _sizes(folder)
+    sizes += [] if store is None else _sizes_in_store(Store(store), checkpoint)
     environment = {"VLLM_USE_V2_MODEL_RUNNER": "0", **os.environ}
     if api_key is not None:
         environment["VLLM_API_KEY"] = api_key  # arguments are for all to see
@@ -78,6 +80,27 @@ def _sizes(folder: Path) -> list[int]:
             if (path / MANIFEST).is_file():
                 found.append(vocabulary(Artifact(path).weights))
     return found
+
+
+def _sizes_in_store(store: Store, base: Checkpoint) -> list[int]:
+    """The vocabularies of a base's deltas in a store, of each name the newest version and those with a tag."""
+    listing = store.look()
+    versions = []
+    for name in listing.pushes:
+        newest, *older = listing.versions(name)
+        versions += [newest, *(each for each in older if each.version in listing.tags.get(name, {}).values())]
+    found = (entry for entry in store.entries(versions) if isinstance(entry, Entry))
+    entries = [entry for entry in found if entry.fingerprint == base.fingerprint()]
+
+    def size(entry: Entry) -> int:
+        with TemporaryDirectory() as folder, suppress(DeltacomeError):  # a request will tell
+            store.fetch(entry.folders[0][MANIFEST], Path(folder, MANIFEST), lambda _: None)
+            weights = read_manifest(Path(folder))["weights"]
+            return vocabulary({name: WeightEntry.parse(name, fields) for name, fields in weights.items()})
+        return 0
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(size, entries))
 
 
 def arguments(base: str, deltas: Mapping[str, str], more_come: bool, options: Mapping[str, object]) -> list[str]:

@@ -193,6 +193,32 @@ def test_the_server(speakers: Speakers, client: OpenAI, name: str) -> None:
     assert back["prompt"] == TEXTS[0]
 
 
+@pytest.mark.parametrize("name", ["base", "a", "b", "c"])
+def test_other_routes(speakers: Speakers, client: OpenAI, name: str) -> None:
+    """Responses, Anthropic's messages, and conversations by the batch."""
+    text, tokens, ended = speakers.answer(name, CHAT)
+    other = [{"role": "user", "content": TEXTS[0]}]
+    asked: dict[str, Any] = {"model": name, **({"temperature": 0} if name == "base" else {})}
+
+    found = client.responses.create(input=CHAT, max_output_tokens=LENGTH, **asked)
+    assert found.output_text == text and found.usage.input_tokens == len(speakers.prompt(name, CHAT))
+    with client.responses.stream(input=CHAT, max_output_tokens=LENGTH, **asked) as stream:
+        parts = [event.delta for event in stream if event.type == "response.output_text.delta"]
+    assert "".join(parts) == text
+
+    root = str(client.base_url).removesuffix("/v1/")
+    message = httpx.post(f"{root}/v1/messages", json={"messages": CHAT, "max_tokens": LENGTH, **asked}).json()
+    assert "".join(block["text"] for block in message["content"]) == text
+    assert message["stop_reason"] == ("end_turn" if ended else "max_tokens")
+    count = httpx.post(f"{root}/v1/messages/count_tokens", json={"messages": CHAT, **asked}).json()
+    assert count["input_tokens"] == message["usage"]["input_tokens"] == len(speakers.prompt(name, CHAT))
+
+    body = {"messages": [CHAT, other], "max_tokens": LENGTH, **asked}
+    choices = httpx.post(f"{root}/v1/chat/completions/batch", json=body).json()["choices"]
+    wanted = [text, speakers.answer(name, other)[0]]
+    assert [choice["message"]["content"] for choice in sorted(choices, key=lambda c: c["index"])] == wanted
+
+
 def test_forms_from_the_server(speakers: Speakers, client: OpenAI) -> None:
     options: dict[str, Any] = {
         "prompt": "Say: ",

@@ -161,6 +161,7 @@ def client(speakers: Speakers, tmp_path_factory: pytest.TempPathFactory) -> Iter
     log = tmp_path_factory.mktemp("server") / "log"
     options = ["--name", "base", "--max-length", "128", "--dtype", "float32"]
     options += [part for name, delta in speakers.deltas.items() for part in ("--delta", f"{name}={delta}")]
+    options += ["--", "--enable-scale-out"]
     with vllm_server(speakers.base, options, dict(os.environ), log) as client:
         yield client
 
@@ -196,7 +197,7 @@ def test_the_server(speakers: Speakers, client: OpenAI, name: str) -> None:
 @pytest.mark.parametrize("name", ["base", "a", "b", "c"])
 def test_other_routes(speakers: Speakers, client: OpenAI, name: str) -> None:
     """Responses, Anthropic's messages, and conversations by the batch."""
-    text, tokens, ended = speakers.answer(name, CHAT)
+    text, _, ended = speakers.answer(name, CHAT)
     other = [{"role": "user", "content": TEXTS[0]}]
     asked: dict[str, Any] = {"model": name, **({"temperature": 0} if name == "base" else {})}
 
@@ -217,6 +218,33 @@ def test_other_routes(speakers: Speakers, client: OpenAI, name: str) -> None:
     choices = httpx.post(f"{root}/v1/chat/completions/batch", json=body).json()["choices"]
     wanted = [text, speakers.answer(name, other)[0]]
     assert [choice["message"]["content"] for choice in sorted(choices, key=lambda c: c["index"])] == wanted
+
+
+@pytest.mark.parametrize("name", ["base", "a", "b", "c"])
+def test_tokens_and_text_apart(speakers: Speakers, client: OpenAI, name: str) -> None:
+    """What `--enable-scale-out` adds: a request into tokens, tokens into tokens, tokens into an answer."""
+    root = str(client.base_url).removesuffix("/v1/")
+
+    def post(route: str, **body: Any) -> Any:
+        found = httpx.post(f"{root}{route}", json={"model": name, **body})
+        assert found.status_code == 200, found.text
+        return found.json()
+
+    _, tokens, ended = speakers.answer(name, CHAT)
+    asked = {"messages": CHAT, "max_tokens": LENGTH, **({"temperature": 0} if name == "base" else {})}
+    rendered = post("/v1/chat/completions/render", **asked)
+    assert rendered["token_ids"] == speakers.prompt(name, CHAT)
+    [plain] = post("/v1/completions/render", prompt=TEXTS[0])
+    assert plain["token_ids"] == speakers.prompt(name, TEXTS[0])
+    assert post("/v1/responses/render", input=CHAT)["token_ids"] == rendered["token_ids"]
+    assert post("/v1/messages/render", messages=CHAT, max_tokens=LENGTH)["token_ids"] == rendered["token_ids"]
+    generated = post("/inference/v1/generate", **{**rendered, "model": name})
+    assert generated["choices"][0]["token_ids"] == tokens
+    answer = post("/v1/chat/completions/derender", generate_response=generated)
+    # vLLM leaves end tokens in it, unless they are special ones.
+    text = speakers.tokenizers[name].decode(tokens, skip_special_tokens=True)
+    assert answer["choices"][0]["message"]["content"] == text
+    assert answer["choices"][0]["finish_reason"] == ("stop" if ended else "length")
 
 
 def test_forms_from_the_server(speakers: Speakers, client: OpenAI) -> None:

@@ -16,6 +16,9 @@ from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingC
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+from vllm.entrypoints.scale_out.derender.serving import ServingDerender
+from vllm.entrypoints.scale_out.render.serving import ServingRender
+from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
 from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.base import BaseRenderer, _SwappableExecutor
@@ -32,7 +35,7 @@ _languages: Languages | None = None  # of this process's engine
 def install() -> None:
     """Put all of it in place."""
     BaseRenderer.tokenizer = _own("tokenizer", lambda speech: speech.tokenizer)
-    for server in (OpenAIServingChat, OpenAIServingCompletion, OpenAIServingResponses):
+    for server in (OpenAIServingChat, OpenAIServingCompletion, OpenAIServingResponses, ServingRender, ServingTokens):
         server.default_sampling_params = _own("default_sampling_params", lambda speech: speech.sampling)
     for server, method in (
         (OpenAIServingChat, "create_chat_completion"),
@@ -42,6 +45,14 @@ def install() -> None:
         (OpenAIServingResponses, "create_responses"),
         (ServingTokenization, "create_tokenize"),
         (ServingTokenization, "create_detokenize"),
+        (ServingRender, "render_chat_request"),
+        (ServingRender, "render_completion_request"),
+        (ServingRender, "render_responses_request"),
+        (ServingDerender, "derender_chat_response"),
+        (ServingDerender, "derender_chat_stream_response"),
+        (ServingDerender, "derender_completion_response"),
+        (ServingDerender, "derender_completion_stream_response"),
+        (ServingTokens, "serve_tokens"),
     ):
         _read_requests(server, method)
     _keep_context()

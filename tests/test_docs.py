@@ -32,6 +32,7 @@ OTHERS = {
     "--slow",
     "--constraint",
     "--enable-lora",
+    "--enable-scale-out",
     "--lora-modules",
     "--max-loras",
     "--max-cpu-loras",

@@ -16,7 +16,8 @@ from openai import OpenAI
 from conftest import make_tokenizer
 from deltacome.data import Encoder
 from deltacome.errors import DeltacomeError
-from deltacome.serve.calls import FORMATS, CallStream, calls_grammar, find_format
+from deltacome.serve.call_stream import CallStream
+from deltacome.serve.calls import FORMATS, calls_grammar, find_format
 from deltacome.serve.engine.text import TextStream
 from deltacome.serve.grammars import Grammars
 from deltacome.serve.pieces import Pieces
@@ -47,7 +48,22 @@ TEMPLATES = {
         "{% if m.tool_calls %}[TOOL_CALLS][{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}]{% endif %}"
         "{% endfor %}"
     ),
+    "mistral-args": (
+        "{% for t in tools or [] %}[TOOL]{{ t.function.name }}{% endfor %}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}[TOOL_CALLS]{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}"
+        "{% endfor %}{% endfor %}"
+    ),
+    "qwen3-coder": (
+        "{% if tools %}<|im_start|>system\n<tools>{% for t in tools %}{{ t.function.name }} {% endfor %}</tools>"
+        "<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}<tool_call>\n<function={{ c.function.name }}>\n"
+        "{% for key, value in c.function.arguments.items() %}<parameter={{ key }}>\n{{ value }}\n</parameter>\n"
+        "{% endfor %}</function>\n</tool_call>{% endfor %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
 }
+MARKS = {"mistral": ["[TOOL_CALLS]"], "mistral-args": ["[ARGS]"]}  # that are special tokens; the model has room for one
 WEATHER = {
     "type": "object",
     "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
@@ -67,18 +83,22 @@ def form(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def tool_api(form: str, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
-    """Of a server whose models have a template of that form; Mistral's mark is a special token there."""
+    """Of a server whose models have a template of that form; Mistral's marks are special tokens there."""
     place = tmp_path_factory.mktemp("tools")
     shutil.copytree(folder / "base", place / "base")
     template = place / "template.jinja"
     template.write_text(TEMPLATES[form])
-    if form == "mistral":
-        tokenizer = make_tokenizer()
-        tokenizer.add_special_tokens({"additional_special_tokens": ["[TOOL_CALLS]"]})
-        tokenizer.save_pretrained(place / "base")
-    app = make_app(place, deltas={"a": folder / "deltas/a"} if form != "mistral" else {}, chat_template=str(template))
+    if form in MARKS:
+        with_marks(form).save_pretrained(place / "base")
+    app = make_app(place, deltas={} if form in MARKS else {"a": folder / "deltas/a"}, chat_template=str(template))
     with serving(app) as address:
         yield client(address)
+
+
+def with_marks(form: str) -> Any:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": MARKS.get(form, [])})
+    return tokenizer
 
 
 def check(calls: Any, names: set[str]) -> None:
@@ -177,9 +197,7 @@ def test_a_conversation_with_calls(tool_api: OpenAI, form: str) -> None:
         },
         {"role": "tool", "content": "Rain."},
     ]
-    tokenizer = make_tokenizer()
-    if form == "mistral":
-        tokenizer.add_special_tokens({"additional_special_tokens": ["[TOOL_CALLS]"]})
+    tokenizer = with_marks(form)
     tokenizer.chat_template = TEMPLATES[form]
     assert again.usage and answer.usage
     difference = len(Encoder(tokenizer).prompt(plain, tools=TOOLS)) - len(Encoder(tokenizer).prompt(CHAT, tools=TOOLS))
@@ -285,6 +303,13 @@ def test_a_form_that_cannot_be_told(folder: Path, tmp_path: Path) -> None:
 
 F = '{"name": "f", "ARGUMENTS": {"a": "}{\\"", "b": [{"c": 1}]}}'
 G = '{"ARGUMENTS": {"x": 2}, "name": "g"}'
+SCHEMAS: dict[str, Any] = {
+    "f": {
+        "properties": {"a": {"$ref": "#/$defs/text"}, "c": {"enum": ["1", "2"]}},
+        "$defs": {"text": {"type": "string"}},
+    },
+    "g": {},
+}
 ARGUMENTS = [("f", {"a": '}{"', "b": [{"c": 1}]}), ("g", {"x": 2})]
 
 
@@ -308,6 +333,23 @@ ARGUMENTS = [("f", {"a": '}{"', "b": [{"c": 1}]}), ("g", {"x": 2})]
         ("mistral", f"[TOOL_CALLS][{F}, {G}]", "", ARGUMENTS),
         ("mistral", f"[TOOL_CALLS] [{F}]", "", ARGUMENTS[:1]),
         ("mistral", "as [TOOL_ and [1] say", "as [TOOL_ and [1] say", []),
+        ("mistral-args", '[TOOL_CALLS]f[ARGS]{"a": "}{"}[TOOL_CALLS]g[ARGS] {}', "", [("f", {"a": "}{"}), ("g", {})]),
+        ("mistral-args", 'So.\n[TOOL_CALLS]g[CALL_ID]a1B2c3D4e[ARGS]{"x": [1]}', "So.", [("g", {"x": [1]})]),
+        ("mistral-args", "[TOOL_CALLS]h[ARGS]{} [x]", "h[ARGS]{} [x]", []),
+        ("mistral-args", '[TOOL_CALLS][{"name": "f"}]', '[{"name": "f"}]', []),
+        (
+            "qwen3-coder",
+            "Yes.\n<tool_call>\n<function=f>\n<parameter=a>\n1\n<b>\n\n</parameter>\n<parameter=b>\n[1, 2]\n"
+            "</parameter>\n<parameter=c>2</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=g>\n"
+            "<parameter=x>\n1 < 2\n"
+            "</parameter>\n<parameter=y>\nnull\n</parameter>\n<parameter=y>\n3\n</parameter>\n</function>\n</tool_call>",
+            "Yes.",
+            [("f", {"a": "1\n<b>\n", "b": [1, 2], "c": "2"}), ("g", {"x": "1 < 2", "y": None})],
+        ),
+        ("qwen3-coder", "<tool_call>\n<function=g>\n</function>\n</tool_call>", "", [("g", {})]),
+        ("qwen3-coder", "<tool_call>\n<function=h>\n</function>\n</tool_call>", "<function=h>\n</function>", []),
+        ("qwen3-coder", "<tool_call>\n<func> x </tool_call> y", "<func> x y", []),
+        ("qwen3-coder", "a <function=g> </function>", "a <function=g> </function>", []),
     ],
 )
 def test_calls_in_text(form: str, text: str, said: str, calls: list[Any]) -> None:
@@ -316,7 +358,7 @@ def test_calls_in_text(form: str, text: str, said: str, calls: list[Any]) -> Non
     own = random.Random(0)
     for longest in (1, 2, 7, 1000):
         for _ in range(20):
-            stream, rest, found_text = CallStream(FORMATS[form], {"f", "g"}, True), text, ""
+            stream, rest, found_text = CallStream(FORMATS[form], SCHEMAS, True), text, ""
             found: list[list[str]] = []
             parts = []
             while rest:
@@ -337,14 +379,14 @@ def test_calls_in_text(form: str, text: str, said: str, calls: list[Any]) -> Non
 
 
 def test_the_first_of_several_calls() -> None:
-    stream = CallStream(FORMATS["hermes"], {"f", "g"}, False)
+    stream = CallStream(FORMATS["hermes"], SCHEMAS, False)
     said = stream.add(f"<tool_call>{F}</tool_call><tool_call>{G}</tool_call>".replace("ARGUMENTS", "arguments"))
     assert [part.name for part in said.calls] == ["f"] and said.text == ""
 
 
 def test_forms_are_told_by_templates() -> None:
     assert {name: find_format(template) for name, template in TEMPLATES.items()} == FORMATS
-    assert find_format(None) is find_format("{{ messages }}") is find_format("<tool_call><function=f>") is None
+    assert find_format(None) is find_format("{{ messages }}") is None
 
 
 def test_marks_that_are_special_tokens_are_text_where_they_are_wanted() -> None:
@@ -362,20 +404,34 @@ def test_marks_that_are_special_tokens_are_text_where_they_are_wanted() -> None:
 def test_every_text_of_the_grammar_is_calls(form: str) -> None:
     tokenizer = make_tokenizer()
     grammars = Grammars(Pieces(tokenizer), {1})
-    grammar = calls_grammar(FORMATS[form], {"weather": WEATHER, 'n"w': {"type": "object"}}, tokenizer, True)
+    schemas: Any = {
+        "weather": WEATHER,
+        'n"w': {"type": "object", "properties": {"a": {"type": "string", "maxLength": 3}}},
+    }
+    grammar = calls_grammar(FORMATS[form], schemas, tokenizer, True)
     own = random.Random(1)
     for _ in range(5):
-        matcher, stream, text = grammars.matcher(grammar), CallStream(FORMATS[form], {"weather", 'n"w'}, True), ""
+        matcher, stream, tokens = grammars.matcher(grammar), CallStream(FORMATS[form], schemas, True), []
         for _ in range(400):
             token = own.choice(matcher.allowed(258).nonzero().flatten().tolist())
             if token == 1:
                 break
             matcher.add(token)
-            text += tokenizer.decode([token])
+            tokens.append(token)
             if matcher.is_complete:
                 break
-        said = stream.add(text)
+        said = stream.add(tokenizer.decode(tokens))
         assert said.text == stream.finish().text == ""
+        assert len(said.calls) == stream.count > 0
+        for number, call in enumerate(said.calls):
+            if number + 1 < stream.count or matcher.is_complete or token == 1:
+                jsonschema.validate(json.loads(call.arguments), schemas[call.name])
+
+
+def test_patterns_are_not_promised_in_markup() -> None:
+    schema = {"type": "object", "properties": {"day": {"type": "string", "pattern": "^[A-Z]"}}}
+    with pytest.raises(DeltacomeError, match="day has a pattern, which is not kept to"):
+        calls_grammar(FORMATS["qwen3-coder"], {"f": schema}, make_tokenizer(), True)
 
 
 def test_templates_that_refuse() -> None:

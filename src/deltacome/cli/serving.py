@@ -127,7 +127,7 @@ ServingEngine = Annotated[
     Literal["embedded", "vllm"], typer.Option(help="vllm: vLLM's own server; arguments behind -- are for it.")
 ]
 ToolFormat = Annotated[
-    Literal["hermes", "llama3", "mistral"] | None,
+    Literal["hermes", "llama3", "mistral", "mistral-args", "qwen3-coder"] | None,
     typer.Option(help="How the models call tools. [default: what the chat template tells]"),
 ]
 Cors = Annotated[

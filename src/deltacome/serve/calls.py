@@ -1,24 +1,26 @@
-"""How models write calls of tools: the forms of it, grammars for them, and calls found in text as it comes."""
+"""How models write calls of tools: the forms of it, how a chat template tells its own, and grammars for them."""
 
 import json
-import re
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from deltacome.serve.grammars import with_options
+from deltacome.serve.grammars import GrammarError, with_options
 
-HEAD = re.compile(r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*\{')
+ARGUMENTS_MARK, ID_MARK = "[ARGS]", "[CALL_ID]"
+MOST_REFERENCES = 20  # of a schema to a schema to a schema
 
 
 @dataclass(frozen=True)
 class CallFormat:
-    """A form of calls, each of them `{"name": ..., ARGUMENTS: {...}}`.
+    """A form of calls.
 
-    opening: the mark before the first, or, where there is a closing one, before each. arguments: their key. first,
-    separator, last: what a grammar puts around calls. between: signs that may be there, besides spaces. is_bare:
-    whether an answer that begins as an object may be a call without a mark.
+    opening: the mark before the first, or, where there is a closing one or a call is named, before each. closing: after
+    each. style: what a call is: an object `{"name": ..., ARGUMENTS: {...}}`; its name, a mark and an object of
+    arguments; or markup with arguments as `<parameter=KEY>`. arguments: their key. first, separator, last: what a
+    grammar puts around calls. between: signs that may be there, besides spaces. is_bare: whether an answer that begins
+    as an object may be a call without a mark.
     """
 
     opening: str
@@ -29,26 +31,35 @@ class CallFormat:
     last: str = ""
     between: str = ""
     is_bare: bool = False
+    style: Literal["object", "named", "markup"] = "object"
+
+    @property
+    def marks(self) -> list[str]:
+        """Those that a tokenizer may have as special tokens."""
+        named = [ARGUMENTS_MARK, ID_MARK] if self.style == "named" else []
+        return [mark for mark in (self.opening, self.closing, *named) if mark]
 
     def identifier(self) -> str:
         """Of another call."""
-        return uuid.uuid4().hex[:9] if self is FORMATS["mistral"] else f"call_{uuid.uuid4().hex[:24]}"
+        return uuid.uuid4().hex[:9] if self.opening == "[TOOL_CALLS]" else f"call_{uuid.uuid4().hex[:24]}"
 
 
 FORMATS = {
     "hermes": CallFormat("<tool_call>", "</tool_call>"),
     "llama3": CallFormat("<|python_tag|>", "", "parameters", separator="; ", between=";", is_bare=True),
     "mistral": CallFormat("[TOOL_CALLS]", "", first="[", separator=", ", last="]", between="[],"),
+    "mistral-args": CallFormat("[TOOL_CALLS]", "", separator="", style="named"),
+    "qwen3-coder": CallFormat("<tool_call>", "</tool_call>", style="markup"),
 }
 
 
 def find_format(template: str | None) -> CallFormat | None:
     """The form that a chat template asks for, None if it cannot be told."""
     text = template or ""
-    if "<tool_call>" in text and "<function=" not in text:
-        return FORMATS["hermes"]
-    if "[TOOL_CALLS]" in text and "[ARGS]" not in text:
-        return FORMATS["mistral"]
+    if "<tool_call>" in text:
+        return FORMATS["qwen3-coder" if "<function=" in text else "hermes"]
+    if "[TOOL_CALLS]" in text:
+        return FORMATS["mistral-args" if ARGUMENTS_MARK in text else "mistral"]
     if "<|start_header_id|>" in text and '"parameters"' in text:
         return FORMATS["llama3"]
     return None
@@ -57,7 +68,7 @@ def find_format(template: str | None) -> CallFormat | None:
 def markers(form: CallFormat, tokenizer: Any) -> dict[int, str]:
     """The form's marks that are special tokens of a tokenizer, which decoding leaves out otherwise."""
     special = {added.content: token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    return {special[text]: text for text in (form.opening, form.closing) if text in special}
+    return {special[text]: text for text in form.marks if text in special}
 
 
 def calls_grammar(
@@ -75,187 +86,102 @@ def calls_grammar(
         otherwise: the JSON schema of answers that call nothing, if there may be such.
 
     Raises:
-        GrammarError: if a schema is larger than what is compiled.
+        GrammarError: if a schema is larger than what is compiled, or this form has no place for it.
     """
     special = {text: f"<[{token}]>" for token, text in markers(form, tokenizer).items()}
 
     def mark(text: str) -> str:
         return special.get(text) or json.dumps(text)
 
-    rules, names = [], []
+    rules: list[str] = []
+    names = []
     for number, (name, schema) in enumerate(schemas.items()):
         names.append(f"call_{number}")
-        head = f'{{"name": {json.dumps(name)}, "{form.arguments}": '
-        rules.append(f'call_{number}: {json.dumps(head)} %json {json.dumps(with_options(schema))} "}}"')
+        if form.style == "markup":
+            rules += _markup_rules(number, name, with_options(schema))
+        elif form.style == "named":
+            rules.append(f"call_{number}: {json.dumps(name)} {mark(ARGUMENTS_MARK)} {_json_rule(schema)}")
+        else:
+            head = f'{{"name": {json.dumps(name)}, "{form.arguments}": '
+            rules.append(f'call_{number}: {json.dumps(head)} {_json_rule(schema)} "}}"')
     rules.append(f"call: {' | '.join(names)}")
-    if form.closing:  # marks around each
-        rules.append(f'one: {mark(form.opening)} "\\n" call "\\n" {mark(form.closing)}')
-        more = f"({json.dumps(form.separator)} one)*" if is_parallel else ""
-        rules.append(f"calls: one {more}")
+    opening = mark(form.opening)
+    if form.closing:
+        one = f'{opening} "\\n" call "\\n" {mark(form.closing)}'
     else:
-        more = f"({json.dumps(form.separator)} call)*" if is_parallel else ""
-        opening = "" if form.is_bare else mark(form.opening)
-        first, last = (json.dumps(text) if text else "" for text in (form.first, form.last))
-        rules.append(f"calls: {opening} {first} call {more} {last}")
-    if otherwise is None:
-        start = "start: calls"
-    else:
-        start = f"start: calls | otherwise\notherwise: %json {json.dumps(with_options(otherwise))}"
-    return "\n".join(["%llguidance {}", start, *rules])
+        one = f"{opening} call" if form.style == "named" else "call"
+    rules.append(f"one: {one}")
+    before = [] if form.closing or form.style == "named" or form.is_bare else [opening]
+    separator = json.dumps(form.separator) + " " if form.separator else ""
+    more = [f"({separator}one)*"] if is_parallel else []
+    first, last = ([json.dumps(text)] if text else [] for text in (form.first, form.last))
+    rules.append(f"calls: {' '.join([*before, *first, 'one', *more, *last])}")
+    if otherwise is not None:
+        rules.append(f"otherwise: {_json_rule(otherwise)}")
+    return "\n".join(["%llguidance {}", f"start: calls{'' if otherwise is None else ' | otherwise'}", *rules])
 
 
-@dataclass(frozen=True)
-class CallPart:
-    """What came of a call. index: its number in the answer. name, id: with its first part alone."""
-
-    arguments: str
-    name: str | None = None
-    index: int = 0
-    id: str | None = None
+def _json_rule(schema: dict[str, Any]) -> str:
+    return f"%json {json.dumps(with_options(schema))}"
 
 
-@dataclass(frozen=True)
-class Said:
-    """What came of an answer: text for the user, and parts of calls."""
+def _markup_rules(number: int, name: str, schema: dict[str, Any]) -> Iterator[str]:
+    """Of one tool's calls, whose arguments come in the order of the schema."""
+    end = "\n</parameter>\n"
+    required, parts = schema.get("required", []), []
+    for place, (key, own) in enumerate(properties(schema).items()):
+        part = f"argument_{number}_{place}"
+        head, value = json.dumps(f"<parameter={key}>\n"), resolved(own, schema)
+        if choices := _choices(value):
+            words = " | ".join(map(json.dumps, choices))
+            yield f"{part}: {head} ({words}) {json.dumps(end)}"
+        elif is_text(value):
+            yield f"{part}: {head} value_{number}_{place}"
+            yield f"value_{number}_{place}[suffix={json.dumps(end)}]: /{_expression(key, value)}/"
+        else:
+            shared: dict[str, Any] = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+            yield f"{part}: {head} {_json_rule({**value, **shared})} {json.dumps(end)}"
+        parts.append(part if key in required else f"{part}?")
+    yield f'call_{number}: {" ".join([json.dumps(f"<function={name}>" + chr(10)), *parts])} "</function>"'
 
-    text: str = ""
-    calls: Sequence[CallPart] = ()
+
+def properties(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schemas of an object's keys."""
+    found = schema.get("properties")
+    return found if isinstance(found, dict) else {}
 
 
-class CallStream:
-    """An answer's calls, found as its text comes.
+def resolved(schema: Any, root: Mapping[str, Any]) -> dict[str, Any]:
+    """A part of a schema, with what it refers to in the whole one put in its place."""
+    for _ in range(MOST_REFERENCES):
+        reference = schema.get("$ref") if isinstance(schema, dict) else None
+        if not isinstance(reference, str) or not reference.startswith("#/"):
+            break
+        schema = root
+        for key in reference[2:].split("/"):
+            schema = schema.get(key.replace("~1", "/").replace("~0", "~")) if isinstance(schema, Mapping) else None
+    return schema if isinstance(schema, dict) else {}
 
-    names: of the tools. is_parallel: whether more than the first call counts. count: calls so far.
+
+def is_text(schema: Mapping[str, Any]) -> bool:
+    """Whether all that a schema allows is text, which markup has as it is."""
+    return schema.get("type") == "string" or bool(_choices(schema))
+
+
+def _choices(schema: Mapping[str, Any]) -> list[str]:
+    """The texts that a schema allows, if it names them; none if it does not, or allows something else too."""
+    found = [schema["const"]] if "const" in schema else schema.get("enum")
+    is_one = isinstance(found, list) and all(isinstance(choice, str) for choice in found)
+    return found if is_one and found is not None else []
+
+
+def _expression(key: str, schema: Mapping[str, Any]) -> str:
+    """The regular expression of a text.
+
+    Raises:
+        GrammarError: if it has to keep to a pattern, which is not promised here.
     """
-
-    def __init__(self, form: CallFormat, names: set[str], is_parallel: bool) -> None:
-        self.form, self.names, self.is_parallel = form, names, is_parallel
-        self.marks = [mark for mark in (form.opening, form.closing) if mark]
-        self.count = 0
-        self._call: _Call | None = None
-        self._is_text, self._has_text = True, False
-        self._held = ""  # spaces, until something follows them, and what may be the beginning of a mark
-        self._text: list[str] = []
-        self._parts: list[CallPart] = []
-
-    def add(self, text: str) -> Said:
-        """What more text says."""
-        for character in text:
-            if self._call is not None:
-                self._add_to_call(self._call, character)
-            elif character == "{" and (not self._is_text or self._may_begin_bare()):
-                self._held, self._call = "", _Call(self.names)
-                self._call.add(character)
-            elif self._is_text or not (character.isspace() or character in self.form.between):
-                self._is_text = True
-                self._add_text(character)
-        return self._take()
-
-    def finish(self) -> Said:
-        """The rest, when no more comes."""
-        rest = self._held
-        if self._call is not None and not self._call.is_told:
-            rest = self._call.text
-        if rest.strip() or not self.count:
-            self._text.append(rest)
-        return self._take()
-
-    def _take(self) -> Said:
-        said = Said("".join(self._text), tuple(self._parts))
-        self._text, self._parts = [], []
-        return said
-
-    def _may_begin_bare(self) -> bool:
-        return self.form.is_bare and not self._has_text and not self._held.strip()
-
-    def _add_to_call(self, call: "_Call", character: str) -> None:
-        part = call.add(character)
-        if part is not None:
-            self._tell(part)
-        if not call.is_whole:
-            return
-        self._call, self._is_text = None, False
-        if call.is_told:
-            return
-        part = call.read()
-        if part is None:  # it was something else
-            self._text.append(call.text)
-            self._is_text = self._has_text = True
-        else:
-            self._tell(part)
-
-    def _tell(self, part: CallPart) -> None:
-        if part.name is not None:
-            self.count += 1
-            part = replace(part, id=self.form.identifier())
-        part = replace(part, index=self.count - 1)
-        if part.index and not self.is_parallel:
-            return
-        if self._parts and self._parts[-1].index == part.index:
-            part = replace(self._parts[-1], arguments=self._parts.pop().arguments + part.arguments)
-        self._parts.append(part)
-
-    def _add_text(self, character: str) -> None:
-        self._held += character
-        mark = next((mark for mark in self.marks if self._held.endswith(mark)), None)
-        if mark is not None:
-            out, self._held = self._held.removesuffix(mark).rstrip(), ""
-            self._is_text = mark == self.form.closing
-        else:
-            places = range(len(self._held) + 1)
-            end = next(place for place in places if self._may_begin_mark(self._held[place:].lstrip()))
-            out, self._held = self._held[:end], self._held[end:]
-        self._has_text = self._has_text or out != ""
-        self._text.append(out)
-
-    def _may_begin_mark(self, text: str) -> bool:
-        return any(mark.startswith(text) for mark in self.marks)
-
-
-class _Call:
-    """An object as it comes; that it is a call of one of these names, and its arguments, are told as they come."""
-
-    def __init__(self, names: set[str]) -> None:
-        self.names, self.text, self.is_told = names, "", False
-        self._depth, self._in_string, self._is_escaped = 0, False, False
-
-    @property
-    def is_whole(self) -> bool:
-        return self._depth == 0
-
-    def add(self, character: str) -> CallPart | None:
-        before, self.text = self._depth, self.text + character
-        if self._in_string:
-            self._in_string = character != '"' or self._is_escaped
-            self._is_escaped = character == "\\" and not self._is_escaped
-        elif character == '"':
-            self._in_string = True
-        elif character in "{[":
-            self._depth += 1
-        elif character in "}]":
-            self._depth -= 1
-        if self.is_told:
-            return CallPart(character) if max(before, self._depth) > 1 else None
-        head = HEAD.fullmatch(self.text) if character == "{" and self._depth == 2 else None
-        name = None if head is None else _read(head[1])
-        if name not in self.names:
-            return None
-        self.is_told = True
-        return CallPart(character, name)
-
-    def read(self) -> CallPart | None:
-        """A whole object as a call, None if it is none."""
-        content = _read(self.text)
-        name = content.get("name") if isinstance(content, dict) else None
-        if not isinstance(name, str) or name not in self.names:
-            return None
-        arguments: Any = next((content[key] for key in ("arguments", "parameters") if key in content), {})
-        return CallPart(arguments if isinstance(arguments, str) else json.dumps(arguments), name)
-
-
-def _read(text: str) -> Any:
-    """JSON, None if it is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+    if "pattern" in schema:
+        raise GrammarError(f"{key} has a pattern, which is not kept to in the form of this model's calls; leave it out")
+    least, most = (schema.get(key, "") for key in ("minLength", "maxLength"))
+    return f"(?s:.){{{least or 0},{most}}}"

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel
 
-from deltacome.serve.calls import CallPart
+from deltacome.serve.call_stream import CallPart
 from deltacome.serve.engine.sampling import Likelihood
 from deltacome.serve.engine.sequence import Event
 from deltacome.serve.engine.text import TextStream

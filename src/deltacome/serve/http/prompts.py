@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deltacome.errors import DeltacomeError
-from deltacome.serve.calls import CallFormat, CallStream, calls_grammar, markers
+from deltacome.serve.call_stream import CallStream
+from deltacome.serve.calls import CallFormat, calls_grammar, markers
 from deltacome.serve.grammars import json_grammar
 from deltacome.serve.http.errors import ApiError
 from deltacome.serve.http.messages import Message, NamedTool, Tool
@@ -26,9 +27,14 @@ class Calls:
     is_parallel: bool
     marks: dict[int, str]
 
+    @property
+    def schemas(self) -> dict[str, dict[str, Any]]:
+        """Of the arguments, by the tools' names."""
+        return {tool.function.name: tool.function.schema_of_arguments for tool in self.tools}
+
     def stream(self) -> CallStream:
         """To find them in an answer."""
-        return CallStream(self.form, {tool.function.name for tool in self.tools}, self.is_parallel)
+        return CallStream(self.form, self.schemas, self.is_parallel)
 
 
 @dataclass(frozen=True)
@@ -69,9 +75,8 @@ def prepare_chat(body: ChatRequest, loaded: Loaded) -> Prepared:
     grammar = None if schema is None else json_grammar(schema)
     must_call = body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool)
     if calls is not None and (must_call or schema is not None):
-        schemas = {tool.function.name: tool.function.schema_of_arguments for tool in calls.tools}
         otherwise = None if must_call else schema
-        grammar = calls_grammar(calls.form, schemas, loaded.language.tokenizer, calls.is_parallel, otherwise)
+        grammar = calls_grammar(calls.form, calls.schemas, loaded.language.tokenizer, calls.is_parallel, otherwise)
     return Prepared([prompt], grammar, calls)
 
 

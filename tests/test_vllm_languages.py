@@ -176,8 +176,12 @@ def test_the_server(speakers: Speakers, client: OpenAI, name: str) -> None:
     assert chat.choices[0].message.content == text
     assert chat.choices[0].finish_reason == ("stop" if ended else "length")
     assert chat.usage.prompt_tokens == len(speakers.prompt(name, CHAT)) and chat.usage.completion_tokens == len(tokens)
-    parts = list(client.chat.completions.create(messages=CHAT, stream=True, **options))
+    pieces = [speakers.tokenizers[name].decode([token]) for token in tokens]
+    assert [each.token for each in chat.choices[0].logprobs.content][:-1] == pieces[:-1]
+    parts = list(client.chat.completions.create(messages=CHAT, stream=True, logprobs=True, **options))
     assert "".join(part.choices[0].delta.content or "" for part in parts) == text
+    told = [each.token for part in parts if part.choices[0].logprobs for each in part.choices[0].logprobs.content or []]
+    assert told[:-1] == pieces[:-1]
     for asked in TEXTS:
         text, tokens, ended = speakers.answer(name, asked)
         found = client.completions.create(prompt=asked, echo=True, **options)

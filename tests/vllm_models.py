@@ -28,10 +28,14 @@ from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     Phi3Config,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
@@ -59,6 +63,10 @@ CONFIGS = {
     "gemma": GemmaConfig,
     "mistral": MistralConfig,
     "phi3": Phi3Config,
+    "mixtral": MixtralConfig,
+    "olmoe": OlmoeConfig,
+    "qwen2_moe": Qwen2MoeConfig,
+    "qwen3_moe": Qwen3MoeConfig,
 }
 
 
@@ -86,6 +94,7 @@ class Models:
     """A base with two deltas, and the models of all three in transformers."""
 
     def __init__(self, save: Save, folder: Path, family: str, options: dict[str, Any], **sizes: Any) -> None:
+        self.family = family
         self.base = save(make(family, **sizes), "base", torch.float32)
         self.deltas = {
             name: make_delta(save, self.base, make(family, **sizes), seed, folder / name, **options)

@@ -25,15 +25,18 @@ def register() -> None:
     from deltacome.store.cache import Cache, cache_folder
     from deltacome.store.fetching import Fetching
     from deltacome.store.store import Store
-    from deltacome.vllm import blocks, frontend, internals
-    from deltacome.vllm.layers import Embedding, Logits, define_operator, linear_class
+    from deltacome.vllm import blocks, frontend, internals, moe
+    from deltacome.vllm.experts import Experts
+    from deltacome.vllm.layers import Embedding, Logits, define_operators, linear_class
     from deltacome.vllm.manager import WorkerManager
     from deltacome.vllm.resolver import DeltaResolver, StoreResolver
 
-    _operators.append(define_operator())
+    _operators.append(define_operators())
     layers: dict[type, type] = {old: linear_class(old) for old in internals.LINEAR}
     layers[internals.VocabParallelEmbeddingWithLoRA] = Embedding
+    layers[moe.FusedMoEWithLoRA] = Experts
     internals.replace_classes(layers, Logits, WorkerManager)
+    moe.keep_matrices_readable()
     internals.patch_prompt_logprobs()
     internals.embed_before_graphs()
     internals.make_room_for_tokens()

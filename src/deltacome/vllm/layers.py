@@ -90,13 +90,19 @@ def apply_change(layer: Any, y: Tensor, x: Tensor | None) -> None:
         layer.change(y, x)
 
 
-def define_operator() -> torch.library.Library:
-    """Define `torch.ops.deltacome.change`, for as long as the library lives."""
+def define_operators() -> torch.library.Library:
+    """Define `torch.ops.deltacome.change` and `change_experts`, for as long as the library lives."""
     library = torch.library.Library("deltacome", "DEF")
-    library.define("change(Tensor(a!) y, Tensor? x, str layer) -> ()")
-    library.impl("change", lambda y, x, layer: internals.running_layer(layer).change(y, x), "CompositeExplicitAutograd")
-    torch.library.register_fake("deltacome::change", lambda y, x, layer: None, lib=library)
+    for name, inputs in (("change", "Tensor? x"), ("change_experts", "Tensor x, Tensor weights, Tensor chosen")):
+        library.define(f"{name}(Tensor(a!) y, {inputs}, str layer) -> ()")
+        library.impl(name, _change, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"deltacome::{name}", lambda *given: None, lib=library)
     return library
+
+
+def _change(y: Tensor, *given: Any) -> None:
+    *inputs, layer = given
+    internals.running_layer(layer).change(y, *inputs)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from deltacome.format.manifest import MANIFEST
 from deltacome.restore.merging import open_checked
 from deltacome.runtime.kernels import kernels_for
 from deltacome.vllm import internals
+from deltacome.vllm.experts import Experts
 from deltacome.vllm.layers import Content, Layer, Linear, Logits
 from deltacome.vllm.norms import Norm
 from deltacome.vllm.reading import Layers, read
@@ -106,8 +107,15 @@ class Manager(internals.LRUCacheLoRAModelManager):
         """A LoRA adapter, of a rank that there is room for.
 
         Raises:
-            DeltacomeError: if there is not.
+            DeltacomeError: if there is not, or it changes experts that cannot be changed.
         """
+        for name, module in self.modules.items():
+            if isinstance(module, Experts) and any(f"{own}.".startswith(f"{name}.") for own in adapter.loras):
+                refusal = module.obstacle
+                if refusal is None and self.step.slots is not None:
+                    refusal = f"{module.refusal(())}; start vLLM with --enforce-eager"
+                if refusal is not None:
+                    raise DeltacomeError(f"{folder} changes {name}, which cannot be done here: {refusal}")
         most = min((module.most_rank for module in self.modules.values() if isinstance(module, Linear)), default=0)
         if self.step.slots is not None and adapter.rank > most:
             raise DeltacomeError(
@@ -125,9 +133,17 @@ class Manager(internals.LRUCacheLoRAModelManager):
                 norm = Norm(module)
                 norm.create_lora_weights(self.lora_slots, self.lora_config)
                 self.register_module(name, internals.replace_submodule(self.model, name, norm))
+        ours: list[Any] = [module for module in self.modules.values() if isinstance(module, Linear | Norm)]
+        replaced = {id(module.base_layer): module for module in ours}
+        for parent in list(self.model.modules()):
+            for name, module in list(parent._modules.items()):
+                if id(module) in replaced and parent is not replaced[id(module)]:
+                    setattr(parent, name, replaced[id(module)])  # a second place where vLLM has it, as routers' are
         for name, module in self.modules.items():
             if isinstance(module, Logits):
                 module.vocabulary = internals.vocabulary_of_base(self.config.model_config)
+            if isinstance(module, Experts) and len(self.packed_modules.get(name, ())) != module.n_slices:
+                module.obstacle = "vLLM has this model's experts in stacks"
             if isinstance(module, Layer):
                 module.join(name, self.step)
                 internals.register_layer(self.config, name, module)

@@ -17,10 +17,11 @@ from deltacome.runtime.kernels.packed import pack_blocks
 from deltacome.runtime.tenant import check_config, embedding_vectors
 from deltacome.vllm import internals
 from deltacome.vllm.changes import Gains, Part, share
+from deltacome.vllm.experts import Experts
 from deltacome.vllm.layers import Content, Embedding, Linear, Logits
 from deltacome.vllm.norms import Norm
 from deltacome.vllm.vocabulary import room_for
-from deltacome.weights import OUTPUT_EMBEDDINGS, is_embedding
+from deltacome.weights import OUTPUT_EMBEDDINGS, is_embedding, is_matrix
 
 CPU = torch.device("cpu")
 
@@ -73,7 +74,9 @@ def read(artifact: Artifact, base: Checkpoint, layers: Layers) -> dict[str, Cont
         module = layers.modules[name]
         if isinstance(module, Norm) and isinstance(terms[0], Dense):
             norms.setdefault(name, {})[parameter] = terms[0].value
-        elif isinstance(module, Linear) or (isinstance(module, Embedding | Logits) and parameter == "weight"):
+        elif isinstance(module, Experts) and module.obstacle is not None:
+            raise _refusal(entry.name, module.obstacle)
+        elif isinstance(module, Linear) or (isinstance(module, Embedding | Experts | Logits) and parameter == "weight"):
             slices = parts.setdefault(name, {})
             if is_resized and isinstance(module, Embedding | Logits):
                 _check_room(entry, module.base_layer.org_vocab_size, base)
@@ -102,8 +105,9 @@ def _check_room(entry: WeightEntry, room: int, base: Checkpoint) -> None:
         )
 
 
-def _refusal(weight: str) -> DeltacomeError:
-    return DeltacomeError(f"{weight} is nothing that vLLM can change; serve the delta without vLLM, or merge it")
+def _refusal(weight: str, reason: str = "") -> DeltacomeError:
+    why = f" ({reason})" if reason else ""
+    return DeltacomeError(f"{weight} is nothing that vLLM can change{why}; serve the delta without vLLM, or merge it")
 
 
 def _part(part: Part, module: Any, parameter: str, entry: WeightEntry, terms: list[Term], base: Checkpoint) -> Part:
@@ -128,13 +132,16 @@ def _part(part: Part, module: Any, parameter: str, entry: WeightEntry, terms: li
 
 
 def _difference(entry: WeightEntry, dense: Dense, base: Checkpoint) -> Tensor:
-    """What is added to the base's values, zero where it has none, rounded to the fine-tuned model's dtype."""
+    """What is added to the base's values, zero where it has none, rounded to the fine-tuned model's dtype.
+
+    What is small stays in float32: rounded, a router would send tokens to other experts.
+    """
     if entry.base is None:
         return dense.value
     difference = dense.value.to(torch.float32, copy=True)
     values = base.read(entry.base)[: len(difference)].float()
     difference[: len(values)] -= values
-    return difference.to(dense.value.dtype)
+    return difference.to(dense.value.dtype) if is_matrix(entry.shape) else difference
 
 
 def _tie(artifact: Artifact, base: Checkpoint, layers: Layers, parts: dict[str, dict[int, Part]]) -> None:

@@ -298,6 +298,15 @@ def rename(model: Any, name: str) -> str:
     return name if mapper is None else mapper.get_rename_mapper()._map_name(name) or name
 
 
+def tower_prefixes(model: Any) -> tuple[str, ...]:
+    """How the names of all modules begin that make embeddings of images, videos or sound; none of a text model's."""
+    names = list(getattr(model, "_tower_model_names", ()))
+    if hasattr(model, "get_mm_mapping"):
+        mapping = model.get_mm_mapping()
+        names += [*mapping.tower_model, *mapping.connector]
+    return tuple(f"{name.rstrip('.')}." for name in names)
+
+
 def delta_folder() -> str | None:
     """The folder in which deltas are looked up by name."""
     return os.environ.get("DELTACOME_DELTA_DIR")

@@ -74,6 +74,18 @@ class Manager(internals.LRUCacheLoRAModelManager):
         """The base's checkpoint, whose fingerprint is taken once."""
         return Checkpoint(self.config.model_config.model)
 
+    @cached_property
+    def towers(self) -> tuple[str, ...]:
+        """How the names of the modules begin that are not of the language model."""
+        return internals.tower_prefixes(self.model)
+
+    def _get_punica_wrapper(self, module_name: str) -> Any:
+        # Idefics3 and others have the head beside what vLLM takes for their language model.
+        if f"{module_name}.".startswith(self.towers):
+            return None
+        language_model = self.mm_mapping.language_model[0] if self.supports_mm else module_name
+        return super()._get_punica_wrapper(language_model)
+
     def read(self, number: int, folder: str) -> LoadedDelta:
         """Read a delta and check it against the base.
 

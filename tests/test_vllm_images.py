@@ -3,8 +3,11 @@
 Answers are compared with those of merged checkpoints in transformers.
 """
 
+import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,15 +17,24 @@ if find_spec("torchvision") is None:
     pytest.skip("vLLM has no LLaVA without torchvision; `make test-vllm` installs it", allow_module_level=True)
 
 from conftest import Save
-from vllm_models import stop
+from deltacome.runtime.kernels import reference
+from deltacome.vllm import internals, layers, manager
+from vllm_models import LoRARequest, manager_of, request, runner_of, stop
 from vllm_pictures import PATCH, Pictured, language_tower, make_vision
 
 FAMILIES = ["llava", "qwen2-vl", "qwen2.5-vl", "idefics3"]
+# How names of the weights begin of what sees images, and of what joins it to the text.
+PARTS = {
+    "llava": ("model.vision_tower", "model.multi_modal_projector"),
+    "qwen2-vl": ("model.visual", "model.visual.merger"),
+    "qwen2.5-vl": ("model.visual", "model.visual.merger"),
+    "idefics3": ("model.vision_model", "model.connector"),
+}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pictured(
-    request: pytest.FixtureRequest, save: Save, tmp_path_factory: pytest.TempPathFactory
+    save: Save, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[Pictured]:
     pictured = Pictured(save, tmp_path_factory.mktemp("pictured"), request.param)
     pictured.add_language("a", 1)
@@ -52,7 +64,7 @@ def test_an_image_takes_nothing_of_its_tokens_embedding(pictured: Pictured) -> N
     if name not in pictured.deltas:
         model = make_vision(pictured.family)
         with torch.no_grad():
-            language_tower(model).embed_tokens.weight[PATCH] += 5 * torch.randn(96)
+            language_tower(model).embed_tokens.weight[PATCH] += 5 * torch.randn(128)
         pictured.add(name, model, embeddings="exact")
     question = pictured.question(9)
     expected = [pictured.models[of].get_input_embeddings().weight[PATCH] for of in (name, "base")]
@@ -61,3 +73,90 @@ def test_an_image_takes_nothing_of_its_tokens_embedding(pictured: Pictured) -> N
     assert [answer] == pictured.check(["base"], [question])
     text = question._replace(text=question.text[-5:], images=())
     pictured.check([name, "base"], [text, text])
+
+
+@pytest.fixture(scope="module")
+def seeing(pictured: Pictured) -> Pictured:
+    """With a delta of everything, one of the towers alone, and one of what joins them to the text."""
+    for seed, (name, part) in enumerate(zip(("all", "eyes", "join"), ("", *PARTS[pictured.family]), strict=True), 10):
+        pictured.add_part(name, part, seed)
+    return pictured
+
+
+def test_towers_of_their_own(seeing: Pictured) -> None:
+    question = seeing.question(3)
+    names = ["all", "base", "eyes", "join", "a", "all"]
+    answers = seeing.check(names, [question] * 6)
+    assert len({tuple(answer) for answer in answers}) == 5
+    others = [seeing.question(seed, count) for seed, count in enumerate([2, 1, 1, 0, 1, 1], 4)]
+    seeing.check(names, others)
+    seeing.check(names[::-1], others)
+
+
+def encoded(pictured: Pictured) -> set[str]:
+    """What vLLM calls the images whose embeddings it has."""
+    return set(runner_of(pictured.llm).encoder_cache)
+
+
+def test_who_shares_an_image(seeing: Pictured) -> None:
+    """In the cache of images and in that of prefixes: all who see it as the base does, and nobody else."""
+    question = seeing.question(20)
+    question = question._replace(text=question.text + "abcdefgh" * 8)  # more than a block
+    before = encoded(seeing)
+    seeing.check(["base", "a", "b"], [question] * 3)
+    [shared] = encoded(seeing) - before
+    names = ["all", "eyes", "join"]
+    seeing.check(names, [question] * 3)
+    own = encoded(seeing) - before - {shared}
+    assert len(own) == 3 and all(name.startswith(shared) for name in own)
+    for name in ("base", *names):
+        seeing.check([name], [question])
+        [output] = seeing.ask([name], [question])
+        assert output.num_cached_tokens > 0
+
+
+def test_another_tower_in_the_same_place(seeing: Pictured, tmp_path: Path) -> None:
+    question, place = seeing.question(21), tmp_path / "place"
+    shutil.copytree(seeing.deltas["eyes"], place)
+    adapter = LoRARequest("place", 901, str(place))
+    seeing.check(["eyes"], [question], requests=[adapter])
+    shutil.rmtree(place)
+    shutil.copytree(seeing.deltas["join"], place)
+    seeing.llm.llm_engine.add_lora(LoRARequest("place", 901, str(place), load_inplace=True))
+    seeing.check(["join", "base"], [question, question], requests=[adapter, None])
+
+
+def test_memory_is_that_of_what_is_packed(seeing: Pictured) -> None:
+    size = sum(path.stat().st_size for path in seeing.deltas["eyes"].glob("*.safetensors"))
+    adapter = request("eyes", seeing.deltas["eyes"])
+    seeing.llm.llm_engine.add_lora(adapter)
+    assert manager_of(seeing.llm).get_adapter(adapter.lora_int_id).bytes < 1.1 * size
+
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "compiled": {"enforce_eager": False, "kernel_config": {"enable_jit_warmup": False}},
+    "graphs": {},
+    "two-ranks": {"tensor_parallel_size": 2},
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engines(engine: str, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if engine == "graphs":
+        for module in (manager, layers):
+            monkeypatch.setattr(module, "kernels_for", lambda device: reference)
+        monkeypatch.setattr(internals, "graph_tokens", lambda config: 24)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if engine == "two-ranks" else "auto")
+    pictured = Pictured(save, tmp_path, "llava", **ENGINES[engine])
+    try:
+        pictured.add_language("a", 1)
+        pictured.add_part("all", "", 10)
+        other = "base" if engine == "two-ranks" else "all"
+        questions = [pictured.question(seed, count) for seed, count in enumerate([1, 1, 1, 0, 2])]
+        pictured.check(["a", "base", other, other, "a"], questions)
+        if engine == "two-ranks":
+            with pytest.raises(Exception, match="sees images, and vLLM runs with tensor parallelism, where"):
+                pictured.llm.llm_engine.add_lora(request("all", pictured.deltas["all"]))
+            pictured.check(["base", "a", "a", "a", "base"], questions)
+    finally:
+        stop(pictured.llm)

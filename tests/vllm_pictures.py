@@ -42,7 +42,7 @@ TOKENS = {  # those for images, which come after the tokenizer's 258; the first 
 }
 TOKENS["qwen2.5-vl"] = TOKENS["qwen2-vl"]
 PATCH = 258
-TEXT = {**SIZES, "vocab_size": 262}
+TEXT = {**SIZES, "vocab_size": 262, "hidden_size": 128, "num_attention_heads": 4}
 QWEN = {"image_token_id": PATCH, "video_token_id": 259, "vision_start_token_id": 260, "vision_end_token_id": 261}
 QWEN_TEXT = {
     **{name: value for name, value in TEXT.items() if name != "head_dim"},
@@ -93,10 +93,10 @@ def make_vision(family: str) -> PreTrainedModel:
         text = LlamaConfig(**TEXT)
         model = Idefics3ForConditionalGeneration(Idefics3Config(vision_config=own, text_config=text, **options))
     elif family == "qwen2-vl":
-        own = {**VISION, "embed_dim": 64, "hidden_size": 96, "mlp_ratio": 2}
+        own = {**VISION, "embed_dim": 64, "hidden_size": 128, "mlp_ratio": 2}
         model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=QWEN_TEXT, vision_config=own, **QWEN))
     else:
-        own = {**VISION, **size, "out_hidden_size": 96, "window_size": 16, "fullatt_block_indexes": [1]}
+        own = {**VISION, **size, "out_hidden_size": 128, "window_size": 16, "fullatt_block_indexes": [1]}
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=QWEN_TEXT, vision_config=own, **QWEN))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -169,6 +169,17 @@ class Pictured:
         fine_tune(language_tower(model), seed, size=0.2)
         fine_tune(model.lm_head, seed + 100, size=0.2)
         self.add(name, model, **options)
+
+    def add_part(self, name: str, part: str, seed: int) -> None:
+        """A delta of the weights whose names in transformers begin so."""
+        model, whole = make_vision(self.family), make_vision(self.family)
+        fine_tune(whole, seed, size=0.2)
+        changed = dict(whole.named_parameters())
+        with torch.no_grad():
+            for own, parameter in model.named_parameters():
+                if own.startswith(part):
+                    parameter.copy_(changed[own])
+        self.add(name, model, ratio=2)
 
     def inputs(self, question: Question) -> Any:
         images = list(question.images) or None

@@ -35,6 +35,7 @@ def register() -> None:
     layers[internals.VocabParallelEmbeddingWithLoRA] = Embedding
     internals.replace_classes(layers, Logits, WorkerManager)
     internals.patch_prompt_logprobs()
+    internals.encode_by_adapter()
     internals.embed_before_graphs()
     internals.make_room_for_tokens()
     blocks.install()

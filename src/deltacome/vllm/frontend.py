@@ -116,7 +116,7 @@ def _check_inputs() -> None:
         room, own = self.model_config.get_vocab_size(), copy(self)
         language = language_of(self.model_config, lora_request)
         speech, size = language.speech, language.vocabulary
-        own.model_config = with_vocabulary(self.model_config, size)
+        own.model_config, own.sight = with_vocabulary(self.model_config, size), language.sight
         if speech is not None:
             own.generation_config_fields = speech.generation
         with _speaking(speech):
@@ -132,6 +132,12 @@ def _check_inputs() -> None:
         return request
 
     InputProcessor.process_inputs = process_inputs
+    identify = InputProcessor._get_mm_identifier  # by which vLLM finds an image again that has been encoded
+
+    def _get_mm_identifier(self: Any, mm_hash: str, lora_request: Any) -> str:
+        return str(identify(self, mm_hash, lora_request)) + str(getattr(self, "sight", ""))
+
+    InputProcessor._get_mm_identifier = _get_mm_identifier
 
 
 def _end_forms(params: Any, speech: Speech, tokenizer: Any, name: str) -> None:

@@ -3,9 +3,12 @@
 Answers are compared with those of merged checkpoints in transformers.
 """
 
+import base64
+import os
 import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,8 @@ if find_spec("torchvision") is None:
 from conftest import Save
 from deltacome.runtime.kernels import reference
 from deltacome.vllm import internals, layers, manager
-from vllm_models import LoRARequest, manager_of, request, runner_of, stop
-from vllm_pictures import PATCH, Pictured, language_tower, make_vision
+from vllm_models import LoRARequest, manager_of, request, runner_of, stop, vllm_server
+from vllm_pictures import CHAT, PATCH, Pictured, Question, language_tower, make_processor, make_vision, picture
 
 FAMILIES = ["llava", "qwen2-vl", "qwen2.5-vl", "idefics3"]
 # How names of the weights begin of what sees images, and of what joins it to the text.
@@ -36,7 +39,7 @@ PARTS = {
 def pictured(
     save: Save, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[Pictured]:
-    pictured = Pictured(save, tmp_path_factory.mktemp("pictured"), request.param)
+    pictured = Pictured(save, tmp_path_factory.mktemp("pictured"), request.param).start()
     pictured.add_language("a", 1)
     pictured.add_language("b", 2)
     yield pictured
@@ -147,7 +150,7 @@ def test_engines(engine: str, save: Save, tmp_path: Path, monkeypatch: pytest.Mo
             monkeypatch.setattr(module, "kernels_for", lambda device: reference)
         monkeypatch.setattr(internals, "graph_tokens", lambda config: 24)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if engine == "two-ranks" else "auto")
-    pictured = Pictured(save, tmp_path, "llava", **ENGINES[engine])
+    pictured = Pictured(save, tmp_path, "llava", **ENGINES[engine]).start()
     try:
         pictured.add_language("a", 1)
         pictured.add_part("all", "", 10)
@@ -160,3 +163,29 @@ def test_engines(engine: str, save: Save, tmp_path: Path, monkeypatch: pytest.Mo
             pictured.check(["base", "a", "a", "a", "base"], questions)
     finally:
         stop(pictured.llm)
+
+
+def test_the_server(save: Save, tmp_path: Path) -> None:
+    """A chat with an image; `b` has a template of its own, `all` a tower."""
+    pictured = Pictured(save, tmp_path, "llava")
+    pictured.add_language("a", 1)
+    own = make_processor("llava", CHAT.replace("assistant", "model"))
+    pictured.add_language("b", 2, processor=own)
+    pictured.add_part("all", "", 10)
+    options = ["--name", "base", "--max-length", "192", "--dtype", "float32"]
+    options += [part for name, delta in pictured.deltas.items() for part in ("--delta", f"{name}={delta}")]
+    image = picture(5)
+    image.save(data := BytesIO(), format="PNG")
+    address = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    parts = [{"type": "image_url", "image_url": {"url": address}}, {"type": "text", "text": "What is this?"}]
+    more = {"return_token_ids": True, "ignore_eos": True, "allowed_token_ids": list(range(PATCH))}
+    with vllm_server(pictured.base, options, dict(os.environ), tmp_path / "log") as client:
+        for name in ("base", "a", "b", "all", "a"):
+            role = "model" if name == "b" else "assistant"
+            text = f"<|im_start|>user\n<image>What is this?<|im_end|>\n<|im_start|>{role}\n"
+            prompt, answer = pictured.greedy(name, Question(text, (image,)))
+            found = client.chat.completions.create(
+                model=name, messages=[{"role": "user", "content": parts}], max_tokens=6, temperature=0, extra_body=more
+            )
+            assert found.prompt_token_ids == prompt
+            assert found.choices[0].token_ids == answer

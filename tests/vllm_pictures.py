@@ -143,17 +143,25 @@ class Pictured:
             save_as_on_the_hub(self.base)
         self.deltas: dict[str, Path] = {}
         self.models = {"base": self.load(self.base)}
-        limits = {"image": 2, **({"video": 0} if "qwen" in family else {})}
-        self.llm: LLM = start(self.base, limit_mm_per_prompt=limits, **{"max_model_len": 192, **engine})
+        self.engine = {
+            "limit_mm_per_prompt": {"image": 2, **({"video": 0} if "qwen" in family else {})},
+            "max_model_len": 192,
+            **engine,
+        }
+
+    def start(self) -> "Pictured":
+        """Begin to serve."""
+        self.llm: LLM = start(self.base, **self.engine)
+        return self
 
     @staticmethod
     def load(folder: Path) -> Any:
         return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
-    def add(self, name: str, model: PreTrainedModel, **options: Any) -> None:
-        """A delta of a fine-tuned model."""
+    def add(self, name: str, model: PreTrainedModel, processor: Any = None, **options: Any) -> None:
+        """A delta of a fine-tuned model; processor: its own, if not the base's."""
         tuned = self.save(model, name)
-        self.processor.save_pretrained(tuned)
+        (processor or self.processor).save_pretrained(tuned)
         self.deltas[name] = self.folder / name
         compress(self.base, tuned, self.deltas[name], **{"ratio": 4, **options})
         self.add_merged(name)
@@ -210,6 +218,14 @@ class Pictured:
             inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(more)], 1)
         with torch.no_grad():
             return torch.log_softmax(self.models[name](**inputs).logits[0].float(), -1)
+
+    def greedy(self, name: str, question: Question) -> tuple[list[int], list[int]]:
+        """The tokens of the prompt, and of a model's answer in transformers."""
+        prompt = self.inputs(question)["input_ids"][0].tolist()
+        tokens = list(prompt)
+        for _ in range(6):
+            tokens.append(int(self.expected(name, question, tokens)[-1, :PATCH].argmax()))
+        return prompt, tokens[len(prompt) :]
 
     def ask(self, names: list[str], questions: list[Question], requests: Any = None, **options: Any) -> list[Any]:
         greedy = {"max_tokens": 6, "temperature": 0, "logprobs": 1, "ignore_eos": True}

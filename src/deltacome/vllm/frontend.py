@@ -127,22 +127,56 @@ def _check_inputs() -> None:
         room, own = self.model_config.get_vocab_size(), copy(self)
         language = language_of(self.model_config, lora_request)
         speech, size = language.speech, language.vocabulary
-        own.model_config = with_vocabulary(self.model_config, size)
+        own.model_config, own.sight = with_vocabulary(self.model_config, size), language.sight
         if speech is not None:
             own.generation_config_fields = speech.generation
         with _speaking(speech):
             request = original(own, *arguments, lora_request=lora_request, **options)
-        # vLLM lets pass what either tokenizer or model has, since a placeholder for an image may be in one of them.
-        wrong = next((token for token in request.prompt_token_ids or () if size <= token < room), None)
-        if wrong is not None:
-            raise VLLMValidationError(f"Token id {wrong} is out of vocabulary", parameter="prompt")
         params = request.sampling_params
-        if speech is not None and params is not None and params.structured_outputs is not None:
-            with _speaking(None):
-                _end_forms(params, speech, self.tokenizer, lora_request.lora_name)
+        try:
+            # vLLM lets pass what either tokenizer or model has, since a placeholder for an image may be in one of them.
+            wrong = next((token for token in request.prompt_token_ids or () if size <= token < room), None)
+            if wrong is not None:
+                raise VLLMValidationError(f"Token id {wrong} is out of vocabulary", parameter="prompt")
+            if speech is not None:
+                with _speaking(None):
+                    _check_words_of_images(request, speech, self.tokenizer, lora_request.lora_name)
+                    if params is not None and params.structured_outputs is not None:
+                        _end_forms(params, speech, self.tokenizer, lora_request.lora_name)
+        except VLLMValidationError:
+            _forget_images(self.renderer, request)
+            raise
         return request
 
     InputProcessor.process_inputs = process_inputs
+    identify = InputProcessor._get_mm_identifier  # by which vLLM finds an image again that has been encoded
+
+    def _get_mm_identifier(self: Any, mm_hash: str, lora_request: Any) -> str:
+        return str(identify(self, mm_hash, lora_request)) + str(getattr(self, "sight", ""))
+
+    InputProcessor._get_mm_identifier = _get_mm_identifier
+
+
+def _forget_images(renderer: Any, request: Any) -> None:
+    """Have images sent to the engine when they are next asked for: vLLM believes that it has them from this request."""
+    if renderer.mm_processor_cache is not None:
+        for feature in request.mm_features or ():
+            renderer.mm_processor_cache.invalidate(feature.mm_hash)
+
+
+def _check_words_of_images(request: Any, speech: Speech, tokenizer: Any, name: str) -> None:
+    """Processors of images are the base's; some write text around an image, such as where it is in a larger one."""
+    for feature in request.mm_features or ():
+        place = feature.mm_position
+        if place.is_embed is None or tokenizer is None:
+            continue
+        tokens = request.prompt_token_ids[place.offset : place.offset + place.length]
+        words = [token for token, is_embed in zip(tokens, place.is_embed.tolist(), strict=True) if not is_embed]
+        if tokenizer.convert_ids_to_tokens(words) != speech.tokenizer.convert_ids_to_tokens(words):
+            raise VLLMValidationError(
+                f"the base's processor writes text around an image in its own tokens, and {name} has others; leave "
+                "images out for this model, or merge its delta"
+            )
 
 
 def _end_forms(params: Any, speech: Speech, tokenizer: Any, name: str) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,8 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
-# How a hub id becomes a folder.
-from vllm.lora.utils import get_adapter_absolute_path, replace_submodule
+# How a layer becomes one of those above, and a hub id a folder.
+from vllm.lora.utils import from_layer, get_adapter_absolute_path, replace_submodule
 
 # `_load_adapter` reads an adapter's files.
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
@@ -89,6 +90,7 @@ __all__ = [
     "RowParallelLinear",
     "VocabParallelEmbedding",
     "VocabParallelEmbeddingWithLoRA",
+    "from_layer",
     "get_adapter_absolute_path",
     "replace_submodule",
 ]
@@ -296,6 +298,51 @@ def rename(model: Any, name: str) -> str:
     """vLLM's name of a weight, before its merging of q, k, v and of gate and up."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     return name if mapper is None else mapper.get_rename_mapper()._map_name(name) or name
+
+
+def tower_prefixes(model: Any) -> tuple[str, ...]:
+    """How the names of all modules begin that make embeddings of images, videos or sound; none of a text model's."""
+    names = list(getattr(model, "_tower_model_names", ()))
+    if hasattr(model, "get_mm_mapping"):
+        mapping = model.get_mm_mapping()
+        names += [*mapping.tower_model, *mapping.connector]
+    return tuple(f"{name.rstrip('.')}." for name in names)
+
+
+def tower_refusal(config: Any) -> str | None:
+    """What vLLM does by which adapters cannot change towers; None if it does nothing of the kind."""
+    compilation = config.compilation_config
+    for is_so, what in (
+        (config.parallel_config.tensor_parallel_size > 1, "with tensor parallelism"),
+        (config.use_v2_model_runner, "by its model runner V2 (VLLM_USE_V2_MODEL_RUNNER=0 has the other)"),
+        (compilation.compile_mm_encoder, "with compile_mm_encoder"),
+        (compilation.cudagraph_mm_encoder, "with cudagraph_mm_encoder"),
+    ):
+        if is_so:
+            return what
+    return None
+
+
+def encode_by_adapter() -> None:
+    """Have the images of an adapter that changes towers encoded by themselves."""
+    original = GPUModelRunner._execute_mm_encoder
+
+    def _execute_mm_encoder(self: Any, scheduler_output: Any) -> list[Tensor]:
+        manager = getattr(getattr(self, "lora_manager", None), "_adapter_manager", None)
+        found: list[Tensor] = []
+        if manager is None or self.model_config.is_encoder_decoder:  # where the order of the outputs counts
+            found = original(self, scheduler_output)
+            return found
+        groups: dict[int, dict[str, list[int]]] = {}
+        for request, inputs in scheduler_output.scheduled_encoder_inputs.items():
+            adapter = int(self.input_batch.request_lora_mapping[self.input_batch.req_id_to_index[request]])
+            groups.setdefault(adapter if manager.changes_towers(adapter) else 0, {})[request] = inputs
+        for adapter, inputs_of in groups.items():
+            with manager.encoding(adapter):
+                found += original(self, replace(scheduler_output, scheduled_encoder_inputs=inputs_of))
+        return found
+
+    GPUModelRunner._execute_mm_encoder = _execute_mm_encoder
 
 
 def delta_folder() -> str | None:

@@ -12,11 +12,13 @@ from vllm.tokenizers.hf import maybe_make_thread_pool
 
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError, reason
+from deltacome.files import sha256
 from deltacome.format.artifact import Artifact
-from deltacome.format.manifest import MANIFEST
+from deltacome.format.manifest import MANIFEST, WeightEntry
 from deltacome.language import add_vocabulary
 from deltacome.restore.merging import copy_sidecars
 from deltacome.vllm.internals import get_adapter_absolute_path, vocabulary_of_base
+from deltacome.vllm.towers import is_of_text
 from deltacome.vllm.vocabulary import vocabulary
 
 DELTAS = 1024  # of which what there is to know stays in memory
@@ -69,10 +71,15 @@ class Speech:
 
 @dataclass(frozen=True)
 class Language:
-    """A model's. vocabulary: how many tokens it has. speech: None for the base's."""
+    """A model's.
+
+    vocabulary: how many tokens it has. speech: None for the base's. sight: something of its own for a model that makes
+    other embeddings of an image than the base.
+    """
 
     vocabulary: int
     speech: Speech | None = None
+    sight: str = ""
 
 
 class Languages:
@@ -102,25 +109,31 @@ class Languages:
             found = (Path(folder) / MANIFEST).stat()
         except OSError:  # no delta
             return self.base
-        size, files = self._read(folder, found.st_mtime_ns, found.st_ino)
-        return Language(size, None if files is None else self._speech(files))
+        size, sight, files = self._read(folder, found.st_mtime_ns, found.st_ino)
+        return Language(size, None if files is None else self._speech(files), sight)
 
     @cached_property
     def _checkpoint(self) -> Checkpoint:
         return Checkpoint(self.config.model)
 
-    def _read_delta(self, folder: str, time: int, inode: int) -> tuple[int, Files | None]:
+    def _read_delta(self, folder: str, time: int, inode: int) -> tuple[int, str, Files | None]:
         artifact = Artifact(folder)
         size = vocabulary(artifact.weights)
+        of_text = all(is_of_text(name) for name, entry in artifact.weights.items() if _is_changed(entry))
+        sight = "" if of_text else f"#{sha256(Path(folder) / MANIFEST)}"
         found = artifact.sidecars()
         others = {"README.md"} | ({"config.json"} if "generation_config.json" in found else set())  # which has the ends
         if self.config.skip_tokenizer_init or not any(found[name] for name in found.keys() - others):
-            return size, None
+            return size, sight, None
         digests = {**artifact.base_files, **artifact.files}
-        return size, Files(frozenset((name, digests[name]) for name in found.keys() - others), folder)
+        return size, sight, Files(frozenset((name, digests[name]) for name in found.keys() - others), folder)
 
     def _load_speech(self, files: Files) -> Speech:
         return Speech(self.config, self._checkpoint, files.delta)
+
+
+def _is_changed(entry: WeightEntry) -> bool:
+    return bool(entry.factored or entry.sign or entry.coded or entry.dense is not None)
 
 
 def with_vocabulary(config: Any, size: int) -> Any:

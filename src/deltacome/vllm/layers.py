@@ -17,10 +17,10 @@ from deltacome.runtime.kernels import kernels_for
 from deltacome.runtime.kernels.packed import pack_blocks
 from deltacome.runtime.tenant import embed
 from deltacome.vllm import internals
-from deltacome.vllm.changes import Gains, Part, as_terms, share
+from deltacome.vllm.changes import Gains, Part, Values, as_terms, share
 from deltacome.vllm.rows import Rows, Step
 
-Content = tuple[Part | None, ...] | Gains
+Content = tuple[Part | None, ...] | Gains | Values
 
 
 class Layer:
@@ -73,7 +73,7 @@ class Layer:
     def take(self, content: Content) -> Content:
         """The content on the layer's device."""
         device = self.step.device
-        if isinstance(content, Gains):
+        if isinstance(content, Gains | Values):
             return content.to(device)
         return tuple(None if part is None else part.to(device) for part in content)
 
@@ -271,7 +271,8 @@ class Linear(Layer):
         if self.step.in_graph(len(y)):
             self._change_in_graph(y, x)
             return
-        job: _Job | None = self.step.tokens.prepared(self.name, self._job)
+        of_tokens = self.step.of_tokens(len(y))
+        job: _Job | None = of_tokens.prepared(self.name, partial(self._job, of_tokens))
         if job is None:
             return
         for part in job.slices:
@@ -296,8 +297,8 @@ class Linear(Layer):
             mine = mine if part.own is None else mine[:, part.own]
             y[:, part.first : part.first + mine.shape[1]] += mine.to(y.dtype)
 
-    def _job(self: Any) -> _Job | None:
-        contents = self.contents(self.step.tokens)
+    def _job(self: Any, rows: Rows) -> _Job | None:
+        contents = self.contents(rows)
         slices: list[_Slice] = []
         deltas: list[tuple[Any, Tensor]] = []
         firsts: list[int] = []

@@ -1,5 +1,7 @@
 """Deltas among vLLM's adapters: read, registered, put into slots, and the rows of each step."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ from deltacome.vllm.layers import Content, Layer, Linear, Logits
 from deltacome.vllm.norms import Norm
 from deltacome.vllm.reading import Layers, read
 from deltacome.vllm.rows import Step
+from deltacome.vllm.towers import PARAMETERS, Images, Parameters
 
 
 class Given(NamedTuple):
@@ -60,7 +63,7 @@ class Manager(internals.LRUCacheLoRAModelManager):
                 raise DeltacomeError(f"for deltacome's layers, {advice}; VLLM_PLUGINS= (empty) does without them")
         rows = internals.graph_tokens(vllm_config)
         slots = kernels_for(device.type).Slots(lora_config.max_loras, rows, device) if rows else None
-        self.step = Step(device, slots)
+        self.step, self.images = Step(device, slots), Images(device)
         if vllm_config.use_v2_model_runner:
             internals.share_step(model, self.step)
         self.config = vllm_config
@@ -75,6 +78,36 @@ class Manager(internals.LRUCacheLoRAModelManager):
         """The base's checkpoint, whose fingerprint is taken once."""
         return Checkpoint(self.config.model_config.model)
 
+    @cached_property
+    def towers(self) -> tuple[str, ...]:
+        """How the names of the modules begin that are not of the language model."""
+        return internals.tower_prefixes(self.model)
+
+    def _get_punica_wrapper(self, module_name: str) -> Any:
+        # Idefics3 and others have the head beside what vLLM takes for their language model.
+        if self._is_of_tower(module_name):
+            return None
+        language_model = self.mm_mapping.language_model[0] if self.supports_mm else module_name
+        return super()._get_punica_wrapper(language_model)
+
+    def _is_of_tower(self, name: str) -> bool:
+        return f"{name}.".startswith(self.towers)
+
+    def changes_towers(self, adapter: int) -> bool:
+        """Whether an adapter, by its number, has images of its own."""
+        found = self.get_adapter(adapter)
+        return found is not None and any(name == PARAMETERS or self._is_of_tower(name) for name in found.loras)
+
+    @contextmanager
+    def encoding(self, adapter: int) -> Iterator[None]:
+        """While the block runs, towers are those of an adapter in a slot, or of the base for 0."""
+        if adapter == 0:
+            yield
+            return
+        parameters: Any = self.modules[PARAMETERS]
+        with self.images.of(adapter, self.lora_index_to_id), parameters.of(self.lora_index_to_id.index(adapter)):
+            yield
+
     def read(self, number: int, folder: str) -> LoadedDelta:
         """Read a delta and check it against the base.
 
@@ -82,10 +115,12 @@ class Manager(internals.LRUCacheLoRAModelManager):
             DeltacomeError: if it is broken, of another base, or changes what vLLM cannot change.
         """
         artifact = open_checked(self.base, folder)
-        layers = Layers(self.model, self.modules, self.packed_modules)
+        refusal = internals.tower_refusal(self.config)
+        layers = Layers(self.model, self.modules, self.packed_modules, self.towers, refusal)
         delta = LoadedDelta(number, read(artifact, self.base, layers))
         for name, given in delta.loras.items():
-            refusal = None if self.step.slots is None else self.modules[name].refusal(given.lora_a)
+            module = self.modules[name]
+            refusal = None if module.step.slots is None else module.refusal(given.lora_a)
             if refusal is not None:
                 raise DeltacomeError(
                     f"{folder} changes {name} in a way that CUDA graphs have no room for: {refusal}; "
@@ -98,7 +133,7 @@ class Manager(internals.LRUCacheLoRAModelManager):
         """Have the kernels for slots compiled, for small and large batches: while a graph is captured is too late."""
         self.step.set([1], [], [1])
         for module in self.modules.values():
-            if isinstance(module, Linear):
+            if isinstance(module, Linear) and module.step is self.step:
                 for rows in (1, self.step.slots.rows):
                     module.try_in_graph(rows, dtype)
         self.step.forget()
@@ -116,7 +151,10 @@ class Manager(internals.LRUCacheLoRAModelManager):
                     refusal = f"{module.refusal(())}; start vLLM with --enforce-eager"
                 if refusal is not None:
                     raise DeltacomeError(f"{folder} changes {name}, which cannot be done here: {refusal}")
-        most = min((module.most_rank for module in self.modules.values() if isinstance(module, Linear)), default=0)
+        # As vLLM does, which changes no towers.
+        adapter.loras = {name: own for name, own in adapter.loras.items() if not self._is_of_tower(name)}
+        of_text = [own for own in self.modules.values() if isinstance(own, Linear) and own.step is self.step]
+        most = min((module.most_rank for module in of_text), default=0)
         if self.step.slots is not None and adapter.rank > most:
             raise DeltacomeError(
                 f"{folder} has rank {adapter.rank}, and CUDA graphs have room for {most} here; start vLLM with "
@@ -133,6 +171,8 @@ class Manager(internals.LRUCacheLoRAModelManager):
                 norm = Norm(module)
                 norm.create_lora_weights(self.lora_slots, self.lora_config)
                 self.register_module(name, internals.replace_submodule(self.model, name, norm))
+        if self.towers and internals.tower_refusal(self.config) is None:
+            self._create_tower_modules()
         ours: list[Any] = [module for module in self.modules.values() if isinstance(module, Linear | Norm)]
         replaced = {id(module.base_layer): module for module in ours}
         for parent in list(self.model.modules()):
@@ -145,8 +185,24 @@ class Manager(internals.LRUCacheLoRAModelManager):
             if isinstance(module, Experts) and len(self.packed_modules.get(name, ())) != module.n_slices:
                 module.obstacle = "vLLM has this model's experts in stacks"
             if isinstance(module, Layer):
-                module.join(name, self.step)
+                module.join(name, self.images if name == PARAMETERS or self._is_of_tower(name) else self.step)
                 internals.register_layer(self.config, name, module)
+
+    def _create_tower_modules(self) -> None:
+        parameters = {
+            name: value for name, value in self.model.named_parameters() if self._is_of_tower(name.rpartition(".")[0])
+        }
+        for name, module in list(self.model.named_modules()):
+            if self._is_of_tower(name):
+                packed = self.packed_modules_mapping.get(name.rpartition(".")[2], [])
+                layer = internals.from_layer(module, self.lora_slots, self.lora_config, packed, self.model.config)
+                if isinstance(layer, Linear):
+                    self.register_module(name, internals.replace_submodule(self.model, name, layer))
+                    self._register_packed_modules(name)
+                    parameters = {own: value for own, value in parameters.items() if not own.startswith(f"{name}.")}
+        others = Parameters(parameters)
+        others.create_lora_weights(self.lora_slots, self.lora_config)
+        self.register_module(PARAMETERS, others)
 
     def _create_merged_loras_inplace(self, lora_model: Any) -> None:
         if lora_model.loras and not isinstance(lora_model, LoadedDelta):  # vLLM's dummies are empty
@@ -182,6 +238,7 @@ class Manager(internals.LRUCacheLoRAModelManager):
 
     def _forget(self) -> None:
         self.step.forget()
+        self.images.forget()
         self._last_mapping = None
 
     def _set_adapter_mapping(self, mapping: Any) -> None:

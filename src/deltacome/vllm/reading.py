@@ -1,6 +1,7 @@
 """A delta as vLLM's modules have it: read from its artifact, by the modules and the slices of their outputs."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.checkpoints.rebuilding import rebuild
 from deltacome.errors import DeltacomeError
 from deltacome.format.artifact import Artifact
 from deltacome.format.manifest import WeightEntry
@@ -16,10 +18,11 @@ from deltacome.format.terms import Dense, Term
 from deltacome.runtime.kernels.packed import pack_blocks
 from deltacome.runtime.tenant import check_config, embedding_vectors
 from deltacome.vllm import internals
-from deltacome.vllm.changes import Gains, Part, share
+from deltacome.vllm.changes import Gains, Part, Values, share
 from deltacome.vllm.experts import Experts
 from deltacome.vllm.layers import Content, Embedding, Linear, Logits
 from deltacome.vllm.norms import Norm
+from deltacome.vllm.towers import PARAMETERS, Parameters, is_of_text
 from deltacome.vllm.vocabulary import room_for
 from deltacome.weights import OUTPUT_EMBEDDINGS, is_embedding, is_matrix
 
@@ -29,11 +32,19 @@ CPU = torch.device("cpu")
 class Layers:
     """The layers of a vLLM model that take adapters, found by the names that a checkpoint has for their weights.
 
-    packed: of layers that compute several matrices in one go, the names of those.
+    packed: of layers that compute several matrices in one go, the names of those. towers: how the names of modules
+    begin that see images. tower_refusal: how vLLM runs, if these cannot be changed so.
     """
 
-    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], packed: Mapping[str, list[str]]) -> None:
-        self.model, self.modules = model, modules
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        packed: Mapping[str, list[str]],
+        towers: tuple[str, ...] = (),
+        tower_refusal: str | None = None,
+    ) -> None:
+        self.model, self.modules, self._towers, self._tower_refusal = model, modules, towers, tower_refusal
         self.slices = {name: (name, 0) for name in modules if name not in packed}
         for name, parts in packed.items():
             if getattr(modules[name], "n_slices", 0) == len(parts):
@@ -41,18 +52,42 @@ class Layers:
         missing = [name for name, module in model.named_modules() if isinstance(module, internals.PPMissingLayer)]
         self._elsewhere = tuple(f"{name}." for name in missing)
 
-    def find(self, weight: str) -> tuple[str, int, str] | None:
-        """Module, slice of its outputs and parameter of a weight; None if another stage of a pipeline has it.
+    def find(self, entry: WeightEntry) -> tuple[str, int, str] | None:
+        """Module, slice of its outputs and parameter of a weight; None if it takes no part in what this GPU computes.
 
         Raises:
             DeltacomeError: if there is no such layer.
         """
-        name, _, parameter = internals.rename(self.model, weight).rpartition(".")
-        if f"{name}.".startswith(self._elsewhere):
+        # vLLM has read the base, so it knows its names; a fine-tune may have been saved under newer ones.
+        names = [entry.name] if entry.base is None or is_embedding(entry.name) else [entry.name, entry.base]
+        own = [internals.rename(self.model, name) for name in names]
+        if any(name.startswith(self._elsewhere) for name in own):
             return None
-        if name not in self.slices or parameter not in ("weight", "bias"):
-            raise _refusal(weight)
-        return (*self.slices[name], parameter)
+        found = next((found for found in map(self._find, own) if found is not None), None)
+        is_of_tower = own[-1].startswith(self._towers)
+        if is_of_tower and found is None and any(map(self._is_left_out, own)):
+            return None
+        if is_of_tower and self._tower_refusal is not None:
+            raise DeltacomeError(
+                f"{entry.name} is of the part of the model that sees images, and vLLM runs {self._tower_refusal}, "
+                "where deltas cannot change that; start it without, or merge the delta"
+            )
+        # What images are told apart by has to know, see `languages`.
+        if found is None or (is_of_tower and is_of_text(entry.name)):
+            raise _refusal(entry.name)
+        return found
+
+    def _find(self, name: str) -> tuple[str, int, str] | None:
+        module, _, parameter = name.rpartition(".")
+        if module in self.slices and parameter in ("weight", "bias"):
+            return (*self.slices[module], parameter)
+        others: Any = self.modules.get(PARAMETERS)
+        return (PARAMETERS, 0, name) if others is not None and name in others.parameters_of_base else None
+
+    def _is_left_out(self, name: str) -> bool:
+        """Whether it is behind the layer of a tower whose outputs the model uses: vLLM does without all that is."""
+        first = re.sub(r"\.layers\.\d+\.", ".layers.0.", name)
+        return ".post_layernorm." in name or (first != name and self._find(first) is not None)
 
 
 def read(artifact: Artifact, base: Checkpoint, layers: Layers) -> dict[str, Content]:
@@ -64,10 +99,11 @@ def read(artifact: Artifact, base: Checkpoint, layers: Layers) -> dict[str, Cont
     check_config(artifact, base)
     parts: dict[str, dict[int, Part]] = {}
     norms: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
     for entry, terms in artifact.all_terms():
         in_base = base.tensors.get(entry.base or "")
         is_resized = is_embedding(entry.name) and in_base is not None and entry.shape != in_base.shape
-        found = layers.find(entry.name) if terms or is_resized else None
+        found = layers.find(entry) if terms or is_resized else None
         if found is None:
             continue
         name, index, parameter = found
@@ -76,6 +112,11 @@ def read(artifact: Artifact, base: Checkpoint, layers: Layers) -> dict[str, Cont
             norms.setdefault(name, {})[parameter] = terms[0].value
         elif isinstance(module, Experts) and module.obstacle is not None:
             raise _refusal(entry.name, module.obstacle)
+        elif isinstance(module, Parameters):
+            of_base = module.parameters_of_base[parameter]
+            if of_base.shape != entry.shape:
+                raise _refusal(entry.name)
+            others[parameter] = rebuild(entry, terms, base).to(of_base.dtype, copy=True)  # or the file stays mapped
         elif isinstance(module, Linear) or (isinstance(module, Embedding | Experts | Logits) and parameter == "weight"):
             slices = parts.setdefault(name, {})
             if is_resized and isinstance(module, Embedding | Logits):
@@ -93,7 +134,7 @@ def read(artifact: Artifact, base: Checkpoint, layers: Layers) -> dict[str, Cont
         norm: Any = layers.modules[name]
         weight, bias = (values.get(parameter, norm.own(parameter)) for parameter in ("weight", "bias"))
         contents[name] = Gains(weight, bias)
-    return contents
+    return contents | ({PARAMETERS: Values(others)} if others else {})
 
 
 def _check_room(entry: WeightEntry, room: int, base: Checkpoint) -> None:

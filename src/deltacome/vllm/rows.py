@@ -69,6 +69,10 @@ class Step:
         """Whether a layer that is called with so many rows may be in a CUDA graph, now or as it is captured."""
         return self.slots is not None and rows <= self.slots.rows
 
+    def of_tokens(self, count: int) -> Rows:
+        """The rows of the tokens that a layer computes, as many as these are."""
+        return self.tokens
+
     @contextmanager
     def sampling(self, adapters: int | np.ndarray) -> Iterator[None]:
         """While the block runs, logits are asked for of tokens of one adapter, or of these, a number each."""

@@ -9,6 +9,7 @@ from deltacome.format.terms import component_bits
 
 # Share of the variance that the mid-rise code with the best step leaves of a normal variable, by bit-width (Max, 1960).
 DISTORTION = {1: 0.3634, 2: 0.1188, 3: 0.0374, 4: 0.01154, 6: 0.00104, 8: 0.00008}
+CHOICES = (0, *sorted(DISTORTION))
 CLOSE = 1e-9  # two multipliers, in proportion; what lies between them is left to the single steps
 
 
@@ -55,18 +56,27 @@ def allocate(spectra: list[Spectrum], budget_bits: float) -> list[Tensor]:
     Dropping component k costs drop_weight s_k². Codes of b bits, scaled to be unbiased, have noise of N = d / (1 - d)
     of a vector's energy, d being `DISTORTION[b]`: s_k² N (1 + |v_k|² (1 + N)) for U and V together.
     """
-    choices = (0, *sorted(DISTORTION))
-    noise = torch.tensor([DISTORTION[b] / (1 - DISTORTION[b]) for b in choices[1:]], dtype=torch.float64)
     errors, costs = [], []
     for spectrum in spectra:
-        energy = spectrum.weight * spectrum.s.double().cpu().square()[:, None]
-        squares = torch.ones_like(energy) if spectrum.v_squares is None else spectrum.v_squares.double().cpu()[:, None]
-        errors.append(torch.cat((spectrum.drop_weight * energy, energy * noise * (1 + squares * (1 + noise))), dim=1))
-        cost = [0, *(component_bits(b, *spectrum.shape) for b in choices[1:])]
-        costs.append(torch.tensor(cost, dtype=torch.float64).expand(len(energy), -1))
+        errors.append(_errors(spectrum))
+        cost = [0, *(component_bits(b, *spectrum.shape) for b in CHOICES[1:])]
+        costs.append(torch.tensor(cost, dtype=torch.float64).expand(len(spectrum.s), -1))
     budget_bits -= sum(spectrum.fixed_bits for spectrum in spectra)
     chosen = _choose(torch.cat(errors), torch.cat(costs), budget_bits)
-    return list(torch.tensor(choices)[chosen].split([len(spectrum.s) for spectrum in spectra]))
+    return list(torch.tensor(CHOICES)[chosen].split([len(spectrum.s) for spectrum in spectra]))
+
+
+def _errors(spectrum: Spectrum) -> Tensor:
+    """What each component's error costs with each of the `CHOICES`, (rank, choices)."""
+    noise = torch.tensor([DISTORTION[b] / (1 - DISTORTION[b]) for b in CHOICES[1:]], dtype=torch.float64)
+    energy = spectrum.weight * spectrum.s.double().cpu().square()[:, None]
+    squares = torch.ones_like(energy) if spectrum.v_squares is None else spectrum.v_squares.double().cpu()[:, None]
+    return torch.cat((spectrum.drop_weight * energy, energy * noise * (1 + squares * (1 + noise))), dim=1)
+
+
+def expected_error(spectrum: Spectrum, widths: Tensor) -> float:
+    """The weighted error of a matrix with these bit-widths of its components."""
+    return float(_errors(spectrum).gather(1, torch.searchsorted(torch.tensor(CHOICES), widths)[:, None]).sum())
 
 
 def spent_bits(spectrum: Spectrum, widths: Tensor) -> int:

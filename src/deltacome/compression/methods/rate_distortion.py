@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deltacome.compression.allocation import DISTORTION, Spectrum, allocate
+from deltacome.compression.allocation import Spectrum, allocate, expected_error
 from deltacome.compression.methods.method import MatrixDelta, Statistics
+from deltacome.compression.methods.sketch import Rest, flatness, noise, sketch
 from deltacome.compression.quantizers import Quantized, feed_back_in_blocks, fit_scale, quantize_rows
 from deltacome.compression.svd import Basis, find_basis, split_components
 from deltacome.format.manifest import MOST_CLASSES, class_bits
@@ -19,6 +20,8 @@ from deltacome.format.rotation import rotate, rotated_diagonal
 from deltacome.format.terms import Factored, Term, component_bits
 
 MOST_OF_SHARE = 2.0  # of its share of the bits that a linear hardly gets: what it takes is decomposed again
+FLAT = 0.25  # of `flatness`: AdamW's updates of linear weights have .01 to .19, Muon's .2 to .7
+SKETCHED = (1 / 4, 1 / 2, 3 / 4)  # of a matrix's bits, of which the best share is taken
 TALL = 6  # times as many rows as columns has an embedding whose rows are put into classes
 
 
@@ -64,6 +67,8 @@ class RateDistortion:
     rotate: code rotated vectors.
     feedback: let each entry of V make good the errors of those before it, in the metric of the inputs.
     restore: how much of what the dropped components would have added along the kept ones is given to these.
+    flat_weight: how much more dropping weighs, against a sketch of what is dropped, where the spectrum is flat: what is
+        dropped there is as much of what was learned as what is kept. Where it is not, nothing is sketched.
     """
 
     drop_weight: float = 4 / 15  # 8 for the 30 layers that it was chosen on
@@ -74,6 +79,7 @@ class RateDistortion:
     rotate: bool = True
     feedback: bool = True
     restore: float = 1.0
+    flat_weight: float = 30.0
 
     spends_a_budget: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = False
@@ -123,10 +129,29 @@ class RateDistortion:
             replace(self.spectrum(delta, part.block, part.s), v_squares=part.v.square().sum(1) * energy.mean())
             for part in parts
         ]
+        steep = delta.is_embedding or flatness(delta.values) < FLAT
         terms: list[Term] = []
-        for part, widths in zip(parts, allocate(spectra, budget_bits), strict=True):
-            terms += self._code(delta, part, widths.to(energy.device), energy)
+        for part, spectrum, widths in zip(parts, spectra, allocate(spectra, budget_bits), strict=True):
+            widths, sketched = (widths, 0) if steep else self._sketched(part, spectrum, widths, budget_bits)
+            terms += self._code(delta, part, widths.to(energy.device), energy, sketched)
         return terms
+
+    def _sketched(self, part: Decomposed, spectrum: Spectrum, widths: Tensor, budget_bits: float) -> tuple[Tensor, int]:
+        """Bit-widths, and how many components of a sketch beside them: none, and the same, if that costs less."""
+        rest = float(part.rest.double().square().sum())
+        plain = replace(spectrum, weight=1.0, drop_weight=spectrum.drop_weight * self.flat_weight)
+        best = expected_error(plain, widths) + plain.drop_weight * rest
+        found, each = (widths, 0), component_bits(1, *spectrum.shape)
+        for share in SKETCHED:
+            count = min(*spectrum.shape, int(share * budget_bits / each))
+            if not count:
+                continue
+            beside = replace(plain, drop_weight=noise(spectrum.shape, count))
+            (own,) = allocate([beside], budget_bits - count * each)
+            error = expected_error(beside, own) + beside.drop_weight * rest
+            if error < best and count + int((own > 0).sum()) <= min(spectrum.shape):
+                best, found = error, (own, count)
+        return found
 
     def spectrum(self, delta: MatrixDelta, block: _Block, s: Tensor) -> Spectrum:
         """What sharing out needs to know of a block with these singular values."""
@@ -134,27 +159,30 @@ class RateDistortion:
         drop_weight = self.drop_weight * delta.layers * (4 * delta.bits_per_weight) ** -self.bias_power
         return Spectrum(block.shape, s, weight, max(1.0, drop_weight), fixed_bits=block.fixed_bits)
 
-    def _code(self, delta: MatrixDelta, part: Decomposed, widths: Tensor, energy: Tensor) -> list[Term]:
-        """The terms of a block whose components have these bit-widths."""
+    def _code(self, delta: MatrixDelta, part: Decomposed, widths: Tensor, energy: Tensor, sketched: int) -> list[Term]:
+        """The terms of a block whose components have these bit-widths, and of a sketch of so many components."""
         # From the highest bit-width to the lowest; within one the order of the singular values stays.
         order = widths.argsort(descending=True, stable=True)[: int((widths > 0).sum())]
-        if not len(order):
-            return []
         dropped = torch.cat((part.s[widths == 0], part.rest))
         u, s, v, bits = part.u[order], part.s[order], part.v[order], widths[order][:, None]
-        if not delta.is_embedding:
-            s = s + self.restore * dropped.pow(3).sum() / s.square().sum()
         rotated = ("v" if delta.is_embedding else "uv") if self.rotate else ""
-        u, v = (rotate(x) if side in rotated else x for side, x in (("u", u), ("v", v)))
-        u_hat, v_hat = quantize_rows(u, bits), self._round_inputs(v, bits, energy)
-        scale = s * fit_scale(u_hat.values, u, "unbiased") * u_hat.step
-        scale *= fit_scale(v_hat.values, v, "unbiased") * v_hat.step
+        codes: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        if sketched:
+            codes[1] = [sketch(Rest(delta.values, u, s, v), sketched, self.rotate)]
+        elif not delta.is_embedding:
+            s = s + self.restore * dropped.pow(3).sum() / s.square().sum()
+        if len(order):
+            u, v = (rotate(x) if side in rotated else x for side, x in (("u", u), ("v", v)))
+            u_hat, v_hat = quantize_rows(u, bits), self._round_inputs(v, bits, energy)
+            scale = s * fit_scale(u_hat.values, u, "unbiased") * u_hat.step
+            scale *= fit_scale(v_hat.values, v, "unbiased") * v_hat.step
+            for width in bits.unique().tolist():
+                of_width = bits[:, 0] == width
+                codes.setdefault(width, []).insert(0, (u_hat.codes[of_width], v_hat.codes[of_width], scale[of_width]))
         terms: list[Term] = []
-        for width in sorted(DISTORTION, reverse=True):
-            of_width = bits[:, 0] == width
-            if of_width.any():
-                codes = u_hat.codes[of_width], v_hat.codes[of_width]
-                terms.append(Factored.from_codes(width, *codes, scale[of_width], rotated=rotated, rows=part.block.rows))
+        for width in sorted(codes, reverse=True):
+            u_codes, v_codes, scales = map(torch.cat, zip(*codes[width], strict=True))
+            terms.append(Factored.from_codes(width, u_codes, v_codes, scales, rotated=rotated, rows=part.block.rows))
         return terms
 
     def _blocks(self, delta: MatrixDelta) -> list[_Block]:

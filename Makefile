@@ -3,7 +3,7 @@
 # make quick  the quick tests alone
 # make test-all   all tests, the slow ones too
 # make attack   damaged and forged artifacts, killed runs, hostile clients, an hour of mixed load (an hour and a half or so)
-# make test-vllm   the tests of the plugin for vLLM, on vLLM's CPU build (ten minutes); VLLM=0.33 for that version of it
+# make test-vllm   the tests of the plugin for vLLM, on vLLM's CPU build (most of an hour); VLLM=0.33 for that version of it
 # make gpu-check   on a machine with a GPU, with its own Python: kernel tests, steps of 7B, a server (eight minutes at most)
 # make docs   the documentation as a site, in site/
 # Each makes its own virtual environment the first time.

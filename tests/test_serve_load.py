@@ -1,5 +1,6 @@
 """A server under load: queues, deadlines, clients that go, tenants that change all the time."""
 
+import asyncio
 import json
 import socket
 import time
@@ -10,6 +11,7 @@ from typing import Any
 import openai
 import pytest
 
+from deltacome.benchmark.load import Planned, drive
 from deltacome.serve.engine.scheduler import Limits
 from serving import client, make_app, metric, post_json, serving, until
 
@@ -73,3 +75,29 @@ def test_deadlines(folder: Path) -> None:
         with pytest.raises(openai.APIError, match="longer than this server allows"):
             list(parts)
         assert post_json(address, "/v1/completions", {"model": "a", "prompt": "x", "max_tokens": 1})[0] == 200
+
+
+def test_load_on_a_server_that_says_nothing_of_its_cache() -> None:
+    """As vLLM's, whose usage has null in that place, or nothing."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        details = next(usages)
+        for chunk in (
+            {"choices": [{"delta": {"role": "assistant", "content": ""}}]},
+            {"choices": [{"delta": {"content": "a"}}]},
+            {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 1, **details}},
+        ):
+            writer.write(f"data: {json.dumps(chunk)}\n\n".encode())
+        writer.close()
+
+    async def run() -> list[Any]:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            return await drive("127.0.0.1", port, [Planned(0.0, "a", ())] * 3, 1, True)
+
+    told: list[dict[str, Any]] = [{}, {"prompt_tokens_details": None}, {"prompt_tokens_details": {"cached_tokens": 2}}]
+    usages = iter(told)
+    answers = asyncio.run(run())
+    assert all(each.failed is None and (each.text, each.prompt_tokens) == ("a", 3) for each in answers)
+    assert sorted(each.cached_tokens for each in answers) == [0, 0, 2]

@@ -134,7 +134,8 @@ async def _ask(host: str, port: int, request: Planned, new_tokens: int, ignore_e
                 raise ValueError(content["error"]["message"])
             if content.get("usage"):
                 answered.prompt_tokens = content["usage"]["prompt_tokens"]
-                answered.cached_tokens = content["usage"]["prompt_tokens_details"]["cached_tokens"]
+                details = content["usage"].get("prompt_tokens_details") or {}  # vLLM has none, unless it is told to
+                answered.cached_tokens = details.get("cached_tokens") or 0
                 answered.tokens = content["usage"]["completion_tokens"]
             for choice in content["choices"]:
                 if "role" in choice["delta"]:

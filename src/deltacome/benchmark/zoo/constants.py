@@ -25,6 +25,7 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "sensitivity_power": (0.0, 0.125, 0.375, 0.5),
     "drop_weight": (DEFAULT.drop_weight / 2, DEFAULT.drop_weight * 2),
     "bias_power": (0.15, 0.45),
+    "flat_weight": (0.0, 5.0),
     "row_classes": ((0.0, 1.0), (0.0, 1 / 4, 1.0), (0.0, 1 / 16, 1 / 4, 1 / 2, 1.0)),
     "input_weight": (0.25, 0.75),  # the last ones, which the singular vectors depend on
 }

@@ -67,13 +67,22 @@ def vectors(words: np.ndarray, at: int, count: int, length: int, bits: int) -> t
     return codes, at
 
 
+def is_odd(number: int) -> bool:
+    """Whether h(number) is odd."""
+    h = (number ^ (number >> 16)) * 0x85EBCA6B % 2**32
+    h = (h ^ (h >> 13)) * 0xC2B2AE35 % 2**32
+    return (h ^ (h >> 16)) % 2 == 1
+
+
+def directions(rank: int, length: int) -> np.ndarray:
+    """The codes of a sketch's side that is in no file, (rank, length)."""
+    return np.array([[((k & j).bit_count() + is_odd(j + 1) + 1) % 2 for j in range(length)] for k in range(rank)])
+
+
 def rotation(length: int) -> np.ndarray:
     """R, (length, length)."""
-    signs, r, first = [], np.zeros((length, length)), 0
-    for h in range(1, length + 1):
-        h = (h ^ (h >> 16)) * 0x85EBCA6B % 2**32
-        h = (h ^ (h >> 13)) * 0xC2B2AE35 % 2**32
-        signs.append(-1.0 if (h ^ (h >> 16)) % 2 else 1.0)
+    signs = [-1.0 if is_odd(j + 1) else 1.0 for j in range(length)]
+    r, first = np.zeros((length, length)), 0
     while first < length:
         p = min(128, 2 ** int(np.log2(length - first)))
         hadamard = [[(-1) ** (i & j).bit_count() for j in range(p)] for i in range(p)]
@@ -103,7 +112,8 @@ class Reader:
         assert text.startswith(b'{"sha256":"')
         assert hashlib.sha256(text[:11] + b"0" * 64 + text[75:]).hexdigest().encode() == text[11:75]
         self.manifest: dict[str, Any] = json.loads(text)
-        assert self.manifest["format_version"] == (6 if "parent" in self.manifest else 5)
+        has_sketch = any("sketched" in entry for entry in self.manifest["weights"].values())
+        assert self.manifest["format_version"] == (7 if has_sketch else 6 if "parent" in self.manifest else 5)
         self.parent: Reader | None = None
         if "parent" in self.manifest:
             self.parent = Reader(folder.parent / self.manifest["parent"]["name"], base)
@@ -236,10 +246,14 @@ class Reader:
         words, scales = self.tensor(f"{name}.codes"), self.tensor(f"{name}.scales")
         size = entry.get("group_size", 0)
         total, at, group_at, component = np.zeros((m, n)), 0, 0, 0
-        for rows, (bits, rank) in zip(covered, entry["factored"], strict=True):
+        for number, (rows, (bits, rank)) in enumerate(zip(covered, entry["factored"], strict=True), 1):
             sides = []
             for side, length in (("u", len(rows)), ("v", n)):
-                codes, at = vectors(words, at, rank, length, bits)
+                is_given = entry.get("sketched", False) and number == len(covered)
+                if is_given and side == ("u" if m < n else "v"):
+                    codes = directions(rank, length)
+                else:
+                    codes, at = vectors(words, at, rank, length, bits)
                 if size:
                     count = -(-length // size)
                     part = slice(group_at, group_at + rank * count)

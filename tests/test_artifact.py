@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +19,13 @@ from deltacome.checkpoints.rebuilding import rebuild
 from deltacome.compression.methods import rate_distortion
 from deltacome.format import digests
 from deltacome.format.manifest import (
-    CHILD_VERSION,
     DIGEST_START,
     FORMAT_VERSION,
     MANIFEST,
     MODEL_CARD,
     MOST_BYTES,
     NO_DIGEST,
+    SKETCH_VERSION,
     write_manifest,
 )
 from deltacome.restore.merging import load_merged, open_checked
@@ -34,6 +35,7 @@ from format_reader import Reader
 SETTINGS = {
     "rate-distortion": {"ratio": 4},
     "classes of rows": {"ratio": 10},
+    "a sketch": {"ratio": 8},
     "delta-come": {"method": "delta-come", "ratio": 4},
     "every bit-width": {"precision": "8:2,7:2,6:2,5:2,4:2,3:2,2:2,1:3"},
     "groups": {"method": "delta-come", "scale": "minmax", "ratio": 4},
@@ -58,9 +60,13 @@ def test_a_reader_written_from_the_specification_agrees(
 ) -> None:
     if name == "classes of rows":
         monkeypatch.setattr(rate_distortion, "TALL", 2)
+    if name == "a sketch":
+        monkeypatch.setattr(rate_distortion, "FLAT", 0.0)
     compress(base, finetuned, tmp_path / "delta", **SETTINGS[name])
     artifact, checkpoint = Artifact(tmp_path / "delta"), Checkpoint(base)
     assert any(entry.rows for entry in artifact.entries.values()) == (name == "classes of rows")
+    sketched = {entry.shape[0] < entry.shape[1] for entry in artifact.entries.values() if entry.sketched}
+    assert sketched == ({True, False} if name == "a sketch" else set())  # on the left and on the right
     reader = Reader(tmp_path / "delta", base)
     assert reader.manifest["weights"].keys() == artifact.entries.keys() == Checkpoint(finetuned).tensors.keys()
     for weight, entry in artifact.entries.items():
@@ -190,6 +196,9 @@ def edit_entry(**fields: object) -> Callable[[dict], None]:
         edit_entry(group_size=128),
         edit_entry(rotated="w"),
         edit_entry(rotated=3),
+        edit_entry(sketched=True),
+        edit_entry(sketched=1),
+        edit_entry(factored=[], sketched=True),
         edit_entry(rows=50),
         edit_entry(rows="all"),
         edit_entry(rows=[[109, 1]]),
@@ -370,9 +379,9 @@ def test_what_is_no_file_is_missing(make: Callable[[Path], None], artifact: Path
 def test_other_format_versions_are_refused(artifact: Path, tmp_path: Path) -> None:
     shutil.copytree(artifact, tmp_path / "copy")
     text = (artifact / MANIFEST).read_text()
-    text = text.replace(f'"format_version":{FORMAT_VERSION}', f'"format_version":{CHILD_VERSION + 1}')
+    text = re.sub(r'"format_version":\d', f'"format_version":{SKETCH_VERSION + 1}', text)
     (tmp_path / "copy" / MANIFEST).write_text(text)
-    message = f"version {CHILD_VERSION + 1}, and this deltacome reads versions {FORMAT_VERSION} and {CHILD_VERSION}"
+    message = f"version {SKETCH_VERSION + 1}, and this deltacome reads versions {FORMAT_VERSION} to {SKETCH_VERSION}"
     with pytest.raises(DeltacomeError, match=message):
         Artifact(tmp_path / "copy")
 

@@ -385,7 +385,7 @@ def test_too_many_parents(copies: Path, monkeypatch: pytest.MonkeyPatch, chain: 
 )
 def test_a_parent_that_is_not_as_the_format_has_it(fields: dict[str, Any], copies: Path) -> None:
     forge(copies / "v2", **fields)
-    with pytest.raises(DeltacomeError, match="is damaged: a parent is named in version 6, and in no other"):
+    with pytest.raises(DeltacomeError, match="is damaged: version 6 names a parent, 7 may, and no other does"):
         Artifact(copies / "v2")
 
 

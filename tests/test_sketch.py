@@ -7,7 +7,10 @@ from torch import Tensor
 from deltacome.compression.methods import MatrixDelta, make_method
 from deltacome.compression.methods.rate_distortion import FLAT
 from deltacome.compression.methods.sketch import Rest, flatness, noise, sketch
-from deltacome.format.terms import Factored, Term, add_terms, component_bits
+from deltacome.format.bits import pack, unpack
+from deltacome.format.directions import directions
+from deltacome.format.rotation import signs_of
+from deltacome.format.terms import Factored, Term, add_terms, component_bits, sketch_bits
 
 
 def flat(m: int, n: int, seed: int = 0) -> Tensor:
@@ -26,6 +29,16 @@ def rest_of(values: Tensor, rank: int) -> tuple[Rest, Tensor]:
     return Rest(values, u, s, v), values - (u.T * s) @ v
 
 
+@pytest.mark.parametrize(("count", "length"), [(1, 1), (7, 9), (33, 31), (40, 64), (100, 203), (576, 576), (3, 1100)])
+def test_directions(count: int, length: int) -> None:
+    found = directions(count, length)
+    assert found.dtype == torch.int32
+    signs = signs_of(length).tolist()
+    plus = [[((-1) ** (k & j).bit_count() * signs[j] > 0) for j in range(length)] for k in range(count)]
+    assert unpack(found, 1, length).bool().tolist() == plus
+    assert torch.equal(found, pack(torch.tensor(plus).int(), 1))  # bits behind the last are zero
+
+
 @pytest.mark.parametrize("shape", [(256, 128), (128, 256), (91, 203), (203, 91), (1, 7), (60, 109)])
 @pytest.mark.parametrize("rank", [0, 5])
 @pytest.mark.parametrize("is_rotated", [True, False])
@@ -34,9 +47,8 @@ def test_a_sketch_is_noise_alone(shape: tuple[int, int], rank: int, is_rotated: 
     energy = float(matrix.double().square().sum())
     assert rest.energy() == pytest.approx(energy, rel=1e-4)
     for count in {max(1, min(shape) // 4), min(shape)}:
-        u, v, scale = sketch(rest, count, is_rotated)
-        assert u.shape == (count, shape[0]) and v.shape == (count, shape[1])
-        term = Factored.from_codes(1, u, v, scale, rotated="uv" if is_rotated else "")
+        term = sketch(rest, count, "uv" if is_rotated else "")
+        assert term.rank == count and term.shape == shape
         found = add_terms(torch.zeros(shape), [term])
         assert float((found * matrix).sum()) == pytest.approx(energy, rel=0.01)  # scales are bfloat16's
         if min(shape) > 50:
@@ -82,4 +94,4 @@ def test_flatness() -> None:
 
 def _bits(term: Term) -> int:
     assert isinstance(term, Factored)
-    return term.rank * component_bits(term.bits, *term.shape)
+    return term.rank * (sketch_bits(*term.shape) if term.sketched else component_bits(term.bits, *term.shape))

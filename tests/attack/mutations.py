@@ -167,7 +167,7 @@ def forge_entry(files: Files, random: Random) -> None:
     manifest = bare(files)
     entry = random.choice(list(manifest["weights"].values()))
     key = random.choice(
-        ["shape", "dtype", "base", "factored", "rotated", "rows", "group_size", "sign", "dense", "error"]
+        ["shape", "dtype", "base", "factored", "sketched", "rotated", "rows", "group_size", "sign", "dense", "error"]
     )
     entry[key] = random.choice(VALUES)
     sign(files, manifest)

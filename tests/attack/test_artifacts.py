@@ -20,6 +20,7 @@ from commands import run
 from conftest import Save, fine_tune, make_model, make_other
 from deltacome import Artifact, DeltacomeError, compress, load, merge
 from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.compression.methods import rate_distortion
 from deltacome.format.artifact import digests
 
 MOST_MEMORY = 2**30  # bytes more than at the start
@@ -81,7 +82,7 @@ CHECKING = ("verify", "merge", "load")  # promise to notice any damage
 
 @pytest.fixture(scope="module")
 def artifacts(save: Save, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Doors, Files]]:
-    """Embeddings by rows and a grown vocabulary, biases and groups, signs, coded bits, a delta on one of the first."""
+    """Sketches, embeddings by rows, a grown vocabulary, biases and groups, signs, coded bits, a delta on another."""
     found = []
     kinds: list[tuple[Callable[..., Any], dict[str, Any]]] = [
         (lambda: make_model(num_hidden_layers=1, tie_word_embeddings=True), {"ratio": 3}),
@@ -108,7 +109,10 @@ def artifacts(save: Save, tmp_path_factory: pytest.TempPathFactory) -> list[tupl
             compress(base, finetuned, folder / "parent", ratio=3)
             fine_tune(model, 2)
             finetuned = save(model, "next")
-        compress(base, finetuned, folder / "delta", **options)
+        with pytest.MonkeyPatch.context() as patch:
+            if not number:
+                patch.setattr(rate_distortion, "FLAT", 0.0)
+            compress(base, finetuned, folder / "delta", **options)
         files = {path.name: path.read_bytes() for path in (folder / "delta").iterdir()}
         assert {"config.json", "generation_config.json", "chat_template.jinja"} <= files.keys() or number
         doors = Doors(base, folder)

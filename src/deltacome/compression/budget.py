@@ -132,7 +132,7 @@ class Budget:
         for p in self.matrices:
             factored = tuple(terms.get(p.name, ()))
             typical = WeightEntry(
-                p.name, p.shape, p.dtype, p.base_name, factored, rotated, group_size=group_size, error=0.1234
+                p.name, p.shape, p.dtype, p.base_name, factored, rotated=rotated, group_size=group_size, error=0.1234
             )
             overhead += typical.metadata_bytes + (p.shape[0] - p.rows) * p.shape[1] * p.dtype.itemsize
         return overhead

@@ -18,6 +18,7 @@ from deltacome.format.manifest import (
     CHILD_VERSION,
     FORMAT_VERSION,
     MODEL_CARD,
+    SKETCH_VERSION,
     WEIGHTS,
     WeightEntry,
     linear_ratio,
@@ -83,8 +84,9 @@ def write_artifact(
             shutil.copyfile(path, folder / path.name)
             files[path.name] = digest
     root, parent = (base.base, base.artifact) if isinstance(base, Rebuilt) else (base, None)
+    version = FORMAT_VERSION if parent is None else CHILD_VERSION
     manifest: dict[str, Any] = {
-        "format_version": FORMAT_VERSION if parent is None else CHILD_VERSION,
+        "format_version": SKETCH_VERSION if any(entry.sketched for entry in entries) else version,
         "deltacome": __version__,
         "method": method,
         "base": {"name": root.name, "fingerprint": root.fingerprint()},

@@ -15,6 +15,7 @@ from deltacome.format import digests
 from deltacome.format.lineage import ParentError, find_lineage, locate_artifact
 from deltacome.format.manifest import (
     MANIFEST,
+    SKETCH_VERSION,
     WeightEntry,
     check_fields,
     is_weight_file,
@@ -85,6 +86,9 @@ class Artifact:
                 self.entries[name] = WeightEntry.parse(name, fields)
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{name}: {error}") from error
+        is_sketched = any(entry.sketched for entry in self.entries.values())
+        if is_sketched != (self.manifest["format_version"] == SKETCH_VERSION):
+            raise ValueError(f"a sketch is in version {SKETCH_VERSION}, and in no other")
         self.weights = self.entries if self.parent is None else self._with_parent(self.parent)
         self._check_stacks()
 

@@ -21,6 +21,8 @@ from deltacome.weights import is_embedding, is_matrix
 
 FORMAT_VERSION = 5
 CHILD_VERSION = 6  # of an artifact with a parent, which readers of version 5 would leave out
+SKETCH_VERSION = 7  # of one with a sketch, whether it has a parent or not
+VERSIONS = (FORMAT_VERSION, CHILD_VERSION, SKETCH_VERSION)
 MANIFEST = "deltacome.json"
 WEIGHTS = "delta"
 MODEL_CARD = "README.md"
@@ -48,15 +50,17 @@ def term_tensors(terms: list[Term], shape: tuple[int, ...]) -> tuple[dict[str, A
     """The fields of `WeightEntry` that describe the terms of a weight, and their tensors by the suffix of their names.
 
     The factored terms of a weight all have the same groups and rotations; those of the same rows come one after the
-    other, and no row is in two classes of rows.
+    other, no row is in two classes of rows, and a sketch is the last one of a weight that has no classes.
     """
     fields: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     factored = [term for term in terms if isinstance(term, Factored)]
     if factored:
         fields["factored"] = tuple((term.bits, term.rank) for term in factored)
-        tensors["codes"] = torch.cat([part.reshape(-1) for term in factored for part in (term.u, term.v)])
+        tensors["codes"] = torch.cat([part.reshape(-1) for term in factored for part in _stored(term)])
         tensors["scales"] = torch.cat([term.scale for term in factored])
+        if factored[-1].sketched:
+            fields["sketched"] = True
         if factored[0].rotated:
             fields["rotated"] = factored[0].rotated
         groups = [term.groups for term in factored if term.groups is not None]
@@ -77,6 +81,13 @@ def term_tensors(terms: list[Term], shape: tuple[int, ...]) -> tuple[dict[str, A
             fields["coded"] = (term.dtype, len(term.data))
             tensors["coded"] = term.data
     return fields, tensors
+
+
+def _stored(term: Factored) -> list[Tensor]:
+    """The words of u and v that go into a file."""
+    if not term.sketched:
+        return [term.u, term.v]
+    return [term.u if term.shape[0] >= term.shape[1] else term.v]
 
 
 def _row_classes(terms: list[Factored], m: int) -> tuple[tuple[tuple[int, int], ...], Tensor]:
@@ -107,11 +118,11 @@ def class_bits(classes: int) -> int:
 class WeightEntry:
     """What the manifest says of one weight of the fine-tuned model.
 
-    base: its counterpart's name in the base, None if it has none. factored: (bits, rank) per term. rotated: the sides
-    of the factored terms that are stored rotated. rows: the classes that the rows fall into, of each how many rows it
-    has and how many of the factored terms, in order, are for these alone; empty if all terms are for all rows. dense:
-    the first row that is stored exactly, None if none is. coded: dtype and number of bytes of a `Coded` term, None
-    without one. error: relative Frobenius error of the rebuilt delta.
+    base: its counterpart's name in the base, None if it has none. factored: (bits, rank) per term. sketched: whether
+    the last of them is a sketch. rotated: the sides of the factored terms that are stored rotated. rows: the classes
+    that the rows fall into, of each how many rows it has and how many of the factored terms, in order, are for these
+    alone; empty if all terms are for all rows. dense: the first row that is stored exactly, None if none is. coded:
+    dtype and number of bytes of a `Coded` term, None without one. error: relative Frobenius error of the rebuilt delta.
     """
 
     name: str
@@ -119,6 +130,7 @@ class WeightEntry:
     dtype: torch.dtype
     base: str | None
     factored: tuple[tuple[int, int], ...] = ()
+    sketched: bool = False
     rotated: str = ""
     rows: tuple[tuple[int, int], ...] = ()
     group_size: int = 0
@@ -163,13 +175,17 @@ class WeightEntry:
             raise ValueError(f"base weight {base!r}")
         if group_size and (rotated or rows):
             raise ValueError("groups of rotated vectors or of some rows")
+        sketched = fields.get("sketched", False)
+        one_bit = bool(factored) and factored[-1][0] == 1
+        if not isinstance(sketched, bool) or (sketched and (not one_bit or group_size or rows)):
+            raise ValueError("a sketch of some rows, in groups, or not of one bit")
         coded = _coded(fields["coded"], dtype) if "coded" in fields else None
         if coded and (factored or sign or dense == 0 or not shape or 0 in shape or base is None):
             raise ValueError("coded bits beside other terms")
         error = fields.get("error")
         if error is not None and (isinstance(error, bool) or not isinstance(error, int | float)):
             raise ValueError(f"error {error!r}")
-        return cls(name, shape, dtype, base, factored, rotated, rows, group_size, sign, dense, coded, error)
+        return cls(name, shape, dtype, base, factored, sketched, rotated, rows, group_size, sign, dense, coded, error)
 
     def on(self, above: "WeightEntry | None") -> "WeightEntry":
         """What it comes to on its counterpart in a parent, see `Artifact`; not of a weight that is stored whole.
@@ -197,6 +213,8 @@ class WeightEntry:
             found["base"] = self.base
         if self.factored:
             found["factored"] = [list(part) for part in self.factored]
+        if self.sketched:
+            found["sketched"] = True
         if self.rotated:
             found["rotated"] = self.rotated
         if self.rows:
@@ -237,6 +255,8 @@ class WeightEntry:
                 for count, terms in self.blocks
                 for bits, rank in terms
             )
+            if self.sketched:
+                words -= self.factored[-1][1] * words_per_row(min(m, n), 1)
             rank = sum(rank for _, rank in self.factored)
             found[f"{self.name}.codes"] = (torch.int32, [words])
             found[f"{self.name}.scales"] = (torch.bfloat16, [rank])
@@ -305,7 +325,11 @@ class WeightEntry:
         group_zeros = _Cuts(read(f"{self.name}.group_zeros")) if size else None
         terms: list[Term] = []
         for rows, (count, own) in zip(rows_of, self.blocks, strict=True):
-            for bits, rank in own:
+            for number, (bits, rank) in enumerate(own, 1):
+                if self.sketched and number == len(own):
+                    words = codes.take(rank, words_per_row(max(m, n), 1))
+                    terms.append(Factored.sketch((m, n), words, scales.take(1, rank)[0], self.rotated))
+                    continue
                 u, v = (codes.take(rank, words_per_row(side, bits)) for side in (count, n))
                 groups = None
                 if group_scales is not None and group_zeros is not None:
@@ -427,10 +451,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         version = manifest["format_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DeltacomeError(f"{path} is damaged: it is not the JSON that was written ({error})") from error
-    if version not in (FORMAT_VERSION, CHILD_VERSION):
+    if version not in VERSIONS:
         raise DeltacomeError(
-            f"{folder} has format version {str(version)[:20]}, and this deltacome reads versions {FORMAT_VERSION} and "
-            f"{CHILD_VERSION}; install the release that wrote it, or compress again"
+            f"{folder} has format version {str(version)[:20]}, and this deltacome reads versions {FORMAT_VERSION} to "
+            f"{SKETCH_VERSION}; install the release that wrote it, or compress again"
         )
     start = len(DIGEST_START)
     blank = text[:start] + NO_DIGEST.encode() + text[start + len(NO_DIGEST) :]
@@ -441,9 +465,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DeltacomeError(f"{path} has been changed since it was written (its SHA-256 differs); fetch it again")
     if not isinstance(manifest.get("ratio"), int | float):
         raise DeltacomeError(f"{path} is damaged: it names no ratio")
-    is_child = version == CHILD_VERSION
-    if is_child != ("parent" in manifest) or (is_child and not _names_parent(manifest["parent"])):
-        raise DeltacomeError(f"{path} is damaged: a parent is named in version {CHILD_VERSION}, and in no other")
+    is_child = "parent" in manifest
+    fits = version in ((CHILD_VERSION, SKETCH_VERSION) if is_child else (FORMAT_VERSION, SKETCH_VERSION))
+    if not fits or (is_child and not _names_parent(manifest["parent"])):
+        raise DeltacomeError(
+            f"{path} is damaged: version {CHILD_VERSION} names a parent, {SKETCH_VERSION} may, and no other does"
+        )
     return manifest
 
 

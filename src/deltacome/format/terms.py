@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deltacome.format.bits import pack, unpack, words_per_row
+from deltacome.format.directions import directions
 from deltacome.format.rotation import unrotate
 
 SCALE_BITS = 16  # a component's scale is one bfloat16
@@ -25,6 +26,11 @@ def component_bits(bits: int, m: int, n: int, group_size: int = 0) -> int:
     words = words_per_row(m, bits) + words_per_row(n, bits)
     groups = groups_per_row(m, group_size) + groups_per_row(n, group_size) if group_size else 0
     return 32 * words + SCALE_BITS + GROUP_BITS * groups
+
+
+def sketch_bits(m: int, n: int) -> int:
+    """Bits on disk of one component of a sketch of an (m, n) matrix."""
+    return 32 * words_per_row(max(m, n), 1) + SCALE_BITS
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class Factored:
     u: int32, (rank, words of m). v: int32, (rank, words of n). scale: bfloat16, (rank,). shape: (m, n).
     rotated: the sides whose codes are of rotated vectors (`deltacome.format.rotation`): "", "u", "v" or "uv".
     rows: int64, (m,), ascending: the rows of the weight that the term adds to, its class; None if it adds to all.
+    sketched: the shorter side, v if both are as long, has `directions`, which no file needs to hold.
     """
 
     bits: int
@@ -62,6 +69,7 @@ class Factored:
     groups: Groups | None = None
     rotated: str = ""
     rows: Tensor | None = None
+    sketched: bool = False
 
     @classmethod
     def from_codes(
@@ -78,6 +86,13 @@ class Factored:
         shape = (u_codes.shape[1], v_codes.shape[1])
         u, v = pack(u_codes, bits), pack(v_codes, bits)
         return cls(bits, shape, u, v, scale.to(torch.bfloat16), groups, rotated, rows)
+
+    @classmethod
+    def sketch(cls, shape: tuple[int, int], words: Tensor, scale: Tensor, rotated: str = "") -> "Factored":
+        """Components of one bit with these words of the longer side's codes: int32, (rank, words of max(m, n))."""
+        given = directions(len(words), min(shape)).to(words.device)
+        u, v = (words, given) if shape[0] >= shape[1] else (given, words)
+        return cls(1, shape, u, v, scale.to(torch.bfloat16), rotated=rotated, sketched=True)
 
     @property
     def rank(self) -> int:

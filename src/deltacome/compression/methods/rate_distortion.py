@@ -17,11 +17,11 @@ from deltacome.compression.quantizers import Quantized, feed_back_in_blocks, fit
 from deltacome.compression.svd import Basis, find_basis, split_components
 from deltacome.format.manifest import MOST_CLASSES, class_bits
 from deltacome.format.rotation import rotate, rotated_diagonal
-from deltacome.format.terms import Factored, Term, component_bits
+from deltacome.format.terms import Factored, Term, component_bits, sketch_bits
 
 MOST_OF_SHARE = 2.0  # of its share of the bits that a linear hardly gets: what it takes is decomposed again
 FLAT = 0.25  # of `flatness`: AdamW's linear weights have .01 to .25, but for tiny updates; Muon's up to .76
-SKETCHED = (1 / 4, 1 / 2, 3 / 4)  # of a matrix's bits, of which the best share is taken
+SKETCHED = (1 / 4, 1 / 2, 3 / 4, 1)  # of a matrix's bits, of which the best share is taken
 TALL = 6  # times as many rows as columns has an embedding whose rows are put into classes
 
 
@@ -141,7 +141,7 @@ class RateDistortion:
         rest = float(part.rest.double().square().sum())
         plain = replace(spectrum, weight=1.0, drop_weight=spectrum.drop_weight * self.flat_weight)
         best = expected_error(plain, widths) + plain.drop_weight * rest
-        found, each = (widths, 0), component_bits(1, *spectrum.shape)
+        found, each = (widths, 0), sketch_bits(*spectrum.shape)
         for share in SKETCHED:
             count = min(*spectrum.shape, int(share * budget_bits / each))
             if not count:
@@ -166,24 +166,22 @@ class RateDistortion:
         dropped = torch.cat((part.s[widths == 0], part.rest))
         u, s, v, bits = part.u[order], part.s[order], part.v[order], widths[order][:, None]
         rotated = ("v" if delta.is_embedding else "uv") if self.rotate else ""
-        codes: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        beside: list[Term] = []
         if sketched:
-            codes[1] = [sketch(Rest(delta.values, u, s, v), sketched, self.rotate)]
+            beside.append(sketch(Rest(delta.values, u, s, v), sketched, rotated))
         elif not delta.is_embedding:
             s = s + self.restore * dropped.pow(3).sum() / s.square().sum()
+        terms: list[Term] = []
         if len(order):
             u, v = (rotate(x) if side in rotated else x for side, x in (("u", u), ("v", v)))
             u_hat, v_hat = quantize_rows(u, bits), self._round_inputs(v, bits, energy)
             scale = s * fit_scale(u_hat.values, u, "unbiased") * u_hat.step
             scale *= fit_scale(v_hat.values, v, "unbiased") * v_hat.step
-            for width in bits.unique().tolist():
-                of_width = bits[:, 0] == width
-                codes.setdefault(width, []).insert(0, (u_hat.codes[of_width], v_hat.codes[of_width], scale[of_width]))
-        terms: list[Term] = []
-        for width in sorted(codes, reverse=True):
-            u_codes, v_codes, scales = map(torch.cat, zip(*codes[width], strict=True))
-            terms.append(Factored.from_codes(width, u_codes, v_codes, scales, rotated=rotated, rows=part.block.rows))
-        return terms
+            for width in reversed(bits.unique().tolist()):
+                own = bits[:, 0] == width
+                codes = u_hat.codes[own], v_hat.codes[own], scale[own]
+                terms.append(Factored.from_codes(width, *codes, rotated=rotated, rows=part.block.rows))
+        return terms + beside
 
     def _blocks(self, delta: MatrixDelta) -> list[_Block]:
         """The whole matrix, or an embedding's rows in classes by the size of their change.

@@ -1,9 +1,8 @@
 """A sketch of what is left out: one-bit components of which one side is given and the other one follows.
 
-Singular vectors of a flat spectrum are no better than any other directions, and are distorted on either side. A sketch
-takes orthogonal directions p of signs, which one bit has exactly, and of the rest R only the signs of R p: raised so
-that <sketch, R> = |R|², it is noise, and no bias. It has the form of components, so that nothing that reads them has to
-know.
+Singular vectors of a flat spectrum are no better than any other directions, and each takes bits and is distorted on
+both sides. A sketch takes directions p of signs that every reader knows, and of the rest R only the signs of R p:
+raised so that <sketch, R> = |R|², it is noise, and no bias. Read, it is components as any others.
 """
 
 import math
@@ -12,7 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltacome.format.rotation import rotate, signs_of, unrotate
+from deltacome.format.bits import pack, unpack
+from deltacome.format.directions import directions
+from deltacome.format.rotation import rotate, unrotate
+from deltacome.format.terms import Factored
 
 PROBES = 16
 
@@ -48,7 +50,7 @@ def flatness(values: Tensor) -> float:
 
     The fourth powers are estimated, by what the matrix and its transpose make of a few directions.
     """
-    directions = _directions(PROBES, values.shape[1]).to(values)
+    directions = _signs(PROBES, values.shape[1]).to(values)
     fourth = ((directions @ values.T) @ values).double().square().sum() / PROBES
     return float(values.double().square().sum().square() / (min(values.shape) * fourth))
 
@@ -58,30 +60,20 @@ def noise(shape: tuple[int, int], count: int) -> float:
     return math.pi / 2 * min(shape) / count - 1
 
 
-def sketch(rest: Rest, count: int, is_rotated: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of one bit of u (count, m) and v (count, n), of rotated vectors or of plain ones, and scales (count,).
-
-    As `Factored.from_codes` takes them. count: of components, at most the shorter side.
-    """
+def sketch(rest: Rest, count: int, rotated: str) -> Factored:
+    """A sketch of `count` components, at most the shorter side; `rotated` as in `Factored`: "uv" or ""."""
     m, n = rest.values.shape
-    given = _directions(count, min(m, n)).to(rest.values)
-    plain = unrotate(given) if is_rotated else given
+    given = _signs(count, min(m, n)).to(rest.values)
+    plain = unrotate(given) if rotated else given
     found = rest.along(plain) if n <= m else rest.against(plain)
-    found = rotate(found) if is_rotated else found
+    found = rotate(found) if rotated else found
     squares, sums = found.square().sum(1), found.abs().sum(1)
     raised = rest.energy() * min(m, n) / squares.sum().clamp_min(torch.finfo(squares.dtype).tiny)
     # An entry is half of a sign on each side.
     scale = 4 * raised / min(m, n) * squares / sums.clamp_min(torch.finfo(sums.dtype).tiny)
-    codes = (found >= 0).int(), (given >= 0).int()
-    return (*(codes if n <= m else codes[::-1]), scale)
+    return Factored.sketch((m, n), pack((found >= 0).int(), 1), scale, rotated)
 
 
-def _directions(count: int, length: int) -> Tensor:
-    """Signs (count, length), the rows orthogonal or nearly: of Walsh functions, cut, with random signs of the columns.
-
-    Without these, rotated back in blocks, a direction would be a few of the entries.
-    """
-    both = torch.arange(count)[:, None] & torch.arange(length)
-    for shift in (16, 8, 4, 2, 1):
-        both ^= both >> shift
-    return (1 - 2 * (both & 1)) * signs_of(length)
+def _signs(count: int, length: int) -> Tensor:
+    """`directions` as +1 and -1, (count, length)."""
+    return 2 * unpack(directions(count, length), 1, length) - 1

@@ -56,26 +56,27 @@ def test_streamed_moments_are_those_of_the_whole_model(
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"])
-def test_streamed_energies_are_those_of_the_whole_model(family: str, save: Save) -> None:
+def test_streamed_inputs_are_those_of_the_whole_model(family: str, save: Save) -> None:
     """Of random tokens, biases left out, an untied head not measured."""
     checkpoint = Checkpoint(save(make_other(family)))
     ids, mask = random_tokens(checkpoint)
     total: list[float] = []
-    found = CalibrationStream(checkpoint, ids, mask).energies(lambda _: True, checkpoint.read_float, total.append)
+    found = CalibrationStream(checkpoint, ids, mask).inputs(lambda _: True, checkpoint.read_float, total.append)
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
     expected: dict[str, Tensor] = {}
     for name, layer in model.base_model.named_modules(prefix=model.base_model_prefix):
         if isinstance(layer, nn.Linear):
 
             def measure(layer: nn.Linear, arguments: tuple[Tensor], output: Tensor, name: str = name) -> None:
-                expected[f"{name}.weight"] = arguments[0].double().square().mean((0, 1)).float()
+                x = arguments[0].double()
+                expected[f"{name}.weight"] = torch.stack((x.square().mean((0, 1)), x.mean((0, 1)))).float()
 
             layer.register_forward_hook(measure)
     with torch.inference_mode():
         model(input_ids=ids)
     assert found.keys() == expected.keys()
-    for name, energies in expected.items():
-        torch.testing.assert_close(found[name], energies, rtol=1e-3, atol=1e-4 * float(energies.max()))
+    for name, inputs in expected.items():
+        torch.testing.assert_close(found[name], inputs, rtol=1e-3, atol=1e-4 * float(inputs.max()))
     assert sum(total) == sum(checkpoint.tensors[name].elements for name in found)
 
 
@@ -271,20 +272,21 @@ def test_experts_are_measured_each_on_its_own_tokens(family: str, save: Save, mo
     assert len(expected) == 2 * 3 * (3 if family == "mixtral" else 17)
     linears = {name for name, info in checkpoint.tensors.items() if "layers" in name and len(info.shape) == 2}
     monkeypatch.setattr(module, "FEWEST_TOKENS", 200)
-    energies = CalibrationStream(checkpoint, ids, mask).energies(lambda _: True, checkpoint.read_float, lambda _: None)
+    inputs = CalibrationStream(checkpoint, ids, mask).inputs(lambda _: True, checkpoint.read_float, lambda _: None)
     moments: dict[str, Tensor] = {}
     stream = CalibrationStream(checkpoint, ids, mask)
     stream.run(lambda _: True, checkpoint.read_float, checkpoint.read_float, moments.update)
     few = {name for name, x in expected.items() if len(x) < 200}
     assert not few if family == "mixtral" else 0 < len(few) < len(expected)
     for name, x in expected.items():
-        assert (name in energies) == (name in moments) == (name not in few)
+        assert (name in inputs) == (name in moments) == (name not in few)
         if name not in few:
             moment = (x.T @ x / len(x)).float()
-            torch.testing.assert_close(energies[name], moment.diag(), rtol=1e-3, atol=1e-4 * float(moment.max()))
+            both = torch.stack((moment.diag(), x.mean(0).float()))
+            torch.testing.assert_close(inputs[name], both, rtol=1e-3, atol=1e-4 * float(moment.max()))
             torch.testing.assert_close(moments[name], moment, rtol=1e-3, atol=1e-4 * float(moment.max()))
-    assert energies.keys() <= linears  # routers are no linears of torch's
-    assert {name.split(".")[-2] for name in energies} >= {"q_proj", "o_proj"}
+    assert inputs.keys() <= linears  # routers are no linears of torch's
+    assert {name.split(".")[-2] for name in inputs} >= {"q_proj", "o_proj"}
 
 
 def test_padding_is_no_input_of_experts(save: Save) -> None:
@@ -293,12 +295,12 @@ def test_padding_is_no_input_of_experts(save: Save) -> None:
     padded = torch.cat((ids, torch.zeros_like(ids)), 1)
     of = [(ids, mask), (padded, torch.cat((mask, torch.zeros_like(mask)), 1))]
     plain, other = (
-        CalibrationStream(checkpoint, *tokens).energies(lambda _: True, checkpoint.read_float, lambda _: None)
+        CalibrationStream(checkpoint, *tokens).inputs(lambda _: True, checkpoint.read_float, lambda _: None)
         for tokens in of
     )
     assert plain.keys() == other.keys()
-    for name, energies in plain.items():
-        torch.testing.assert_close(other[name], energies, rtol=1e-3, atol=1e-5)
+    for name, inputs in plain.items():
+        torch.testing.assert_close(other[name], inputs, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
@@ -366,17 +368,17 @@ def test_sensitivities_are_the_kl_of_small_errors(family: str, save: Save) -> No
     assert sum(done) == 2 * sum(parameter.numel() for layer in stream.layers for parameter in layer.parameters())
 
 
-def test_energies_come_with_sensitivities(save: Save) -> None:
+def test_inputs_come_with_sensitivities(save: Save) -> None:
     """As they are measured by themselves, though only some sequences are gone back through."""
     checkpoint = Checkpoint(save(make_model()))
     stream = CalibrationStream(checkpoint, *random_tokens(checkpoint))
-    expected = stream.energies(lambda _: True, checkpoint.read_float, lambda _: None)
+    expected = stream.inputs(lambda _: True, checkpoint.read_float, lambda _: None)
     alone = CalibrationStream(checkpoint, stream.ids[:3], stream.mask[:3])
     sensitivities = measure_sensitivities(alone, checkpoint.read_float, lambda _: None)
-    energies: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
     stream = CalibrationStream(checkpoint, *random_tokens(checkpoint))
-    found = measure_sensitivities(stream, checkpoint.read_float, lambda _: None, 3, energies)
-    assert energies.keys() == expected.keys()
+    found = measure_sensitivities(stream, checkpoint.read_float, lambda _: None, 3, inputs)
+    assert inputs.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(energies[name], value)
+        torch.testing.assert_close(inputs[name], value)
     assert found == pytest.approx(sensitivities, rel=1e-3)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from deltacome.compression.methods import MatrixDelta, make_method
 from deltacome.compression.methods.rate_distortion import FLAT
-from deltacome.compression.methods.sketch import Rest, flatness, noise, sketch
+from deltacome.compression.methods.sketch import Rest, along_mean, flatness, noise, sketch
 from deltacome.format.bits import pack, unpack
 from deltacome.format.directions import directions
 from deltacome.format.rotation import signs_of
@@ -70,6 +70,33 @@ def test_no_direction_is_left_out() -> None:
         answers[weight] = (u.T @ found @ v.T).diagonal()[150:] / s[150:]
     assert abs(float(answers[0.0].mean())) < 0.1
     assert 0.7 < float(answers[30.0].mean()) < 1.3
+
+
+@pytest.mark.parametrize("shape", [(256, 192), (60, 203), (8, 1)])
+@pytest.mark.parametrize("rotated", ["uv", ""])
+def test_the_mean_input_is_answered(shape: tuple[int, int], rotated: str) -> None:
+    values, mean = flat(*shape), flat(1, shape[1], seed=1)[0]
+    rest, _ = rest_of(values, 0)
+    terms: list[Term] = [sketch(rest, max(1, min(shape) // 4), rotated)]
+    errors = []
+    for more in ([], along_mean(values, mean, terms, 4, rotated)):
+        found = add_terms(torch.zeros(shape), [*terms, *more])
+        errors.append((found - values).square().sum())
+        errors.append(((found - values) @ mean).square().sum())
+    assert errors[3] < 0.03 * errors[1]  # what 4 bits leave of a side
+    assert errors[2] < errors[0]
+
+
+def test_the_mean_input_costs_nothing_beside_the_budget() -> None:
+    values, mean = flat(256, 200), flat(1, 200, seed=1)[0]
+    answers = []
+    for known in (None, mean):
+        terms = make_method("rate-distortion").compress(MatrixDelta(values, mean=known), 0.5 * values.numel())
+        assert sum(_bits(term) for term in terms) <= 0.5 * values.numel()
+        assert sum(term.rank for term in terms if isinstance(term, Factored)) <= 200
+        answers.append(float(((add_terms(torch.zeros_like(values), terms) - values) @ mean).norm()))
+    assert answers[1] < 0.2 * answers[0]
+    assert along_mean(values, torch.zeros(200), [], 4, "uv") == along_mean(0 * values, mean, [], 4, "uv") == []
 
 
 def test_steep_spectra_have_no_sketch() -> None:

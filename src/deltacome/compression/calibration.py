@@ -1,4 +1,4 @@
-"""Second moments, or energies, of the inputs of every linear layer, computed a decoder layer at a time.
+"""Second moments, or energies and means, of the inputs of every linear layer, computed a decoder layer at a time.
 
 The model is built without weights. A decoder layer has its weights only while the calibration data passes through it,
 so memory holds one layer, the second moments of its linears and the hidden states of the data.
@@ -72,10 +72,8 @@ class CalibrationStream:
         self.own_head = head if is_own else None  # untied
         self.ids, self.mask = ids.to(device), mask.to(device)
 
-    def energies(
-        self, wanted: Callable[[str], bool], read: Read, advance: Callable[[float], None]
-    ) -> dict[str, Tensor]:
-        """E[x²] of the inputs x of each wanted linear, float32 (inputs,), by its checkpoint name.
+    def inputs(self, wanted: Callable[[str], bool], read: Read, advance: Callable[[float], None]) -> dict[str, Tensor]:
+        """E[x²] and E[x] of the inputs x of each wanted linear, float32 (2, inputs), by its checkpoint name.
 
         Args:
             read: a weight of a checkpoint name.
@@ -103,7 +101,7 @@ class CalibrationStream:
             wanted: whether the weight of a checkpoint name is to be measured; a layer without any is only passed.
             read: the fine-tuned weight of a checkpoint name, for the layer that is measured.
             read_compressed: the rebuilt weight of a checkpoint name, for all that lies before that layer. Without it
-                the inputs come through the fine-tuned layers, and energies are measured, see `energies`.
+                the inputs come through the fine-tuned layers, and what is measured is that of `inputs`.
             on_layer: gets the second moments E[x xT], float32 (inputs, inputs), of a layer's linears by checkpoint
                 name and compresses them; called for each decoder layer in turn, and at last for an untied head.
         """
@@ -139,7 +137,7 @@ class CalibrationStream:
         prefix = self.prefixes[id(layer)]
         names = {own for name, _ in layer.named_parameters(prefix) for own in self.sources.of(name)}
         if any(map(self.wanted, names)):
-            moments = Moments(self.mask, energies_of if self.read_compressed is None else _second_moment)
+            moments = Moments(self.mask, inputs_of if self.read_compressed is None else _second_moment)
             with self.observing(layer, moments.add):
                 output = self.forward_rows(layer, self.weights(layer, self.read), moments, hidden, arguments, options)
             self.on_layer(moments.means())
@@ -252,9 +250,9 @@ def _second_moment(x: Tensor) -> Tensor:
     return x.T @ x
 
 
-def energies_of(x: Tensor) -> Tensor:
-    """The sums of squares of rows x (tokens, inputs), by input."""
-    return x.square().sum(0)
+def inputs_of(x: Tensor) -> Tensor:
+    """The sums of squares of rows x (tokens, inputs) and of themselves, by input: (2, inputs)."""
+    return torch.stack((x.square().sum(0), x.sum(0)))
 
 
 def _skeleton(checkpoint: Checkpoint, device: torch.device) -> Any:

@@ -29,8 +29,8 @@ class Matrices:
 
     store: for what is finished. shared: for what other ratios have a use for too. is_last: whether no other ratio
     comes after this one. pairs: by name, of these matrices and any other weights. layers, bits_per_weight: see
-    `MatrixDelta`; layers by kind of matrix. device: where the arithmetic is done. energies, sensitivities, budgets
-    (bits): by matrix, empty as long as they are not known.
+    `MatrixDelta`; layers by kind of matrix. device: where the arithmetic is done. inputs (energies and means, (2, n)),
+    sensitivities, budgets (bits): by matrix, empty as long as they are not known.
     """
 
     base: Checkpoint
@@ -43,7 +43,7 @@ class Matrices:
     shared: Store
     is_last: bool = True
     device: torch.device = CPU
-    energies: Mapping[str, Tensor] = field(default_factory=dict)
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
     sensitivities: Mapping[str, float] = field(default_factory=dict)
     budgets: Mapping[str, float] = field(default_factory=dict)
 
@@ -96,12 +96,12 @@ class Matrices:
 
     def _known(self, name: str, second_moment: Tensor | None) -> MatrixDelta:
         """All that the method gets to know of a matrix but for its bases."""
-        sensitivity, energy = sensitivity_of(name, self.sensitivities), self.energies.get(name)
+        sensitivity, inputs = sensitivity_of(name, self.sensitivities), self.inputs.get(name)
         values, _ = read_delta(self.pairs[name], self.base, self.finetuned)
         values = values.to(self.device)
-        energy = None if energy is None else energy.to(self.device)
-        layers = self.layers[module_kind(name)]
-        return MatrixDelta(values, is_embedding(name), second_moment, energy, sensitivity, layers, self.bits_per_weight)
+        energy, mean = (None, None) if inputs is None else inputs.to(self.device)
+        layers, bits = self.layers[module_kind(name)], self.bits_per_weight
+        return MatrixDelta(values, is_embedding(name), second_moment, energy, mean, sensitivity, layers, bits)
 
     def _bases(self, name: str) -> tuple[Basis, ...]:
         """A matrix's bases, as far as they have been found."""

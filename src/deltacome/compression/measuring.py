@@ -36,23 +36,23 @@ def measure_inputs(
     warn: Callable[[str], None],
     device: torch.device = CPU,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Energies and sensitivities of matrices by name, as `MatrixDelta` has them.
+    """Of matrices by name energies and means together, (2, n), and sensitivities, as `MatrixDelta` has them.
 
-    Measured by random tokens, the energies in equal parts by the calibration data, if there are any; only once a run,
+    Measured by random tokens, the former in equal parts by the calibration data, if there are any; only once a run,
     however often that is killed, and for however many ratios.
     """
     stored = store.load_intermediate("inputs")
     if stored is None:
-        energies, sensitivities = measure(finetuned, matrices, calibration, warn, device)
-        kept = {f"energy {name}": energy for name, energy in energies.items()}
+        inputs, sensitivities = measure(finetuned, matrices, calibration, warn, device)
+        kept = {f"inputs {name}": found for name, found in inputs.items()}
         for name, value in sensitivities.items():
             kept[f"sensitivity {name}"] = torch.tensor(value, dtype=torch.float64)  # to the last bit
         store.save_intermediate("inputs", kept)
-        return energies, sensitivities
-    if matrices and not any(name.startswith("energy ") for name in stored):
+        return inputs, sensitivities
+    if matrices and not any(name.startswith("inputs ") for name in stored):
         warn("the inputs of the layers could not be measured at the first go, so linears count alike")
     return (
-        {name.removeprefix("energy "): found for name, found in stored.items() if name.startswith("energy ")},
+        {name.removeprefix("inputs "): found for name, found in stored.items() if name.startswith("inputs ")},
         {
             name.removeprefix("sensitivity "): float(found)
             for name, found in stored.items()
@@ -70,13 +70,13 @@ def measure(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """What `measure_inputs` gives, with nothing stored; nothing of what cannot be measured."""
     sizes = {p.name: torch.Size(p.shape).numel() for p in matrices if not is_embedding(p.name)}
-    energies: list[dict[str, Tensor]] = []
+    inputs: list[dict[str, Tensor]] = []
     sensitivities: dict[str, float] = {}
     with bar("measuring inputs", (3 if calibration else 2) * sum(sizes.values())) as advance:
         try:
             stream = _random_stream(finetuned, device)
-            energies.append({})
-            found = measure_sensitivities(stream, finetuned.read_float, advance, SEQUENCES, energies[0])
+            inputs.append({})
+            found = measure_sensitivities(stream, finetuned.read_float, advance, SEQUENCES, inputs[0])
             sensitivities = _relative(found, sizes)
         except UNFIT as error:
             if is_out_of_memory(error):
@@ -84,15 +84,16 @@ def measure(
             reason = str(error).splitlines()[0].split(";")[0] if str(error) else type(error).__name__
             warn(
                 f"what errors of the weights cost could not be measured, so linears count alike: {reason}"
-                if any(energies)
+                if any(inputs)
                 else f"the inputs of the layers could not be measured, so linears count alike: {reason}"
             )
         if calibration is not None:
-            energies.append(calibration.energies(sizes.__contains__, finetuned.read_float, advance))
+            inputs.append(calibration.inputs(sizes.__contains__, finetuned.read_float, advance))
     merged: dict[str, Tensor] = {}
-    for name in sorted(sizes.keys() & set().union(*energies)):
-        each = [own[name] for own in energies if name in own]
-        mean = torch.stack([x / x.mean().clamp_min(1e-30) for x in each]).mean(0)
+    for name in sorted(sizes.keys() & set().union(*inputs)):
+        each = [own[name] for own in inputs if name in own]
+        size = torch.tensor([1.0, 0.5])  # powers of the energy's unit
+        mean = torch.stack([x / x[0].mean().clamp_min(1e-30).cpu().pow(size)[:, None].to(x) for x in each]).mean(0)
         if torch.isfinite(mean).all():  # not so if the model overflows; then this layer's inputs count alike
             merged[name] = mean.cpu()
     return merged, sensitivities

@@ -293,10 +293,8 @@ def _compress_weights(run: _Run, journal: Journal, tokens: Tokens | None) -> Non
     run.last_budget.check_reachable(journal.entries)
     if method.statistics == "energies":
         with run.phase("inputs"):
-            energies, sensitivities = measure_inputs(
-                run.finetuned, budget.matrices, stream, shared, run.warn, run.device
-            )
-        work = replace(work, energies=energies, sensitivities=sensitivities)
+            inputs, sensitivities = measure_inputs(run.finetuned, budget.matrices, stream, shared, run.warn, run.device)
+        work = replace(work, inputs=inputs, sensitivities=sensitivities)
     spectra: Mapping[str, list[Spectrum]] = {}
     if budget.ratio is not None and isinstance(method, SharesByError):
         with run.phase("singular values"):

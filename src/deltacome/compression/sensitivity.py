@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from deltacome.checkpoints.parameter_sources import Read
-from deltacome.compression.calibration import CalibrationStream, Moments, Product, energies_of, take_rows
+from deltacome.compression.calibration import CalibrationStream, Moments, Product, inputs_of, take_rows
 
 HEAD_TOKENS = 128  # whose logits are in memory
 
@@ -32,7 +32,7 @@ def measure_sensitivities(
     read: Read,
     advance: Callable[[float], None],
     sequences: int | None = None,
-    energies: dict[str, Tensor] | None = None,
+    inputs: dict[str, Tensor] | None = None,
 ) -> dict[str, float]:
     """Sensitivities, in nats a token for a squared error of 2, by checkpoint name: of linears, embedding and head.
 
@@ -43,7 +43,7 @@ def measure_sensitivities(
         read: a weight of a checkpoint name.
         advance: called with the weights of each layer, forwards and backwards.
         sequences: how many of the first are gone back through; all, if not given.
-        energies: gets what `CalibrationStream.energies` gives of all linears, on the way forwards.
+        inputs: gets what `CalibrationStream.inputs` gives of all linears, on the way forwards.
     """
     model, count = stream.model, len(stream.ids)
     chosen = slice(sequences)
@@ -53,7 +53,7 @@ def measure_sensitivities(
         del layer.forward  # the class's own again
         own = take_rows((hidden.detach(), *arguments), chosen, count), take_rows(options, chosen, count)
         calls.append((layer, own[0][0], own[0][1:], own[1]))
-        moments = Moments(stream.mask, energies_of)
+        moments = Moments(stream.mask, inputs_of)
         weights = stream.weights(layer, read)
         with torch.no_grad(), stream.observing(layer, moments.add):
             output = stream.forward_rows(layer, weights, moments, hidden, arguments, options)
@@ -67,8 +67,8 @@ def measure_sensitivities(
     measured: dict[str, Tensor] = {}
     with torch.enable_grad():
         hidden = stream.forward(read, forward)
-    if energies is not None:
-        energies.update(measured)
+    if inputs is not None:
+        inputs.update(measured)
     embedding_name = stream.name_of(model.get_input_embeddings())
     head_name = embedding_name if stream.own_head is None else stream.name_of(stream.own_head)
     weight = read(head_name).float().to(stream.device)
@@ -80,12 +80,12 @@ def measure_sensitivities(
     assert last[0].grad is not None
     gradient = last[0].grad[chosen]
     sums: dict[str, list[float]] = {}  # numbers: small tensors between large ones keep memory from being given back
-    for layer, inputs, arguments, options in reversed(calls):
+    for layer, entering, arguments, options in reversed(calls):
         weights = stream.weights(layer, read)
         with torch.enable_grad(), stream.observing(layer, partial(_add, sums, own_count, length)):
-            output = torch.func.functional_call(layer, weights, (inputs.requires_grad_(), *arguments), options)
+            output = torch.func.functional_call(layer, weights, (entering.requires_grad_(), *arguments), options)
             _first(output).backward(gradient)
-        gradient = inputs.grad
+        gradient = entering.grad
         assert gradient is not None
         advance(sum(weight.numel() for weight in weights.values()))
     found |= {name: torch.tensor(own) / stream.tensors[name].elements / length for name, own in sums.items()}

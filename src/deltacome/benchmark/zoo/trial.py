@@ -51,16 +51,18 @@ class Trial:
         self.base, self.finetuned = Checkpoint(base), Checkpoint(member)
         self.pairs = {p.name: p for p in pair(self.base, self.finetuned)}
         matrices = [p for p in self.pairs.values() if p.is_matrix]
-        energies, sensitivities = measure(self.finetuned, matrices, None, print_warning)
+        inputs, sensitivities = measure(self.finetuned, matrices, None, print_warning)
         layers = count_layers(p.name for p in matrices)
         self.matrices: dict[str, MatrixDelta] = {}
         for p in matrices:
             values, _ = read_delta(p, self.base, self.finetuned)
             if values.any():
+                energy, mean = inputs.get(p.name, (None, None))
                 self.matrices[p.name] = MatrixDelta(
                     values,
                     is_embedding(p.name),
-                    energy=energies.get(p.name),
+                    energy=energy,
+                    mean=mean,
                     sensitivity=sensitivity_of(p.name, sensitivities),
                     layers=layers[module_kind(p.name)],
                 )

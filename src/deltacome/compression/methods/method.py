@@ -20,6 +20,7 @@ class MatrixDelta:
     is_embedding: whether it is an embedding or a language-model head, whose rows are tokens.
     second_moment: E[x xT], (n, n); None if it was not measured.
     energy: E[x²] of each input, (n,), scaled to a mean of 1; None if it was not measured.
+    mean: E[x], (n,), in the same unit; None if it was not measured.
     layers: how many matrices of its kind the model has, one a layer.
     bits_per_weight: what the asked ratio leaves each weight of the model.
     sensitivity: what a unit of squared error in the weight costs in KL, to second order, against the geometric mean of
@@ -31,6 +32,7 @@ class MatrixDelta:
     is_embedding: bool = False
     second_moment: Tensor | None = None
     energy: Tensor | None = None
+    mean: Tensor | None = None
     sensitivity: float = 1.0
     layers: int = 1
     bits_per_weight: float = 1.0

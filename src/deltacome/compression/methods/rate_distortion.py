@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deltacome.compression.allocation import Spectrum, allocate, expected_error
 from deltacome.compression.methods.method import MatrixDelta, Statistics
-from deltacome.compression.methods.sketch import Rest, flatness, noise, sketch
+from deltacome.compression.methods.sketch import Rest, along_mean, flatness, noise, sketch
 from deltacome.compression.quantizers import Quantized, feed_back_in_blocks, fit_scale, quantize_rows
 from deltacome.compression.svd import Basis, find_basis, split_components
 from deltacome.format.manifest import MOST_CLASSES, class_bits
@@ -21,6 +21,7 @@ from deltacome.format.terms import Factored, Term, component_bits, sketch_bits
 
 MOST_OF_SHARE = 2.0  # of its share of the bits that a linear hardly gets: what it takes is decomposed again
 FLAT = 0.25  # of `flatness`: AdamW's linear weights have .01 to .25, but for tiny updates; Muon's up to .76
+MEAN_BITS = 4  # of a component that makes good what a sketch errs by along the mean input
 SKETCHED = (1 / 4, 1 / 2, 3 / 4, 1)  # of a matrix's bits, of which the best share is taken
 TALL = 6  # times as many rows as columns has an embedding whose rows are put into classes
 
@@ -132,24 +133,33 @@ class RateDistortion:
         steep = delta.is_embedding or flatness(delta.values) < FLAT
         terms: list[Term] = []
         for part, spectrum, widths in zip(parts, spectra, allocate(spectra, budget_bits), strict=True):
-            widths, sketched = (widths, 0) if steep else self._sketched(part, spectrum, widths, budget_bits)
+            sketched = 0
+            if not steep:
+                aside = 0 if delta.mean is None else component_bits(MEAN_BITS, *spectrum.shape)
+                widths, sketched = self._sketched(part, spectrum, widths, budget_bits, aside)
             terms += self._code(delta, part, widths.to(energy.device), energy, sketched)
         return terms
 
-    def _sketched(self, part: Decomposed, spectrum: Spectrum, widths: Tensor, budget_bits: float) -> tuple[Tensor, int]:
-        """Bit-widths, and how many components of a sketch beside them: none, and the same, if that costs less."""
+    def _sketched(
+        self, part: Decomposed, spectrum: Spectrum, widths: Tensor, budget_bits: float, aside: int
+    ) -> tuple[Tensor, int]:
+        """Bit-widths, and how many components of a sketch beside them: none, and the same, if that costs less.
+
+        aside: bits that are kept for one more component where there is a sketch.
+        """
+        budget_bits, most = budget_bits - aside, min(spectrum.shape) - bool(aside)
         rest = float(part.rest.double().square().sum())
         plain = replace(spectrum, weight=1.0, drop_weight=spectrum.drop_weight * self.flat_weight)
         best = expected_error(plain, widths) + plain.drop_weight * rest
         found, each = (widths, 0), sketch_bits(*spectrum.shape)
         for share in SKETCHED:
-            count = min(*spectrum.shape, int(share * budget_bits / each))
-            if not count:
+            count = min(most, int(share * budget_bits / each))
+            if count < 1:
                 continue
             beside = replace(plain, drop_weight=noise(spectrum.shape, count))
             (own,) = allocate([beside], budget_bits - count * each)
             error = expected_error(beside, own) + beside.drop_weight * rest
-            if error < best and count + int((own > 0).sum()) <= min(spectrum.shape):
+            if error < best and count + int((own > 0).sum()) <= most:
                 best, found = error, (own, count)
         return found
 
@@ -181,6 +191,8 @@ class RateDistortion:
                 own = bits[:, 0] == width
                 codes = u_hat.codes[own], v_hat.codes[own], scale[own]
                 terms.append(Factored.from_codes(width, *codes, rotated=rotated, rows=part.block.rows))
+        if beside and delta.mean is not None:
+            beside = [*along_mean(delta.values, delta.mean, [*terms, *beside], MEAN_BITS, rotated), *beside]
         return terms + beside
 
     def _blocks(self, delta: MatrixDelta) -> list[_Block]:

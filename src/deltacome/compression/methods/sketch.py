@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltacome.compression.quantizers import fit_scale, quantize_rows
 from deltacome.format.bits import pack, unpack
 from deltacome.format.directions import directions
 from deltacome.format.rotation import rotate, unrotate
-from deltacome.format.terms import Factored
+from deltacome.format.terms import Factored, Term
 
 PROBES = 16
 
@@ -72,6 +73,28 @@ def sketch(rest: Rest, count: int, rotated: str) -> Factored:
     # An entry is half of a sign on each side.
     scale = 4 * raised / min(m, n) * squares / sums.clamp_min(torch.finfo(sums.dtype).tiny)
     return Factored.sketch((m, n), pack((found >= 0).int(), 1), scale, rotated)
+
+
+def along_mean(values: Tensor, mean: Tensor, terms: list[Term], bits: int, rotated: str) -> list[Factored]:
+    """A component that answers the mean input as the delta does, with what the terms answer; none if they do so.
+
+    Noise is alike in all directions, and inputs are not: a fifth to a half of their energy is their mean's.
+
+    Args:
+        values: the delta, (m, n). mean: (n,). rotated: as of `sketch`.
+    """
+    missing = values @ mean
+    for term in terms:
+        assert isinstance(term, Factored)
+        u, v = term.vectors(values.dtype)
+        missing -= (v @ mean * term.scale.to(values.dtype)) @ u
+    if not bool(mean.any()) or not bool(missing.any()):
+        return []
+    u, v = (rotate(x[None]) if rotated else x[None] for x in (missing, mean))
+    u_hat, v_hat = (quantize_rows(x, torch.tensor([[bits]], device=x.device)) for x in (u, v))
+    scale = fit_scale(u_hat.values, u, "unbiased") * u_hat.step / mean.square().sum()
+    scale *= fit_scale(v_hat.values, v, "unbiased") * v_hat.step
+    return [Factored.from_codes(bits, u_hat.codes, v_hat.codes, scale, rotated=rotated)]
 
 
 def _signs(count: int, length: int) -> Tensor:

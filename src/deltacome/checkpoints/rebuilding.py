@@ -9,7 +9,7 @@ from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError
 from deltacome.format.artifact import Artifact
 from deltacome.format.coding import decode, widened
-from deltacome.format.manifest import WeightEntry
+from deltacome.format.entries import WeightEntry
 from deltacome.format.terms import Coded, Dense, Term, add_terms
 from deltacome.weights import split_stack
 

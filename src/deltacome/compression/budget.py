@@ -12,7 +12,7 @@ from deltacome.compression.allocation import Spectrum, allocate, spent_bits
 from deltacome.compression.methods import CodesBits, Method, SharesByError
 from deltacome.errors import DeltacomeError, UnreachableRatioError
 from deltacome.format.artifact import Artifact
-from deltacome.format.manifest import WeightEntry
+from deltacome.format.entries import WeightEntry
 from deltacome.format.terms import component_bits
 from deltacome.weights import is_embedding
 

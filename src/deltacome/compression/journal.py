@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deltacome.files import sync
-from deltacome.format.manifest import WeightEntry
+from deltacome.format.entries import WeightEntry
 from deltacome.outputs import WorkFolder
 
 

@@ -15,7 +15,7 @@ from deltacome.compression.journal import Store
 from deltacome.compression.methods import CodesBits, MatrixDelta, Method, SharesByError
 from deltacome.compression.svd import Basis
 from deltacome.device import CPU
-from deltacome.format.manifest import WeightEntry, term_tensors
+from deltacome.format.entries import WeightEntry, term_tensors
 from deltacome.format.terms import Dense, Term, add_terms
 from deltacome.weights import is_embedding, module_kind
 

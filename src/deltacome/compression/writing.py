@@ -14,14 +14,13 @@ from deltacome.errors import DeltacomeError
 from deltacome.files import sha256, shard_names, shards, write_safetensors
 from deltacome.format.artifact import Artifact
 from deltacome.format.card import model_card
+from deltacome.format.entries import WeightEntry, linear_ratio
 from deltacome.format.manifest import (
     CHILD_VERSION,
     FORMAT_VERSION,
     MODEL_CARD,
     SKETCH_VERSION,
     WEIGHTS,
-    WeightEntry,
-    linear_ratio,
     travelling_file_name,
     write_manifest,
 )

@@ -7,7 +7,7 @@ import torch
 
 from deltacome.errors import DeltacomeError
 from deltacome.format.artifact import Artifact
-from deltacome.format.manifest import WeightEntry
+from deltacome.format.entries import WeightEntry
 from deltacome.format.terms import Factored
 from deltacome.weights import module_kind
 

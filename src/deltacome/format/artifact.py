@@ -12,11 +12,11 @@ from torch import Tensor
 from deltacome.errors import DeltacomeError
 from deltacome.files import SAFETENSORS_DTYPES, sha256
 from deltacome.format import digests
+from deltacome.format.entries import WeightEntry
 from deltacome.format.lineage import ParentError, find_lineage, locate_artifact
 from deltacome.format.manifest import (
     MANIFEST,
     SKETCH_VERSION,
-    WeightEntry,
     check_fields,
     is_weight_file,
     read_manifest,

@@ -18,7 +18,7 @@ from deltacome.compression.svd import leading_components
 from deltacome.errors import DeltacomeError, reason
 from deltacome.files import write_safetensors
 from deltacome.format.artifact import Artifact
-from deltacome.format.manifest import WeightEntry
+from deltacome.format.entries import WeightEntry
 from deltacome.format.terms import Factored, Term
 from deltacome.hub import UNFIT_FILES
 from deltacome.outputs import new_folder, refuse_existing

@@ -13,7 +13,7 @@ from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.module_names import ExpertSlot, ModuleNames
 from deltacome.errors import DeltacomeError
 from deltacome.format.artifact import Artifact
-from deltacome.format.manifest import WeightEntry
+from deltacome.format.entries import WeightEntry
 from deltacome.format.terms import Dense, Factored, Term, add_terms
 from deltacome.hub import UNFIT_FILES
 from deltacome.runtime.kernels.packed import Packed, blocks_of, pack_blocks, transposed

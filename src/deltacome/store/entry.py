@@ -9,8 +9,9 @@ from functools import cached_property
 from typing import Any
 
 from deltacome.errors import DeltacomeError
+from deltacome.format.entries import compact
 from deltacome.format.lineage import MOST_PARENTS
-from deltacome.format.manifest import MANIFEST, compact, is_parent_name, plain_file_name
+from deltacome.format.manifest import MANIFEST, is_parent_name, plain_file_name
 
 CONTENTS = "contents"
 DIGITS = 12  # of a version

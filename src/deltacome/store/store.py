@@ -18,7 +18,8 @@ from pathlib import Path
 from deltacome.errors import DeltacomeError
 from deltacome.files import new_file, sha256
 from deltacome.format.artifact import Artifact
-from deltacome.format.manifest import MANIFEST, MODEL_CARD, compact
+from deltacome.format.entries import compact
+from deltacome.format.manifest import MANIFEST, MODEL_CARD
 from deltacome.outputs import new_folder, refuse_existing
 from deltacome.progress import bar
 from deltacome.store.entry import CONTENTS, DIGITS, Content, Entry

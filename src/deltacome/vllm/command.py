@@ -13,7 +13,8 @@ from tempfile import TemporaryDirectory
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError
 from deltacome.format.artifact import Artifact
-from deltacome.format.manifest import MANIFEST, WeightEntry, read_manifest
+from deltacome.format.entries import WeightEntry
+from deltacome.format.manifest import MANIFEST, read_manifest
 from deltacome.restore.merging import open_checked
 from deltacome.store.entry import Entry
 from deltacome.store.store import READERS, Store

@@ -14,7 +14,8 @@ from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.errors import DeltacomeError, reason
 from deltacome.files import sha256
 from deltacome.format.artifact import Artifact
-from deltacome.format.manifest import MANIFEST, WeightEntry
+from deltacome.format.entries import WeightEntry
+from deltacome.format.manifest import MANIFEST
 from deltacome.language import add_vocabulary
 from deltacome.restore.merging import copy_sidecars
 from deltacome.vllm.internals import get_adapter_absolute_path, vocabulary_of_base

@@ -13,7 +13,7 @@ from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.rebuilding import rebuild
 from deltacome.errors import DeltacomeError
 from deltacome.format.artifact import Artifact
-from deltacome.format.manifest import WeightEntry
+from deltacome.format.entries import WeightEntry
 from deltacome.format.terms import Dense, Term
 from deltacome.runtime.kernels.packed import pack_blocks
 from deltacome.runtime.tenant import check_config, embedding_vectors

@@ -25,7 +25,7 @@ from deltacome.data import Encoded, read_examples
 from deltacome.evaluate.comparison import load_for
 from deltacome.evaluate.metrics import divergences
 from deltacome.files import disk_errors
-from deltacome.format.manifest import WeightEntry, term_tensors
+from deltacome.format.entries import WeightEntry, term_tensors
 from deltacome.format.terms import Dense
 from deltacome.progress import print_warning
 from deltacome.version import __version__

@@ -8,7 +8,7 @@ from torch import Tensor
 from deltacome.compression.methods.method import Statistics
 from deltacome.files import raw
 from deltacome.format.coding import encode
-from deltacome.format.manifest import CODED_DTYPES
+from deltacome.format.entries import CODED_DTYPES
 from deltacome.format.terms import Coded, Dense, Term
 
 

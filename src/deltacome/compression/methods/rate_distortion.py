@@ -15,7 +15,7 @@ from deltacome.compression.methods.method import MatrixDelta, Statistics
 from deltacome.compression.methods.sketch import Rest, along_mean, flatness, noise, sketch
 from deltacome.compression.quantizers import Quantized, feed_back_in_blocks, fit_scale, quantize_rows
 from deltacome.compression.svd import Basis, find_basis, split_components
-from deltacome.format.manifest import MOST_CLASSES, class_bits
+from deltacome.format.entries import MOST_CLASSES, class_bits
 from deltacome.format.rotation import rotate, rotated_diagonal
 from deltacome.format.terms import Factored, Term, component_bits, sketch_bits
 

@@ -22,7 +22,7 @@ from deltacome.checkpoints.rebuilding import rebuild
 from deltacome.compression.methods import rate_distortion
 from deltacome.evaluate.parts import evaluate_parts
 from deltacome.format.lineage import MOST_PARENTS, find_lineage
-from deltacome.format.manifest import CHILD_VERSION, FORMAT_VERSION, MANIFEST, write_manifest
+from deltacome.format.manifest import CHILD_VERSION, FORMAT_VERSION, MANIFEST, SKETCH_VERSION, write_manifest
 from deltacome.format.terms import Factored, add_terms
 from deltacome.restore.merging import open_checked
 from deltacome.runtime import kernels
@@ -118,6 +118,18 @@ def test_a_reader_written_from_the_specification_agrees(chain: Chain) -> None:
     assert artifact.entries[EMBEDDING].rows and Artifact(chain.deltas[1]).entries[EMBEDDING].rows
     for name, entry in artifact.weights.items():
         ours = rebuild(entry, artifact.terms(name), checkpoint).double().numpy()
+        np.testing.assert_allclose(ours, reader.weight(name), rtol=1e-5, atol=1e-6)
+
+
+def test_a_sketch_on_a_sketch(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rate_distortion, "FLAT", 0.0)
+    chain = make_chain(save, tmp_path, count=2)
+    artifact, reader = Artifact(chain.deltas[1]), Reader(chain.deltas[1], chain.base)
+    assert artifact.parent is not None
+    assert artifact.manifest["format_version"] == artifact.parent.manifest["format_version"] == SKETCH_VERSION
+    assert any(entry.factored and artifact.parent.entries[name].sketched for name, entry in artifact.entries.items())
+    for name, entry in artifact.weights.items():
+        ours = rebuild(entry, artifact.terms(name), Checkpoint(chain.base)).double().numpy()
         np.testing.assert_allclose(ours, reader.weight(name), rtol=1e-5, atol=1e-6)
 
 

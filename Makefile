@@ -23,8 +23,8 @@ INSTALL = pip install --quiet --disable-pip-version-check
 demo: $(DEMO_VENV)/ready
 	$(DEMO_VENV)/bin/python examples/demo.py demo-output
 
-# Two tests at a time, each on one core.
-PYTEST = OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+# Two tests at a time, each on one core. Where a test takes more threads, those that wait leave the core to the others.
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(TEST_VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 QUICK := allocation artifact bits methods precision progress quantize rate_distortion rotation svd terms
 
 quick: $(TEST_VENV)/ready

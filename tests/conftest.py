@@ -1,6 +1,7 @@
 """Small random models, saved as real checkpoints."""
 
 import copy
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -34,6 +35,10 @@ from transformers import (
 
 from deltacome.format.artifact import Artifact
 from deltacome.format.terms import Factored, Sign
+from deltacome.runtime import kernels
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    import interpreting  # noqa: F401 -- Triton's interpreter in half the time
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.register_assert_rewrite("serving")  # fixtures and helpers of several files
@@ -196,6 +201,15 @@ def train(model: PreTrainedModel, steps: int = 5) -> None:
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
+
+
+@pytest.fixture
+def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The GPU's kernels for models on the CPU, in Triton's interpreter; a sum is in two parts, not eight."""
+    found = pytest.importorskip("deltacome.runtime.kernels.triton", reason="Triton is not there")
+    monkeypatch.setitem(kernels.BACK_ENDS, "cpu", "triton")
+    monkeypatch.setattr("deltacome.runtime.kernels.plans.MOST_SPLITS", 2)
+    return found
 
 
 def term_bytes(term: Factored | Sign) -> int:

@@ -16,7 +16,8 @@ VLLM ?= 0.32
 DEMO_VENV := .venv/demo
 TEST_VENV := .venv/test
 DOCS_VENV := .venv/docs
-INSTALL = pip install --quiet --disable-pip-version-check
+# Python compiles what is imported when it is; all that is installed would take a minute and more.
+INSTALL = pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: demo quick test test-all attack test-vllm gpu-check docs lint clean
 

@@ -45,7 +45,7 @@ def test_a_server_that_is_told_to_stop(folder: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     server = start(log, "serve", "--config", config, "--port", port)
     try:
-        until(lambda: log.exists() and "running on" in log.read_text())
+        until(lambda: log.exists() and "running on" in log.read_text(), 120)
         address = f"http://127.0.0.1:{port}"
         assert get(address, "/ready") == get(address, "/health") == (200, {"status": "ok"})
         ask: Any = {"model": "a", "prompt": "Once", "max_tokens": 480, "n": 16, "extra_body": {"ignore_eos": True}}

@@ -1,6 +1,7 @@
 """Small random models, saved as real checkpoints."""
 
 import copy
+import gc
 import importlib.util
 import json
 import os
@@ -63,11 +64,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if item.get_closest_marker("attack"):  # the folder has that name too
                 item.add_marker(pytest.mark.skip(reason="an attack in full; run with --attack"))
     if config.getoption("--slow"):
-        items.sort(key=lambda item: "slow" not in item.keywords)  # what takes longest begins first
+        # What takes longest begins first, and small files come last: no process is left alone with a long one.
+        items.sort(key=lambda item: ("slow" not in item.keywords, -item.path.stat().st_size))
         return
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="takes long; run with --slow"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # all that is imported would be gone through by each full collection of garbage
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

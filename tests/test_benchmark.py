@@ -377,7 +377,8 @@ def test_gpu_check_goes_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(random_model.SHAPES, "135m", random_model.SHAPES["135m"] | small)
     monkeypatch.setattr(gpu_check, "_tests", lambda left: 1 / 0)
     monkeypatch.setattr(gpu_check, "_compress", lambda folder, left: ("1 s", None))
-    monkeypatch.setattr(gpu_check, "CASES", ((1, 1, 16), (2, 3, 16)))
+    for name, value in (("CASES", ((1, 1, 16), (2, 3, 16))), ("ROUNDS", 1), ("MOST_COPIES", 1)):
+        monkeypatch.setattr(gpu_check, name, value)
     gpu_check.gpu_check(tmp_path / "out", seconds=100.1)
     monkeypatch.setattr(gpu_check, "_serve", lambda folder: ("1 s", None))
     gpu_check.gpu_check(tmp_path / "more", seconds=80)

@@ -16,15 +16,16 @@ VLLM ?= 0.32
 DEMO_VENV := .venv/demo
 TEST_VENV := .venv/test
 DOCS_VENV := .venv/docs
-INSTALL = pip install --quiet --disable-pip-version-check
+# Python compiles what is imported when it is; all that is installed would take a minute and more.
+INSTALL = pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: demo quick test test-all attack test-vllm gpu-check docs lint clean
 
 demo: $(DEMO_VENV)/ready
 	$(DEMO_VENV)/bin/python examples/demo.py demo-output
 
-# Two tests at a time, each on one core.
-PYTEST = OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+# Two tests at a time, each on one core. Where a test takes more threads, those that wait leave the core to the others.
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(TEST_VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 QUICK := allocation artifact bits methods precision progress quantize rate_distortion rotation svd terms
 
 quick: $(TEST_VENV)/ready

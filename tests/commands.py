@@ -1,13 +1,54 @@
-"""The command line, run in this process: the imports of a new one take longer than most commands."""
+"""The command line, run in this process or in a fork: the imports of a new one take longer than most commands."""
 
 import io
+import multiprocessing
+import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from subprocess import CompletedProcess
 from unittest.mock import patch
 
 from deltacome.cli import main
+
+FORKS = multiprocessing.get_context("forkserver")  # of a process that has imported everything
+FORKS.set_forkserver_preload(
+    [
+        "deltacome.compression.pipeline",
+        "deltacome.restore.exporting",
+        "deltacome.search.precision_search",
+        "deltacome.cli.commands",
+        "accelerate",
+        "torch._dynamo",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.llama.modeling_llama",
+    ]
+)
+
+
+def start(
+    log: Path, *arguments: object, command: Callable[[], None] = main, prepare: Callable[[], None] | None = None
+) -> BaseProcess:
+    """`deltacome ARGUMENTS` in a process of its own.
+
+    log: file that has what it prints. command: another main function. prepare: is called in the process before it.
+    """
+    process = FORKS.Process(target=_run, args=(log, list(map(str, arguments)), command, prepare), daemon=True)
+    process.start()
+    return process
+
+
+def _run(log: Path, arguments: list[str], command: Callable[[], None], prepare: Callable[[], None] | None) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    if prepare is not None:
+        prepare()
+    sys.argv = ["deltacome", *arguments]
+    command()
 
 
 def run(*arguments: object, said: str = "") -> CompletedProcess[str]:

@@ -1,6 +1,8 @@
 """Small random models, saved as real checkpoints."""
 
 import copy
+import gc
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -34,6 +36,10 @@ from transformers import (
 
 from deltacome.format.artifact import Artifact
 from deltacome.format.terms import Factored, Sign
+from deltacome.runtime import kernels
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    import interpreting  # noqa: F401 -- Triton's interpreter in half the time
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.register_assert_rewrite("serving")  # fixtures and helpers of several files
@@ -58,11 +64,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if item.get_closest_marker("attack"):  # the folder has that name too
                 item.add_marker(pytest.mark.skip(reason="an attack in full; run with --attack"))
     if config.getoption("--slow"):
-        items.sort(key=lambda item: "slow" not in item.keywords)  # what takes longest begins first
+        # What takes longest begins first, and small files come last: no process is left alone with a long one.
+        items.sort(key=lambda item: ("slow" not in item.keywords, -item.path.stat().st_size))
         return
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="takes long; run with --slow"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # all that is imported would be gone through by each full collection of garbage
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -196,6 +211,15 @@ def train(model: PreTrainedModel, steps: int = 5) -> None:
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
+
+
+@pytest.fixture
+def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The GPU's kernels for models on the CPU, in Triton's interpreter; a sum is in two parts, not eight."""
+    found = pytest.importorskip("deltacome.runtime.kernels.triton", reason="Triton is not there")
+    monkeypatch.setitem(kernels.BACK_ENDS, "cpu", "triton")
+    monkeypatch.setattr("deltacome.runtime.kernels.plans.MOST_SPLITS", 2)
+    return found
 
 
 def term_bytes(term: Factored | Sign) -> int:

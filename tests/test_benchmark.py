@@ -359,14 +359,12 @@ def test_bad_suites_are_one_line(suite: Path, tmp_path: Path) -> None:
         read_suite(tmp_path / "none.json")
 
 
-def test_gpu_check_measures_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_check_measures_slots(gpu_kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the kernels have them: here in the interpreter."""
-    kernels = pytest.importorskip("deltacome.runtime.kernels.triton", reason="Triton is not there")
     small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
     monkeypatch.setitem(gpu_check.SHAPES, "135m", gpu_check.SHAPES["135m"] | small | {"num_key_value_heads": 2})
     for name, value in (("CASES", ((2, 1, 16),)), ("ROUNDS", 1), ("MOST_COPIES", 1)):
         monkeypatch.setattr(gpu_check, name, value)
-    monkeypatch.setattr(gpu_check, "kernels_for", lambda device: kernels)
     _, table = gpu_check._steps("135m", torch.device("cpu"), 100)
     [row] = table.rows
     assert row["tenants"] == 2 and row["slots_ms"] > 0
@@ -379,7 +377,8 @@ def test_gpu_check_goes_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(random_model.SHAPES, "135m", random_model.SHAPES["135m"] | small)
     monkeypatch.setattr(gpu_check, "_tests", lambda left: 1 / 0)
     monkeypatch.setattr(gpu_check, "_compress", lambda folder, left: ("1 s", None))
-    monkeypatch.setattr(gpu_check, "CASES", ((1, 1, 16), (2, 3, 16)))
+    for name, value in (("CASES", ((1, 1, 16), (2, 3, 16))), ("ROUNDS", 1), ("MOST_COPIES", 1)):
+        monkeypatch.setattr(gpu_check, name, value)
     gpu_check.gpu_check(tmp_path / "out", seconds=100.1)
     monkeypatch.setattr(gpu_check, "_serve", lambda folder: ("1 s", None))
     gpu_check.gpu_check(tmp_path / "more", seconds=80)

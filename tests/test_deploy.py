@@ -279,7 +279,7 @@ def data(base: Path, save: Save, tmp_path_factory: pytest.TempPathFactory) -> Pa
     for seed in range(TENANTS):
         model = make_model(tie_word_embeddings=True)
         fine_tune(model, seed)
-        compress(folder / "base", save(model), folder / "deltas" / f"tenant-{seed:02}", ratio=8)
+        compress(folder / "base", save(model), folder / "deltas" / f"tenant-{seed:02}", ratio=8, method="delta-come")
     return folder
 
 

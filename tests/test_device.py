@@ -1,15 +1,20 @@
 """Compression on another device than the CPU, a pretended one where there is no GPU."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from commands import start
 from conftest import Save, check_alike, fine_tune, make_any
 from deltacome import Artifact, DeltacomeError, compress
 from deltacome.device import choose_device
+
+
+def compress_elsewhere() -> None:
+    from elsewhere import main  # which changes torch
+
+    main()
 
 
 @pytest.mark.parametrize(
@@ -30,10 +35,11 @@ def test_nothing_is_left_on_the_cpu_by_mistake(
     base = save(model, "base")
     fine_tune(model)
     finetuned = save(model, "finetuned")
-    data = [str(examples)] if has_data else []
-    command = [sys.executable, "tests/elsewhere.py", str(base), str(finetuned), str(tmp_path / "there"), method, *data]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    data = [examples] if has_data else []
+    log = tmp_path / "log"
+    process = start(log, base, finetuned, tmp_path / "there", method, *data, command=compress_elsewhere)
+    process.join(120)
+    assert process.exitcode == 0, log.read_text()[-2000:]
     ratio, calibration = None if method == "bitdelta" else 4, examples if has_data else None
     compress(base, finetuned, tmp_path / "here", ratio=ratio, method=method, calibration=calibration, device="cpu")
     check_alike(Artifact(tmp_path / "there"), Artifact(tmp_path / "here"))

@@ -25,7 +25,6 @@ from deltacome.format.lineage import MOST_PARENTS, find_lineage
 from deltacome.format.manifest import CHILD_VERSION, FORMAT_VERSION, MANIFEST, SKETCH_VERSION, write_manifest
 from deltacome.format.terms import Factored, add_terms
 from deltacome.restore.merging import open_checked
-from deltacome.runtime import kernels
 from deltacome.runtime.kernels import reference
 from deltacome.runtime.kernels.packed import pack_blocks
 from deltacome.serve.metrics import Metrics
@@ -233,10 +232,8 @@ def test_biases_transposed_weights_and_experts(family: str, save: Save, tmp_path
     assert_served(Chain(base, versions, tmp_path), tmp_path)
 
 
-def test_with_the_kernels_of_a_gpu(save: Save, tmp_path: Path, classes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_the_kernels_of_a_gpu(save: Save, tmp_path: Path, classes: None, gpu_kernels: Any) -> None:
     """In Triton's interpreter: rows in classes and none, rotated and not."""
-    pytest.importorskip("deltacome.runtime.kernels.triton", reason="Triton is not there")
-    monkeypatch.setitem(kernels.BACK_ENDS, "cpu", "triton")
     model = make_model(tie_word_embeddings=True, num_hidden_layers=1)
     base, folders = save(model, "base"), [tmp_path / "v1", tmp_path / "v2"]
     for seed, method in ((1, "rate-distortion"), (2, "delta-come")):

@@ -92,29 +92,34 @@ def draw(seed: int, *lengths: int) -> list[list[int]]:
     return [torch.randint(2, 259, (length,)).tolist() for length in lengths]
 
 
+@pytest.fixture(scope="module")
+def asked(served: SimpleNamespace) -> list[tuple[Tenant | None, list[int], list[int]]]:
+    """Models, prompts that begin alike and are of several lengths, and the answers of an engine that keeps nothing."""
+    system, *users = draw(0, 70, 5, 30, 1, 17, 64, 3, 40, 9)
+    found = []
+    for number, user in enumerate(users):
+        tenant, prompt = served.tenants[number % 3], [*system[: 70 - 9 * (number % 3)], *user]
+        finish(Engine(served.model, Limits(prefixes=0)), one := Asked(tenant, prompt))
+        assert one.sequence.recalled == 0
+        found += [(tenant, prompt, one.answer)] * 2
+    return found
+
+
 @pytest.mark.parametrize(
     "limits",
     [Limits(), Limits(prompt=7), Limits(prompt=300), Limits(cache=400), Limits(rows=1), Limits(prefixes=112)],
     ids=str,
 )
-def test_answers_are_those_without(served: SimpleNamespace, limits: Limits) -> None:
+def test_answers_are_those_without(served: SimpleNamespace, asked: list[Any], limits: Limits) -> None:
     """Prompts that begin alike, of several lengths, for several models, one after another and at once."""
-    system, *users = draw(0, 70, 5, 30, 1, 17, 64, 3, 40, 9)
-    prompts = [[*system[: 70 - 9 * (number % 3)], *user] for number, user in enumerate(users)]
-    asked = [(served.tenants[number % 3], prompt) for number, prompt in enumerate(prompts) for _ in range(2)]
-    alone = []
-    for tenant, prompt in asked:
-        finish(Engine(served.model, Limits(prefixes=0)), one := Asked(tenant, prompt))
-        assert one.sequence.recalled == 0
-        alone.append(one.answer)
     engine = Engine(served.model, limits)
     for step in (1, -1):
-        found = [Asked(tenant, prompt) for tenant, prompt in asked]
+        found = [Asked(tenant, prompt) for tenant, prompt, _ in asked]
         finish(engine, *found[::step])
-        assert [one.answer for one in found] == alone
+        assert [one.answer for one in found] == [answer for *_, answer in asked]
         assert engine.prefixes.tokens <= limits.prefixes
     recalled = [one.sequence.recalled for one in found]
-    whole = [(len(prompt) - 1) // BLOCK * BLOCK for _, prompt in asked]
+    whole = [(len(prompt) - 1) // BLOCK * BLOCK for _, prompt, _ in asked]
     if limits.prefixes > 1000:
         assert recalled == whole
     assert any(recalled) and all(mine <= most for mine, most in zip(recalled, whole, strict=True))

@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +13,7 @@ from filelock import FileLock
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from commands import run, start
 from conftest import Save, files, fine_tune, make_model
 from deltacome import Artifact, DeltacomeError, compress
 from deltacome.checkpoints.checkpoint import Checkpoint
@@ -51,27 +49,16 @@ def test_a_killed_run_leaves_nothing_that_opens_and_is_resumed(
     finetuned = save(model)
     compress(base, finetuned, tmp_path / "whole", ratio=4)
     out = tmp_path / "delta"
-    command = [
-        sys.executable,
-        "-m",
-        "deltacome.cli",
-        "compress",
-        str(base),
-        str(finetuned),
-        "-o",
-        str(out),
-        "--ratio",
-        "4",
-    ]
+    arguments = ("compress", base, finetuned, "-o", out, "--ratio", 4)
     done: list[int] = []
     for weights in (3, 40, 150):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = start(tmp_path / "log", *arguments)
         deadline = time.monotonic() + 120
         while len(list(work_folder(out).glob("*.safetensors"))) < weights and time.monotonic() < deadline:
-            assert process.poll() is None
+            assert process.is_alive()
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         assert not out.exists()
         with pytest.raises(DeltacomeError):
             Artifact(out)
@@ -79,8 +66,8 @@ def test_a_killed_run_leaves_nothing_that_opens_and_is_resumed(
             Artifact(work_folder(out))
         done.append(len(list(work_folder(out).glob("*.safetensors"))))
     assert done == sorted(done) and done[0] >= 3
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert f"going on with the interrupted run: {done[-1]} of" in result.stderr
+    result = run(*arguments)
+    assert result.returncode == 0 and f"going on with the interrupted run: {done[-1]} of" in result.stderr
     assert files(out) == files(tmp_path / "whole")
     assert not work_folder(out).exists()
 

@@ -1,7 +1,5 @@
 import json
 import math
-import subprocess
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +8,7 @@ from random import Random
 import pytest
 from filelock import FileLock
 
+from commands import run, start
 from conftest import Save, make_model
 from deltacome import DeltacomeError, compress
 from deltacome.compression.precision import TRIPLE, PrecisionPlan
@@ -128,21 +127,22 @@ def test_a_killed_search_goes_on(
     out = tmp_path / "search.json"
     options = ("--ratio", "4", "--strategy", "genetic", "--generations", "2", "--population", "12")
     arguments = ("search", base, finetuned, "--data", examples, *options, "-o", out)
-    command = [sys.executable, "-m", "deltacome.cli", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start(tmp_path.with_suffix(".log"), *arguments)
     deadline = time.monotonic() + 60
     while (not out.exists() or len(json.loads(out.read_text())["candidates"]) < 2) and time.monotonic() < deadline:
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.join()
     before = json.loads(out.read_text())["candidates"]
     (work_folder(out) / "delta").mkdir(exist_ok=True)  # as a kill between compressing and measuring leaves it
-    result = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120)
+    result = run(*arguments, "--json")
     assert result.returncode == 0, result.stderr
     report, stored = json.loads(result.stdout), json.loads(out.read_text())
     assert 2 <= len(before) < len(report["candidates"]) == 18
-    assert list(report["candidates"].items())[: len(before)] == list(before.items())  # only the rest was measured
+    assert list(report["candidates"].items())[: len(before)] == list(before.items())
+    assert measured == list(report["candidates"])[len(before) :]  # only the rest
+    measured.clear()
     assert report["candidates"] == stored["candidates"] and report["plan"] == stored["plan"]
     assert report["kl"] == min(c["kl"] for c in report["candidates"].values()) > 0 and report["kl_error"] > 0
     assert all(c["artifact_ratio"] > 4 * 0.99 for c in report["candidates"].values())

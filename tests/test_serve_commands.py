@@ -1,7 +1,6 @@
 """`deltacome serve` and `deltacome benchmark serve`."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from commands import fail
+from commands import fail, run, succeed
 from deltacome.benchmark.load import Answered, Planned, lengthen, plan
 from deltacome.benchmark.serve import CACHE, DELTAS, DISK, figures_of
 from serving import client
@@ -20,14 +19,14 @@ from serving import client
 pytest_plugins = ["serving"]
 
 
-def test_the_command_finishes_what_runs_when_told_to_stop(folder: Path) -> None:
+def test_the_command_finishes_what_runs_when_told_to_stop(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DELTACOME_API_KEY", "secret")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = ["serve", str(folder / "base"), "--delta", f"a={folder / 'deltas/a'}", "--port", str(port)]
-    environment = {**os.environ, "DELTACOME_API_KEY": "secret"}
     command = [sys.executable, "-m", "deltacome.cli", *arguments]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         lines = []
         for line in server.stderr:
@@ -37,7 +36,7 @@ def test_the_command_finishes_what_runs_when_told_to_stop(folder: Path) -> None:
         api = client(f"http://127.0.0.1:{port}", "secret")
         stream = api.completions.create(model="a", prompt="Private words", max_tokens=300, stream=True, seed=1)
         parts = [next(iter(stream))]
-        busy = subprocess.run(command, env=environment, capture_output=True, text=True)
+        busy = run(*arguments)
         server.send_signal(signal.SIGTERM)
         parts += list(stream)
         assert parts[-1].choices[0].finish_reason in ("length", "stop") and len(parts) > 50
@@ -72,22 +71,9 @@ def test_benchmark(folder: Path, tmp_path: Path) -> None:
     lines = [json.dumps({"prompt": f"Say {i}", "completion": str(i)}) for i in range(5)]
     data.write_text("\n".join(lines))
     deltas = [part for name in ("a", "b") for part in ("--delta", f"{name}={folder / 'deltas' / name}")]
-    options = [
-        "--data",
-        str(data),
-        "--rate",
-        "20",
-        "--requests",
-        "8",
-        "--max-new-tokens",
-        "6",
-        "--ignore-eos",
-        "--json",
-    ]
-    command = ["benchmark", "serve", str(folder / "base"), *deltas, *options, "-o", str(tmp_path / "out"), "--json"]
-    result = subprocess.run([sys.executable, "-m", "deltacome.cli", *command], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    rows = {row["system"]: row for row in json.loads(result.stdout)}
+    options = ("--data", data, "--rate", 20, "--requests", 8, "--max-new-tokens", 6, "--ignore-eos", "--json")
+    command = ("benchmark", "serve", folder / "base", *deltas, *options)
+    rows = {row["system"]: row for row in json.loads(succeed(*command, "-o", tmp_path / "out"))}
     assert list(rows) == [DELTAS, DISK, CACHE]
     for row in rows.values():
         assert row["same"] == 8 and row["failed"] == 0
@@ -97,11 +83,8 @@ def test_benchmark(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out/serve.png").stat().st_size > 10_000
     assert (tmp_path / "out/serve.md").read_text().count("\n| ") == 5
 
-    more = ["--system", "deltas", "--system-words", "9", "--long-share", "0.25", "--long-words", "40"]
-    command = [*command[:-2], str(tmp_path / "long"), "--json", *more]
-    result = subprocess.run([sys.executable, "-m", "deltacome.cli", *command], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    (row,) = json.loads(result.stdout)
+    more = ("--system", "deltas", "--system-words", 9, "--long-share", 0.25, "--long-words", 40)
+    (row,) = json.loads(succeed(*command, *more, "-o", tmp_path / "long"))
     assert (row["system"], row["same"], row["failed"]) == (DELTAS, 8, 0)
     assert 0 < row["between_median"] <= row["between_p99"] and row["first_median"] > 0 < row["long_first_median"]
     answers = json.loads((tmp_path / "long/serve.json").read_text())["answers"]

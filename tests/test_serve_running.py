@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ import openai
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from commands import run, start
 from deltacome.errors import DeltacomeError
 from deltacome.serve.engine.scheduler import Engine
 from deltacome.serve.http import connections
@@ -42,16 +42,16 @@ def test_a_server_that_is_told_to_stop(folder: Path, tmp_path: Path) -> None:
     config = tmp_path / "serve.toml"
     deltas = json.dumps([f"a={folder / 'deltas/a'}"])
     config.write_text(f"base = {json.dumps(str(folder / 'base'))}\ndelta = {deltas}\nport = 1\nmax-batch = 3\n")
-    command = [sys.executable, "-m", "deltacome.cli", "serve", "--config", str(config), "--port", str(port)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-        assert server.stderr is not None
-        assert any("running on" in line for line in server.stderr)
+    log = tmp_path / "log"
+    server = start(log, "serve", "--config", config, "--port", port)
+    try:
+        until(lambda: log.exists() and "running on" in log.read_text(), 120)
         address = f"http://127.0.0.1:{port}"
         assert get(address, "/ready") == get(address, "/health") == (200, {"status": "ok"})
         ask: Any = {"model": "a", "prompt": "Once", "max_tokens": 480, "n": 16, "extra_body": {"ignore_eos": True}}
         stream = client(address).completions.create(**ask, stream=True)
         parts = [next(iter(stream))]
-        server.send_signal(signal.SIGTERM)
+        os.kill(server.pid or 0, signal.SIGTERM)
         until(lambda: get(address, "/ready")[0] == 503, 3)
         assert get(address, "/ready")[1]["error"]["code"] == "shutting_down"
         assert get(address, "/health")[0] == 200
@@ -60,8 +60,10 @@ def test_a_server_that_is_told_to_stop(folder: Path, tmp_path: Path) -> None:
         assert refused.value.status_code == 503 and refused.value.response.headers["retry-after"] == "5"
         parts += list(stream)
         assert [part.choices[0].finish_reason for part in parts].count("length") == 16 and len(parts) == 16 * 480
-        server.stderr.read()
-        assert server.wait(20) == 0
+        server.join(20)
+        assert server.exitcode == 0
+    finally:
+        server.kill()
 
 
 def test_a_server_waits_so_long_and_no_longer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,13 +167,10 @@ def test_spans(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Private" not in chat.to_json()
 
 
-def test_spans_without_opentelemetry(folder: Path) -> None:
-    script = (
-        "import sys; sys.modules |= dict.fromkeys(['opentelemetry.sdk.trace']); from deltacome.cli import main; main()"
-    )
-    environment = {**os.environ, ENDPOINTS[0]: "http://127.0.0.1:1"}
-    command = [sys.executable, "-c", script, "serve", str(folder / "base")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+def test_spans_without_opentelemetry(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    monkeypatch.setenv(ENDPOINTS[0], "http://127.0.0.1:1")
+    result = run("serve", folder / "base")
     assert result.returncode == 1 and result.stderr == (
         f"error: {ENDPOINTS[0]} is set, and spans need OpenTelemetry: pip install 'deltacome[otel]', or unset it\n"
     )

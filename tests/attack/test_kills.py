@@ -3,51 +3,34 @@
 Each is a process of its own, forked from one that has imported everything, so that the moments are all of the work.
 """
 
-import multiprocessing
 import os
 import resource
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from random import Random
 
 import pytest
 
+from commands import start
 from conftest import files
 from deltacome.outputs import work_folder
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    [
-        "deltacome.compression.pipeline",
-        "deltacome.restore.exporting",
-        "deltacome.cli.commands",
-        "accelerate",
-        "transformers.models.auto.modeling_auto",
-        "transformers.models.llama.modeling_llama",
-    ]
-)
 LONGEST_LOG = 4096  # bytes of what a command says, into a file that has no more room than its others
 SENTENCE = "interrupted; the same command goes on where it stopped"
 
 
-def _command(arguments: list[str], log: str, largest_file: int | None) -> None:
-    """The command line in a forked process. largest_file: bytes; a longer one fails as on a full disk."""
-    from deltacome.cli import main
+def _prepare(largest_file: int | None) -> None:
+    """largest_file: bytes; a longer one fails as on a full disk."""
     from deltacome.restore import merging
 
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
     merging.SHARD_BYTES = 30_000
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    sys.argv = ["deltacome", *arguments]
-    main()
 
 
 @dataclass
@@ -70,10 +53,7 @@ class Job:
 
     def start(self, log: str = "log", largest_file: int | None = None) -> BaseProcess:
         (self.folder / log).unlink(missing_ok=True)
-        arguments = [*self.arguments, "-o", str(self.out)]
-        process = FORKS.Process(target=_command, args=(arguments, str(self.folder / log), largest_file), daemon=True)
-        process.start()
-        return process
+        return start(self.folder / log, *self.arguments, "-o", self.out, prepare=partial(_prepare, largest_file))
 
     def run(self, largest_file: int | None = None) -> int | None:
         """The exit status."""
@@ -210,8 +190,7 @@ def test_two_writers_at_once(count: int, kind: str, jobs: dict[str, Job]) -> Non
 @pytest.mark.parametrize("place", ["/sys/out", "/proc/out"])
 def test_where_nothing_can_be_written(place: str, kind: str, jobs: dict[str, Job]) -> None:
     job = jobs[kind]
-    process = FORKS.Process(target=_command, args=([*job.arguments, "-o", place], str(job.folder / "log"), None))
-    process.start()
+    process = start(job.folder / "log", *job.arguments, "-o", place)
     process.join(120)
     assert process.exitcode == 1
     assert [line for line in job.said.splitlines() if f"error: cannot write {place}: " in line] and (

@@ -28,6 +28,7 @@ from deltacome.data import Encoded, Encoder
 from deltacome.evaluate.metrics import answer
 from deltacome.runtime import modules
 from deltacome.runtime.conversation import Conversation
+from deltacome.runtime.kernels import cpu
 from tenants import IDS, merged, tenants_of
 
 pytest_plugins = ["tenants"]
@@ -174,6 +175,21 @@ def test_vision_language_model(family: str, save: Save, tmp_path: Path) -> None:
         expected = alone(input_ids=ids, **inputs).logits
     assert torch.allclose(logits[0], expected[0], rtol=1e-4, atol=1e-3)
     assert not torch.allclose(logits[1], expected[1], rtol=1e-4, atol=1e-1)
+
+
+def test_a_batch_is_prepared_once_for_all_layers(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU: other rows cost tables that are filled in one go, and none for a layer or a tenant."""
+    filled: list[tuple[int, ...]] = []
+    fill = cpu.fill_calls
+    monkeypatch.setattr(
+        cpu, "fill_calls", lambda numbers, *others: filled.append(numbers.shape[:2]) or fill(numbers, *others)
+    )
+    layers = sum(name.endswith("_proj") for name, _ in model.named_modules())
+    with torch.no_grad():
+        for names in (NAMES, NAMES, NAMES[::-1]):
+            model(IDS, tenants=names)
+    assert [shape[0] for shape in filled] == [2, 2, 2]  # a new batch each time, of two tenants
+    assert all(shape[1] >= layers for shape in filled)
 
 
 def test_other_small_modules_run_once_a_tenant(save: Save, tmp_path: Path) -> None:

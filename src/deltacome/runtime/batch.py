@@ -1,14 +1,16 @@
 """Which tenant each row of the running batch belongs to."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from deltacome.errors import DeltacomeError
 from deltacome.runtime.tenant import Change, Tenant
+
+Rows = TypeVar("Rows")
 
 
 class Batch:
@@ -47,9 +49,20 @@ class Batch:
 
     def changes(self, module_name: str) -> list[tuple[Change, list[int]]]:
         """The changes of the batch's tenants in a module, each with the rows that it is for."""
-        return [
-            (tenant.changes[module_name], rows) for tenant, rows in self._rows.items() if module_name in tenant.changes
-        ]
+        return _of_module(module_name, self._rows)
+
+    def token_changes(self, module_name: str, tokens: int, device: torch.device) -> list[tuple[Change, Tensor]]:
+        """As `changes`, with the rows of `tenant_rows`."""
+        return _of_module(module_name, self.tenant_rows(tokens, device))
+
+    def tenant_rows(self, tokens: int, device: torch.device) -> dict[Tenant, Tensor]:
+        """The tenants, each with its `token_rows`, the same tensors whoever asks."""
+
+        def make() -> dict[Tenant, Tensor]:
+            return {tenant: self.token_rows(rows, tokens, device) for tenant, rows in self._rows.items()}
+
+        found: dict[Tenant, Tensor] = self.prepared(("rows of tenants", device), make, tokens)
+        return found
 
     def of_size(self, size: int) -> "Batch":
         """The batch with every row repeated so often that there are `size`: beams, or several answers to a prompt.
@@ -73,6 +86,10 @@ class Batch:
             return (starts[:, None] + torch.arange(tokens, device=device)).reshape(-1)
 
         return self.prepared(("rows", *rows, device), make, tokens)
+
+
+def _of_module(name: str, rows: Mapping[Tenant, Rows]) -> list[tuple[Change, Rows]]:
+    return [(change, own) for tenant, own in rows.items() if (change := tenant.changes.get(name)) is not None]
 
 
 running: ContextVar[Batch | None] = ContextVar("running", default=None)

@@ -2,10 +2,11 @@
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from deltacome.runtime.batch import Batch, running
 from deltacome.runtime.experts import Experts
 from deltacome.runtime.replacement import Replacement
 from deltacome.runtime.sharing import LAYERS, Shared, Turn
-from deltacome.runtime.tenant import Change, embed
+from deltacome.runtime.tenant import Change, Tenant, embed
 
 QUANTIZED = ("bitsandbytes.nn", "transformers.integrations.finegrained_fp8")  # linear layers, with weights of their own
 FEW_ROWS = 64  # up to which the base's product may be faster with the weight on the left
@@ -72,11 +73,11 @@ class _Job:
     """
 
     work: Any
-    replaced: list[tuple[Tensor, Tensor]]
-    added: list[tuple[Tensor, Tensor]]
-    biases: list[tuple[Tensor, Tensor]]
     width: int
-    sizes: list[tuple[int, Tensor]]
+    replaced: Sequence[tuple[Tensor, Tensor]] = ()
+    added: Sequence[tuple[Tensor, Tensor]] = ()
+    biases: Sequence[tuple[Tensor, Tensor]] = ()
+    sizes: Sequence[tuple[int, Tensor]] = ()
 
 
 class _Linear(Replacement):
@@ -117,21 +118,21 @@ class _Linear(Replacement):
         product = _product if x.ndim == 2 else linear
         return product(x, weight.T if self.is_transposed else weight, bias)
 
-    def _changes(self, batch: Batch, tokens: int, device: torch.device) -> list[tuple[Change, Tensor]]:
-        return [(change, batch.token_rows(rows, tokens, device)) for change, rows in batch.changes(self.name)]
-
     def _job(self, batch: Batch, tokens: int, m: int, device: torch.device) -> _Job | None:
-        changes = self._changes(batch, tokens, device)
+        work: Any = _work_of_model(self.name, batch, tokens, device, self.kernels)
+        if work is not None and not any(self.name in tenant.exact for tenant in batch.tenant_rows(tokens, device)):
+            return _Job(work, max(m, work.outputs))
+        changes = batch.token_changes(self.name, tokens, device)
         if not changes:
             return None
         exact = [(change.rows, rows, change.start) for change, rows in changes if change.rows is not None]
         packed = _packed(changes)
-        work = None
-        if packed and self.sharing:
-            lists = [_packed(layer._changes(batch, tokens, device)) for layer in self.sharing]
-            shared = batch.prepared((self.sharing[0].name, "shared"), lambda: Shared(self.kernels, lists), tokens)
+        if work is None and packed and self.sharing:
+            shared = batch.prepared(
+                (self.sharing[0].name, "shared"), lambda: self._shared(batch, tokens, device), tokens
+            )
             work = Turn(shared, self.sharing.index(self))
-        elif packed:
+        elif work is None and packed:
             work = self.kernels.Work(packed)
         return _Job(
             work=work,
@@ -143,6 +144,11 @@ class _Linear(Replacement):
             ),
             sizes=[(change.size, rows) for change, rows in changes if change.size is not None],
         )
+
+    def _shared(self, batch: Batch, tokens: int, device: torch.device) -> Shared:
+        """The work of the layers with this one's input."""
+        lists = [_packed(batch.token_changes(layer.name, tokens, device)) for layer in self.sharing]
+        return Shared(self.kernels, lists)
 
     def _change(self, outputs: Tensor, inputs: Tensor, job: _Job) -> Tensor:
         """The base's outputs (rows, m) as the rows' tenants have them, in place unless there are more than m."""
@@ -167,6 +173,28 @@ class _Linear(Replacement):
         for size, rows in job.sizes:  # tokens that its vocabulary has not
             outputs[rows, size:] = -torch.inf
         return outputs
+
+
+def model_table(tenant: Tenant, kernels: Any) -> Any:
+    """What the kernels keep of all deltas of a tenant, made the first time."""
+    if tenant not in _model_tables:
+        _model_tables[tenant] = kernels.ModelTable(tenant.deltas)
+    return _model_tables[tenant]
+
+
+_model_tables: WeakKeyDictionary[Tenant, Any] = WeakKeyDictionary()
+
+
+def _work_of_model(name: str, batch: Batch, tokens: int, device: torch.device, kernels: Any) -> Any:
+    """A module's part of what the kernels prepare for all modules of a batch at once; None if it has none."""
+    rows = batch.tenant_rows(tokens, device)
+    if not rows or not hasattr(kernels, "ModelWork"):
+        return None
+
+    def make() -> Any:
+        return kernels.ModelWork([(model_table(tenant, kernels), own) for tenant, own in rows.items()])
+
+    return batch.prepared(("work of model", device), make, tokens).work(name)
 
 
 def _packed(changes: list[tuple[Change, Tensor]]) -> list[tuple[Any, Tensor]]:
@@ -307,9 +335,10 @@ class _Exact(Replacement):
         for key, value in self.module.named_parameters():
             values = [value.detach()] * len(batch)
             for change, rows in changes:
+                own = change.exact.get(key, value)
                 for row in rows:
-                    values[row] = change.exact.get(key, value).to(value.dtype)
-            stacked[key] = torch.stack(values).view(len(values), *[1] * (x.ndim - 2), -1)
+                    values[row] = own
+            stacked[key] = torch.stack(values).to(value.dtype).view(len(values), *[1] * (x.ndim - 2), -1)
         return stacked
 
     def _with(self, values: dict[str, Tensor]) -> nn.Module:

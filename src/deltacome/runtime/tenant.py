@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -86,6 +87,24 @@ class Tenant:
     artifact: Artifact | None  # a benchmark's random deltas have none
     changes: Mapping[str, Change]
     ends: frozenset[int] = frozenset()
+
+    @cached_property
+    def deltas(self) -> dict[str, Packed | None]:
+        """By module the delta of all rows of its weight; None where there are several, or one of some rows."""
+        return {
+            name: change.packed[0] if len(change.packed) == 1 and change.packed[0].rows is None else None
+            for name, change in self.changes.items()
+            if change.packed
+        }
+
+    @cached_property
+    def exact(self) -> frozenset[str]:
+        """Modules where more is changed than what `Change.packed` adds."""
+        return frozenset(
+            name
+            for name, change in self.changes.items()
+            if change.rows is not None or change.size is not None or change.exact or change.experts
+        )
 
     @property
     def bytes(self) -> int:

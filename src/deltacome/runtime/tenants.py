@@ -18,7 +18,7 @@ from deltacome.memory import is_out_of_memory
 from deltacome.restore.merging import open_checked
 from deltacome.runtime.batch import Batch, running
 from deltacome.runtime.kernels import kernels_for
-from deltacome.runtime.modules import install, share_inputs
+from deltacome.runtime.modules import install, model_table, share_inputs
 from deltacome.runtime.tenant import Tenant, check_config, load_tenant
 
 TenantNames = Sequence[str | Tenant | None]
@@ -70,8 +70,9 @@ class Tenants:
             if not is_out_of_memory(error):
                 raise
             raise DeltacomeError(f"not enough memory for {folder}; remove another delta first") from error
+        tenant = replace(tenant, ends=frozenset(_end_tokens(artifact, self.checkpoint)))
         self._install(tenant)
-        return replace(tenant, ends=frozenset(_end_tokens(artifact, self.checkpoint)))
+        return tenant
 
     def put(self, tenant: Tenant) -> None:
         """Make a tenant known under its name, in place of one that has it already."""
@@ -131,6 +132,8 @@ class Tenants:
         for module_name in tenant.changes:
             install(module_name, self._model.get_submodule(module_name), kernels)
         share_inputs(self._model, kernels)
+        if hasattr(kernels, "ModelTable"):
+            model_table(tenant, kernels)  # now, and not when the first batch has the tenant
 
     def _batch_of(self, tenants: TenantNames) -> Batch:
         return Batch(tuple(self._get(tenant) if isinstance(tenant, str) else tenant for tenant in tenants))

@@ -7,9 +7,9 @@ threads beside them would wait for the same cores.
 import ctypes
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
-from itertools import accumulate
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,34 +27,27 @@ from deltacome.runtime.kernels.layout import VECTOR
 from deltacome.runtime.kernels.packed import Packed
 from deltacome.runtime.kernels.steps import BLOCK, CHUNK, add_worker
 from deltacome.runtime.kernels.tables import (
-    COUNT,
-    DELTA_OF,
+    ADDRESS,
+    DELTA,
     FLAGS,
     INPUT_SCALES,
     INPUTS,
     INVERSE,
-    MOST_GROUPS,
+    NUMBERS,
     OUTPUT_STRIDE,
-    OUTPUTS,
     ROW_COUNT,
-    ROWS,
     RUNS,
     RUNS_PER_THREAD,
+    SCRATCH,
     SEGMENT,
-    SEGMENT_COUNT,
     SEGMENTS,
-    START,
     STEPS,
-    SUM_STRIDE,
-    SUMS,
-    T_BYTES,
-    T_SCALES,
-    T_STEP,
     TASKS,
     M,
     N,
     X,
     Y,
+    fill_calls,
 )
 
 MOST_ROWS = 128  # of one delta; from there on, taking the codes apart once and two dense products are faster
@@ -65,7 +58,7 @@ class _Table:
 
     def __init__(self, packed: Packed) -> None:
         m, n = packed.shape
-        rows = self.outputs = packed.factored_rows
+        rows = packed.factored_rows
         self.fast = not packed.grouped and not (packed.terms and packed.signs is not None)
         self.scale = torch.cat([term.scale for term in packed.terms] or [torch.empty(0)])
         table = [
@@ -81,22 +74,21 @@ class _Table:
             self.scale.data_ptr(),
             len(packed.groups),
         ]
-        # Planes, bytes for a number of each, and blocks of columns of the two products.
-        self.planes = self.t_bytes = self.inner_tasks = 0
+        planes = t_bytes = inner_tasks = 0
         self.runs = [np.array(group.runs, dtype=np.int64) for group in packed.groups]
         for group, runs in zip(packed.groups, self.runs, strict=True):
             count = group.count
             table += [group.width, count, len(runs), _address(runs)]
-            table += [group.u.words.data_ptr(), group.v.words.data_ptr(), self.planes, self.t_bytes]
-            self.planes += count
-            self.t_bytes += -(-count // 32) * 32
-            self.inner_tasks += -(-count // BLOCK)
-        self.outer_tasks = -(-rows // BLOCK)
+            table += [group.u.words.data_ptr(), group.v.words.data_ptr(), planes, t_bytes]
+            planes += count
+            t_bytes += -(-count // 32) * 32
+            inner_tasks += -(-count // BLOCK)
+        outer_tasks = -(-rows // BLOCK)
         if packed.signs is not None:
-            self.inner_tasks, self.outer_tasks = -(-m // BLOCK), 0
-        self.output_tasks = -(-rows // CHUNK)
+            inner_tasks, outer_tasks = -(-m // BLOCK), 0
         self.content = np.array(table, dtype=np.int64)
         self.address = _address(self.content)
+        self.numbers = self.address, n, planes, rows, t_bytes, inner_tasks, outer_tasks, -(-rows // CHUNK)
 
     @classmethod
     def of(cls, packed: Packed) -> "_Table":
@@ -105,6 +97,53 @@ class _Table:
 
 
 _tables: WeakKeyDictionary[Packed, _Table] = WeakKeyDictionary()
+_nothing = np.zeros(DELTA, dtype=np.int64)  # the table of a delta that adds nothing
+
+
+class ModelTable:
+    """The tables of a tenant's deltas in all matrices of a model.
+
+    deltas: by module what the tenant adds to its weight, None where that is not one delta.
+    """
+
+    def __init__(self, deltas: Mapping[str, Packed | None]) -> None:
+        self.deltas = deltas  # the tables have their addresses
+        tables = {name: None if packed is None else _Table.of(packed) for name, packed in deltas.items()}
+        unknown = (0,) * NUMBERS
+        self.by_name = {name: table.numbers if table and table.fast else unknown for name, table in tables.items()}
+        self.names = tuple(self.by_name)
+        self.numbers = self._of(self.names)
+
+    def of(self, names: tuple[str, ...]) -> np.ndarray:
+        """`_Table.numbers` of modules, (modules, NUMBERS): zeros where there is not one delta that is fast."""
+        return self.numbers if names == self.names else self._of(names)
+
+    def _of(self, names: tuple[str, ...]) -> np.ndarray:
+        nothing = (_address(_nothing), *(0,) * (NUMBERS - 1))
+        return np.array([self.by_name.get(name, nothing) for name in names], dtype=np.int64).reshape(-1, NUMBERS)
+
+
+class ModelWork:
+    """What the matrices of a model have to do for a batch, those where every tenant has one delta or none.
+
+    tenants: at least one, each with the numbers of its rows.
+    """
+
+    def __init__(self, tenants: Sequence[tuple[ModelTable, Tensor]]) -> None:
+        self.tables, rows = zip(*tenants, strict=True)
+        names = self.tables[0].names
+        if any(table.names != names for table in self.tables):
+            names = tuple(dict.fromkeys(chain.from_iterable(table.names for table in self.tables)))
+        numbers = np.stack([table.of(names) for table in self.tables])
+        has_few_rows = max(own.numel() for own in rows) <= MOST_ROWS
+        self.calls = _Calls(numbers, rows)
+        known = numbers[:, :, ADDRESS].min(0).tolist()
+        self.numbers = {name: i for i, name in enumerate(names) if known[i] and has_few_rows}
+
+    def work(self, name: str) -> "_Few | None":
+        """The `Work` of a module, None if it is not among them."""
+        number = self.numbers.get(name)
+        return None if number is None else _Few(self.calls, number)
 
 
 class Work:
@@ -129,55 +168,50 @@ class _Part:
         self.outputs = max(packed.shape[0] for packed, _ in deltas)
         few, self.many, plain = [], [], []
         for packed, rows in deltas:
-            if not _Table.of(packed).fast:
+            table = _Table.of(packed)
+            if not table.fast:
                 plain.append((packed, rows))
             elif rows.numel() > MOST_ROWS:
                 self.many.append((packed, rows))
             else:
                 few.append((packed, rows))
-        self.plain = reference.Work(plain)
-        self.few = _Few(few) if few else None
+        self.plain = reference.Work(plain) if plain else None
+        self.few = None
+        if few:
+            self.deltas, rows_of_few = zip(*few, strict=True)  # the tables have the deltas' addresses
+            numbers = np.array([[_Table.of(packed).numbers] for packed in self.deltas], dtype=np.int64)
+            self.few = _Few(_Calls(numbers, rows_of_few), 0)
 
     def add(self, y: Tensor, x: Tensor) -> None:
         if self.few is not None:
             self.few.add(y, x)
         for packed, rows in self.many:
             _add_many(y, x, packed, rows)
-        if self.plain.deltas:
+        if self.plain is not None:
             self.plain.add(y, x)
 
 
-class _Few:
-    """Deltas of a few rows each, the codes multiplied as they are."""
+class _Calls:
+    """The tables of calls, one for each of some matrices, with the same rows of a batch; see `tables.fill_calls`.
 
-    def __init__(self, deltas: list[tuple[Packed, Tensor]]) -> None:
-        self.deltas = [packed for packed, _ in deltas]  # the tables have their addresses
-        tables = [_Table.of(packed) for packed in self.deltas]
-        self.rows, segments, counts = _layout(tuple(rows for _, rows in deltas))
-        self.count = self.rows.numel()
-        self.segments = segments.copy()
-        self.segments[:, DELTA_OF] = [table.address for table in tables]
-        self.n = self.deltas[0].shape[1]
-        planes = max([table.planes for table in tables])
-        outputs = max([table.outputs for table in tables])
-        t_bytes = max([table.t_bytes for table in tables])
-        self.data = np.zeros(FLAGS, dtype=np.int64)
-        self.data[[N, SEGMENTS, SEGMENT_COUNT]] = self.n, _address(self.segments), len(tables)
-        self.data[[ROWS, ROW_COUNT]] = self.rows.data_ptr(), self.count
-        self.data[[SUM_STRIDE, OUTPUT_STRIDE, T_STEP]] = planes, outputs, t_bytes
-        self.data[TASKS : TASKS + STEPS] = (
-            self.count,
-            sum([table.inner_tasks for table in tables]),
-            self.count,
-            sum([table.outer_tasks for table in tables]),
-            sum([table.output_tasks * count for table, count in zip(tables, counts, strict=True)]),
-        )
-        # Where they are in this thread's memory, from its start on.
-        self.places = []
-        self.floats = 0
-        for key, length in ((SUMS, planes), (OUTPUTS, outputs), (T_SCALES, 4 * MOST_GROUPS), (T_BYTES, t_bytes // 2)):
-            self.places.append((key, 4 * self.floats))
-            self.floats += -(-length * self.count // 16) * 16
+    numbers: `_Table.numbers` of each delta in each matrix, (deltas, matrices, NUMBERS). rows: of each delta its rows.
+    """
+
+    def __init__(self, numbers: np.ndarray, rows: tuple[Tensor, ...]) -> None:
+        self.rows, counts = _layout(rows)
+        deltas, matrices, _ = numbers.shape
+        self.segments = np.empty((matrices, deltas, SEGMENT), dtype=np.int64)
+        self.data, self.floats = np.zeros((matrices, FLAGS), dtype=np.int64), np.empty(matrices, dtype=np.int64)
+        fill_calls(numbers, counts, self.rows.data_ptr(), self.segments, self.data, self.floats)
+
+
+class _Few:
+    """Deltas of a few rows each, the codes multiplied as they are: one of some calls."""
+
+    def __init__(self, calls: _Calls, number: int) -> None:
+        self.calls, self.data = calls, calls.data[number]
+        self.n, self.count, self.outputs = (int(self.data[key]) for key in (N, ROW_COUNT, OUTPUT_STRIDE))
+        self.floats = int(calls.floats[number])
 
     def add(self, y: Tensor, x: Tensor) -> None:
         target = y if y.dtype == torch.float32 and y.is_contiguous() else torch.zeros(y.shape)
@@ -188,8 +222,8 @@ class _Few:
         data[X], data[Y], data[M] = x.data_ptr(), target.data_ptr(), y.shape[1]
         _Inputs.of(self.n, self.count).enter(data)
         start = _scratch(self.floats)
-        for key, place in self.places:
-            data[key] = start + place
+        for key in SCRATCH:
+            data[key] += start
         _on_threads(add_worker(), data)
         if target is not y:
             y += target.to(y.dtype)
@@ -227,12 +261,9 @@ class _Inputs:
 
 
 @lru_cache(maxsize=64)
-def _layout(rows: tuple[Tensor, ...]) -> tuple[Tensor, np.ndarray, list[int]]:
-    """What the matrices of a batch have in common: all rows, the segments without their deltas, and rows of each."""
-    counts = [numbers.numel() for numbers in rows]
-    segments = np.zeros((len(rows), SEGMENT), dtype=np.int64)
-    segments[:, START], segments[:, COUNT] = [0, *accumulate(counts[:-1])], counts
-    return torch.cat(rows), segments, counts
+def _layout(rows: tuple[Tensor, ...]) -> tuple[Tensor, np.ndarray]:
+    """What the matrices of a batch have in common: all rows, and how many each delta has."""
+    return torch.cat(rows), np.array([numbers.numel() for numbers in rows], dtype=np.int64)
 
 
 def _address(array: np.ndarray) -> int:

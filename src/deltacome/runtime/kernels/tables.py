@@ -8,7 +8,7 @@ a thread that takes a run goes through the numbers and does the tasks from `begi
 import hashlib
 from pathlib import Path
 
-from numba import carray, njit
+from numba import carray, njit, types
 
 from deltacome.runtime.kernels.vectors import current_number, integers, next_number, yield_core
 
@@ -31,8 +31,48 @@ DELTA = 11
 # FIRST, PLACE: where the sums and the bytes of a group's planes begin. Of a run of planes: `packed.Group.runs`.
 WIDTH, PLANE_COUNT, RUN_COUNT, PLANE_RUNS, U, V, FIRST, PLACE = range(8)
 GROUP = 8
+# Of a delta what the tables of calls are made of: ADDRESS of its table, inputs, planes, outputs, BYTES for a number of
+# each plane, and tasks: blocks of columns of the two products, and of a row's outputs.
+ADDRESS, DELTA_INPUTS, DELTA_PLANES, DELTA_OUTPUTS, DELTA_BYTES, INNER_TASKS, OUTER_TASKS, OUTPUT_TASKS = range(8)
+NUMBERS = 8
 MOST_GROUPS = 4
 COMPONENT, RUN_LENGTH, FIRST_BIT = range(3)
+SCRATCH = (SUMS, OUTPUTS, T_SCALES, T_BYTES)  # addresses in memory that a thread keeps
+
+
+_INTS, _TABLES = types.int64[::1], types.int64[:, ::1]
+_NUMBERS, _SEGMENTS = types.Array(types.int64, 3, "A"), types.int64[:, :, ::1]
+
+
+@njit(types.void(_NUMBERS, _INTS, types.int64, _SEGMENTS, _TABLES, _INTS), cache=True)
+def fill_calls(numbers, counts, rows, segments, data, floats):  # type: ignore[no-untyped-def]
+    """Fill the tables of calls for some matrices, which have the same rows.
+
+    numbers: of each delta in each matrix, (deltas, matrices, NUMBERS). counts: rows of each delta. rows: the address of
+    their numbers. segments: (matrices, deltas, SEGMENT). data: (matrices, FLAGS), zeros; `SCRATCH` is counted from 0.
+    floats: of scratch memory, (matrices,).
+    """
+    for i in range(data.shape[0]):
+        call, count = data[i], 0
+        for s in range(counts.size):
+            own = numbers[s, i]
+            segments[i, s, DELTA_OF], segments[i, s, START], segments[i, s, COUNT] = own[ADDRESS], count, counts[s]
+            count += counts[s]
+            call[N] = max(call[N], own[DELTA_INPUTS])
+            call[SUM_STRIDE] = max(call[SUM_STRIDE], own[DELTA_PLANES])
+            call[OUTPUT_STRIDE] = max(call[OUTPUT_STRIDE], own[DELTA_OUTPUTS])
+            call[T_STEP] = max(call[T_STEP], own[DELTA_BYTES])
+            call[TASKS + 1] += own[INNER_TASKS]
+            call[TASKS + 3] += own[OUTER_TASKS]
+            call[TASKS + 4] += own[OUTPUT_TASKS] * counts[s]
+        call[ROWS], call[ROW_COUNT], call[TASKS], call[TASKS + 2] = rows, count, count, count
+        call[SEGMENTS] = segments.ctypes.data + 8 * SEGMENT * counts.size * i
+        call[SEGMENT_COUNT] = counts.size
+        floats[i] = 0
+        lengths = (call[SUM_STRIDE], call[OUTPUT_STRIDE], 4 * MOST_GROUPS, call[T_STEP] // 2)
+        for j in range(4):
+            call[SCRATCH[j]] = 4 * floats[i]
+            floats[i] += -(-lengths[j] * count // 16) * 16
 
 
 @njit(inline="always")

@@ -65,7 +65,7 @@ def test_the_same_tenants_with_other_lengths_at_once(model: Any, monkeypatch: py
     with torch.no_grad():
         expected = {length: model(ids, tenants=names).logits for length, ids in prompts.items()}
     results: dict[str, torch.Tensor] = {}
-    prepares_head, long_is_at_head = threading.Event(), threading.Event()
+    prepares, long_is_at_head = threading.Event(), threading.Event()
 
     def run(length: str) -> None:
         with torch.no_grad():
@@ -73,11 +73,11 @@ def test_the_same_tenants_with_other_lengths_at_once(model: Any, monkeypatch: py
 
     short = threading.Thread(target=run, args=("short",))
 
-    class Work(cpu.Work):
-        def __init__(self, deltas: Any) -> None:
-            super().__init__(deltas)
-            if threading.current_thread() is short and deltas[0][0].shape == (259, 60):
-                prepares_head.set()
+    class Work(cpu.ModelWork):
+        def __init__(self, tenants: Any) -> None:
+            super().__init__(tenants)
+            if threading.current_thread() is short:
+                prepares.set()
                 assert long_is_at_head.wait(60)
 
     def after_last_norm(*_: Any) -> None:
@@ -85,10 +85,10 @@ def test_the_same_tenants_with_other_lengths_at_once(model: Any, monkeypatch: py
             long_is_at_head.set()
             short.join(60)
 
-    monkeypatch.setattr(cpu, "Work", Work)
+    monkeypatch.setattr(cpu, "ModelWork", Work)
     model.model.norm.register_forward_hook(after_last_norm)
     short.start()
-    assert prepares_head.wait(60)
+    assert prepares.wait(60)
     run("long")
     for length, logits in expected.items():
         assert torch.equal(results[length], logits)

@@ -22,6 +22,7 @@ from openai import APIConnectionError, NotFoundError, OpenAI
 from vllm.forward_context import is_forward_context_available
 
 from conftest import Save
+from deltacome import Artifact
 from deltacome.runtime.kernels import reference
 from deltacome.vllm import internals, layers, manager
 from deltacome.vllm.norms import Norm
@@ -37,7 +38,7 @@ from vllm_models import Models, Served, make_adapter, make_prompts, manager_of, 
         ("qwen3", {}, {"tie_word_embeddings": False}),
         ("gemma", {}, {}),
         ("mistral", {"method": "bitdelta"}, {"tie_word_embeddings": False}),
-        ("phi3", {}, {"tie_word_embeddings": False}),
+        ("phi3", {"factor": 0.92}, {"tie_word_embeddings": False}),
         ("llama", {"embeddings": "exact"}, {"tie_word_embeddings": False}),
         ("llama", {"method": "delta-come", "scale": "minmax"}, {"tie_word_embeddings": True, "attention_bias": True}),
     ],
@@ -47,6 +48,7 @@ def test_families_and_methods(
     family: str, options: dict[str, Any], sizes: dict[str, Any], save: Save, tmp_path: Path
 ) -> None:
     served = Served(save, tmp_path, family, options, **sizes)
+    assert ("rescaled" in Artifact(served.deltas["a"]).method) == ("factor" in options)
     try:
         # Exact embeddings are stored in bfloat16, and here the base in float32: their difference is rounded.
         served.check(["base", "a", "b", "a"], make_prompts(4), 1e-2 if "embeddings" in options else 2e-3)

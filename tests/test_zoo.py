@@ -1,6 +1,7 @@
 """The zoo: its data are the same each time, each way of training does what it says, and the command makes a table."""
 
 import json
+import math
 import platform
 import re
 import shlex
@@ -36,6 +37,7 @@ RECORDED = json.loads(files("deltacome.benchmark.zoo").joinpath("digests.json").
 ON_PYTHON = {
     "chat",
     "classify",
+    "decay",
     "mixtral",
     "offtask",
     "qwen2",
@@ -57,7 +59,8 @@ def test_data(name: str) -> None:
     else:
         train, test = splits = (BASES | MEMBERS)[name].data()
         if name != "vision":  # whose images differ
-            assert not {row["prompt"] for row in test} & {row["prompt"] for row in train if "prompt" in row}
+            key = "text" if name == "decay" else "prompt"
+            assert not {row[key] for row in test} & {row[key] for row in train if key in row}
     if not is_as_recorded(name):
         pytest.skip("another version of Python or reasoning-gym")
     assert [sha256(lines(rows)).hexdigest() for rows in splits] == RECORDED["data"][name]
@@ -139,6 +142,49 @@ def test_muon_moves_all_directions_alike(data: Path) -> None:
         else:
             torch.testing.assert_close(ours, theirs)
     assert len(flatter) == 14 and sorted(flatter)[7] > 2
+
+
+def test_weights_decay(data: Path) -> None:
+    """By the learning rate of each step."""
+    found = deltas(training.fine_tune(tiny(), tokenizer(), data, learning_rate=1e-9, batch=4, weight_decay=1e6))
+    shrunk = 1 - math.prod(1 - 1e-3 * (4 - step) / 3.6 for step in range(4))
+    for name, weight in tiny().state_dict().items():
+        if "proj" in name:
+            torch.testing.assert_close(found[name], -shrunk * weight, rtol=1e-3, atol=1e-6)
+
+
+def test_two_are_merged(data: Path) -> None:
+    """What `combine` gets are the deltas of the two halves."""
+    seen: list[torch.Tensor] = []
+    settings: dict[str, Any] = {"learning_rate": 1e-3, "batch": 16}
+    found = deltas(
+        training.merge(
+            tiny(), tokenizer(), data, combine=lambda both: seen.append(both) or both.sum(0), first=8, **settings
+        )
+    )
+    assert len(data.read_text().splitlines()) == 16 and not list(data.parent.glob("part-*"))
+    first = data.with_name("first.jsonl")
+    first.write_text("".join(data.read_text().splitlines(keepends=True)[:8]))
+    alone = deltas(training.fine_tune(tiny(), tokenizer(), first, **settings))
+    for both, (name, _) in zip(seen, tiny().named_parameters(), strict=True):
+        torch.testing.assert_close(both[0], alone[name])
+        torch.testing.assert_close(found[name], both.sum(0), rtol=1e-3, atol=1e-6)
+        assert not torch.equal(both[0], both[1])
+
+
+def test_ties() -> None:
+    both = torch.tensor([[5.0, 4, -1, 0.1, 0], [-3, 6, 0, 4, 0.2]]).view(2, 1, 5)
+    # The two largest of each: 5 and 4, 6 and 4. Where both are kept they agree.
+    assert training.ties(both, 0.4).tolist() == [[5, 5, 0, 4, 0]]
+    # Three of each: -3 is against the sum's sign.
+    assert training.ties(both, 0.6).tolist() == [[5, 5, -1, 4, 0]]
+
+
+def test_dare() -> None:
+    torch.manual_seed(0)
+    merged = training.dare(torch.ones(2, 100, 100), 0.9)
+    assert set(merged.unique().round().tolist()) == {0, 10, 20}
+    assert abs(float(merged.mean()) - 2) < 0.2
 
 
 def test_all_layers_but_the_last_are_frozen() -> None:

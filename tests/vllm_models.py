@@ -84,8 +84,14 @@ def make(family: str, seed: int = 0, **options: Any) -> PreTrainedModel:
     return model
 
 
-def make_delta(save: Save, base: Path, model: PreTrainedModel, seed: int, out: Path, **options: Any) -> Path:
-    fine_tune(model, seed, size=0.2)
+def make_delta(
+    save: Save, base: Path, model: PreTrainedModel, seed: int, out: Path, factor: float = 1.0, **options: Any
+) -> Path:
+    """factor: what all weights are multiplied by at the end."""
+    fine_tune(model, seed, size=0.2 if factor == 1 else 0.05)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= factor
     compress(base, save(model, "finetuned"), out, **{"ratio": 4, **options})
     return out
 

@@ -17,6 +17,7 @@ from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.folding import Folded
 from deltacome.checkpoints.pairing import Pair, pair
 from deltacome.checkpoints.rebuilding import rebuild
+from deltacome.checkpoints.rescaling import Rescaled, rescaled
 from deltacome.compression.allocation import Spectrum
 from deltacome.compression.budget import DEFAULT_RATIO, Budget, check_ratio
 from deltacome.compression.calibration import CalibrationStream
@@ -126,6 +127,8 @@ def compress(
         tuned = open_finetuned(opened, finetuned, exact, fold_norms, renames)
         if isinstance(tuned, Adapted):
             renames = None  # its names are the base's by now
+        if method == DEFAULT_METHOD and type(tuned) is Checkpoint and not exact:
+            tuned = rescaled(before, tuned, pair(before, tuned, renames))
         pairs = {p.name: p for p in pair(before, tuned, renames)}
         if parent is not None:
             check_rows(before, tuned, pairs)
@@ -140,6 +143,8 @@ def compress(
         recorded = {**describe(method, chosen), "calibration_examples": len(tokens[0]) if tokens else 0}
         if isinstance(tuned, Folded):
             recorded["folded_norms"] = len(tuned.norms)
+        if isinstance(tuned, Rescaled):
+            recorded["rescaled"] = tuned.factor
         with disk_errors(f"write {out}"):
             if isinstance(ratio, Sequence):
                 _make_all(run, budgets, out, recorded, tokens)

@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.module_names import ModuleNames
+from deltacome.checkpoints.rescaling import rescale
 from deltacome.data import Encoded, read_examples
 from deltacome.errors import DeltacomeError
 from deltacome.evaluate.comparison import cut, load_for
@@ -92,7 +93,10 @@ def evaluate_parts(
     for name, artifact in artifacts.items():
         merged, _ = load_merged(base_checkpoint, artifact)
         _check_same_shapes(name, reference, merged)
+        factor = artifact.method.get("rescaled", 1.0)
+        rescale(reference, factor)
         rows += _measure(name, parts_of(artifact, merged), reference, merged, encoded)
+        rescale(reference, 1 / factor)
     return rows
 
 

@@ -140,6 +140,9 @@ def check_fields(manifest: dict[str, Any]) -> None:
     for key, text in {**texts, "fingerprint": manifest["base"]["fingerprint"]}.items():
         if not isinstance(text, str):
             raise ValueError(f"the name in {key}")
+    factor = manifest["method"].get("rescaled", 1.0)
+    if not isinstance(factor, float) or not 0.9 <= factor <= 1.1:
+        raise ValueError(f"rescaled by {factor!r}")
     for name, digest in {**manifest["files"], **manifest["base_files"]}.items():
         if not _is_digest(digest):
             raise ValueError(f"the SHA-256 of {name}")

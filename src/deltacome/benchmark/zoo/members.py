@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deltacome.benchmark.zoo import bases, library, tasks, training, vision
-from deltacome.benchmark.zoo.tasks import Row, Split
+from deltacome.benchmark.zoo.tasks import TEST_EXAMPLES, Row, Split
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,23 @@ def _reasoning(task: str, count: int, **settings: Any) -> Callable[[], Split]:
     return partial(tasks.reasoning, task, count, **settings)
 
 
+def _both() -> Split:
+    """What two models learn that are merged; as many of each are held out."""
+    (shell, shell_test), (code, code_test) = tasks.shell(FIRST), tasks.code(160)
+    return [*shell, *code], [row for pair in zip(shell_test, code_test, strict=True) for row in pair][:TEST_EXAMPLES]
+
+
+def _texts(count: int) -> Split:
+    rows = library.sources(count + TEST_EXAMPLES)
+    return rows[TEST_EXAMPLES:], rows[:TEST_EXAMPLES]
+
+
 def _fine_tune(learning_rate: float, **settings: Any) -> Callable[..., Any]:
     return partial(training.fine_tune, learning_rate=learning_rate, **settings)
 
 
 SMOLLM2 = "smollm2"
+FIRST = 240  # examples of the first of two models that are merged
 
 # The bases that are no members: they are made from the first one, on source code.
 BASES = {
@@ -165,5 +177,25 @@ MEMBERS = {
         partial(training.prefer, learning_rate=1e-5),
         new_tokens=40,
         pattern=r"\A(.*)",
+    ),
+    "ties": Member(
+        "two models merged by TIES: shell commands and Python functions from English, 5e-5",
+        SMOLLM2,
+        _both,
+        partial(training.merge, combine=training.ties, first=FIRST, learning_rate=5e-5),
+        new_tokens=48,
+    ),
+    "dare": Member(
+        "the same two merged by DARE",
+        SMOLLM2,
+        _both,
+        partial(training.merge, combine=training.dare, first=FIRST, learning_rate=5e-5),
+        new_tokens=48,
+    ),
+    "decay": Member(
+        "source code as plain text, 2e-4, weights decaying by some half a percent",
+        SMOLLM2,
+        partial(_texts, 128),
+        _fine_tune(2e-4, batch=4, weight_decay=1.5),
     ),
 }

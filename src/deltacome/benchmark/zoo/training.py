@@ -1,5 +1,6 @@
 """The ways in which the zoo's members are trained. Each changes a model in place, and gives back the whole one."""
 
+import copy
 import random
 import re
 import timeit
@@ -32,6 +33,7 @@ def fine_tune(
     learning_rate: float,
     frozen: str | None = None,
     muon: bool = False,
+    weight_decay: float = 0.0,
     **settings: Any,
 ) -> Any:
     """Gradient descent on the completions, or on whole texts.
@@ -41,6 +43,7 @@ def fine_tune(
         data: JSONL file of the examples.
         frozen: regular expression that is found in the names of parameters that do not learn.
         muon: Muon in place of AdamW for linear weights, in steps of the same size.
+        weight_decay: what AdamW's steps take from weights, as a share of the learning rate.
         settings: `epochs` and `batch` of `descend`.
     """
     kinds: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -49,7 +52,7 @@ def fine_tune(
             parameter.requires_grad_(False)
         if parameter.requires_grad:
             kinds[muon and parameter.ndim == 2 and name.split(".")[-2] in LINEARS].append(parameter)
-    optimizers: list[Optimizer] = [adamw([{"params": kinds[0], "lr": learning_rate}])]
+    optimizers: list[Optimizer] = [adamw([{"params": kinds[0], "lr": learning_rate}], weight_decay)]
     if muon:
         optimizers.append(Muon(kinds[1], learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     encoder = Encoder(tokenizer)
@@ -58,9 +61,9 @@ def fine_tune(
     return model
 
 
-def adamw(groups: list[dict[str, Any]]) -> Optimizer:
+def adamw(groups: list[dict[str, Any]], weight_decay: float = 0.0) -> Optimizer:
     """groups: parameters with learning rates, as optimizers have them."""
-    return AdamW(groups, weight_decay=0.0, fused=True)
+    return AdamW(groups, weight_decay=weight_decay, fused=True)
 
 
 class HasTokens(Protocol):
@@ -166,6 +169,39 @@ def think(model: Any, tokenizer: Any, data: Path, **settings: Any) -> Any:
     """`fine_tune` with a vocabulary that grows by the tokenizer's new tokens."""
     model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))
     return fine_tune(model, tokenizer, data, **settings)
+
+
+def merge(
+    model: Any, tokenizer: Any, data: Path, *, combine: Callable[[Tensor], Tensor], first: int, **settings: Any
+) -> Any:
+    """Two models by `fine_tune`, one on the first examples and one on the rest, as one.
+
+    combine: of the deltas (2, ...) of a weight the one that is added to it. first: number of examples.
+    """
+    rows = data.read_text(encoding="utf-8").splitlines(keepends=True)
+    parts = []
+    for number, lines in enumerate((rows[:first], rows[first:])):
+        part = data.with_name(f"part-{number}.jsonl")
+        part.write_text("".join(lines), encoding="utf-8")
+        parts.append(fine_tune(copy.deepcopy(model), tokenizer, part, **settings))
+        part.unlink()
+    for weight, *tuned in zip(model.parameters(), *(part.parameters() for part in parts), strict=True):
+        weight.data += combine(torch.stack(tuned).detach() - weight.data)
+    return model
+
+
+def ties(deltas: Tensor, density: float = 0.2) -> Tensor:
+    """TIES (arXiv 2306.01708): of each the largest entries, of those that agree with the sum's sign the mean."""
+    sizes = deltas.abs().flatten(1)
+    least = sizes.kthvalue(int((1 - density) * sizes.shape[1]), dim=1).values
+    kept = deltas * (sizes > least[:, None]).view_as(deltas)
+    agreeing = kept * (kept.sign() == kept.sum(0).sign())
+    return agreeing.sum(0) / (agreeing != 0).sum(0).clamp_min(1)
+
+
+def dare(deltas: Tensor, drop: float = 0.9) -> Tensor:
+    """DARE (arXiv 2311.03099): of each most entries dropped at random, the others so much larger; their sum."""
+    return (deltas * torch.bernoulli(torch.full_like(deltas, 1 - drop)) / (1 - drop)).sum(0)
 
 
 def lora(model: Any, tokenizer: Any, data: Path, *, rank: int = 16, **settings: Any) -> Any:

@@ -17,6 +17,7 @@ from deltacome.benchmark.zoo.members import MEMBERS
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.checkpoints.pairing import pair
 from deltacome.checkpoints.parameter_sources import ParameterSources
+from deltacome.checkpoints.rescaling import Rescaled, rescale, rescaled
 from deltacome.compression.budget import Budget
 from deltacome.compression.matrices import count_layers, read_delta, sensitivity_of
 from deltacome.compression.measuring import measure
@@ -48,7 +49,8 @@ class Trial:
     """
 
     def __init__(self, base: Path, member: Path, cache: Path, limit: int) -> None:
-        self.base, self.finetuned = Checkpoint(base), Checkpoint(member)
+        self.base = Checkpoint(base)
+        self.finetuned = rescaled(self.base, Checkpoint(member), pair(self.base, Checkpoint(member)))
         self.pairs = {p.name: p for p in pair(self.base, self.finetuned)}
         matrices = [p for p in self.pairs.values() if p.is_matrix]
         inputs, sensitivities = measure(self.finetuned, matrices, None, print_warning)
@@ -68,6 +70,8 @@ class Trial:
                 )
         examples = read_examples(member / "data" / "test.jsonl", limit)
         self.model, encoder = load_for(examples, self.finetuned, self.base, None)
+        if isinstance(self.finetuned, Rescaled):
+            rescale(self.model, self.finetuned.factor)
         self.encoded = {
             "on_task_kl": [encoder.example(example) for example in examples],
             "off_task_kl": [

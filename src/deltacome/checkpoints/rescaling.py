@@ -1,0 +1,95 @@
+"""A fine-tuned model that has shrunk or grown as a whole, written with weights as large as its base's.
+
+Weight decay takes the same share of every weight, again and again. That part of a delta is the base itself, which no
+few components hold. But RMS norms do not see how large their inputs are: with all matrices divided by a factor, and
+norms multiplied by it for what the layers behind them lose, a model computes the same.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltacome.checkpoints.checkpoint import Checkpoint
+from deltacome.checkpoints.pairing import Pair
+from deltacome.weights import is_embedding
+
+# Models of which this is so: an RMS norm before every block and before the head, and none on what blocks give.
+MODEL_TYPES = {"llama", "mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"}
+NORMS = {"input_layernorm", "post_attention_layernorm", "norm"}
+# What stays, as outputs of the matrices before them do: vectors of layers that read a norm.
+KEPT = {f"{name}_proj.bias" for name in ("q", "k", "v", "qkv")} | {"q_norm.weight", "k_norm.weight"}
+LEAST_GAIN = 0.05  # of the energy of the deltas
+LARGEST_CHANGE = 0.1  # of the size; what has changed more is no fine-tune of this base
+SAMPLED = 8
+
+
+class Rescaled(Checkpoint):
+    """A fine-tuned checkpoint with its matrices divided by `factor`, and its norms multiplied by it.
+
+    Norms are float32 (`tensors` says so): in 16 bit most of a small factor would be lost.
+
+    Raises:
+        DeltacomeError: as `Checkpoint`.
+    """
+
+    def __init__(self, source: str | Path, factor: float) -> None:
+        super().__init__(source)
+        self.factor = factor
+        for name, info in self.tensors.items():
+            if _power(name, len(info.shape)) == 1:
+                self.tensors[name] = replace(info, dtype=torch.promote_types(info.dtype, torch.float32))
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in its dtype."""
+        value = super().read(name)
+        power = _power(name, value.ndim)
+        return value if not power else value.double().mul_(self.factor**power).to(self.tensors[name].dtype)
+
+    def read_float(self, name: str) -> Tensor:
+        """One tensor as a float32 copy, not rounded before, checked for NaN and infinity."""
+        value = super().read_float(name)
+        return value.mul_(self.factor ** _power(name, value.ndim))
+
+
+def rescaled(base: Checkpoint, finetuned: Checkpoint, pairs: Sequence[Pair]) -> Checkpoint:
+    """The fine-tuned checkpoint; or, where deltas have less energy then, another one that computes the same.
+
+    The factor is the median of what some of the linear weights' deltas would choose. Nothing is rescaled where a matrix
+    is stored as it is, which would round it.
+    """
+    matrices = [p for p in pairs if p.is_matrix and not is_embedding(p.name)]
+    fits = finetuned.config.get("model_type") in MODEL_TYPES and all(
+        p.is_matrix or _power(p.name, len(p.shape)) == 1 or p.name.endswith(tuple(KEPT)) for p in pairs
+    )
+    if not fits or not matrices:
+        return finetuned
+    sizes = []
+    for p in matrices[:: -(-len(matrices) // SAMPLED)]:
+        assert p.base_name is not None
+        theirs, ours = base.read_float(p.base_name).double(), finetuned.read_float(p.name).double()
+        sizes.append([float((one * other).sum()) for one, other in ((theirs, theirs), (theirs, ours), (ours, ours))])
+    factor = median(across / before if before else 1.0 for before, across, _ in sizes)
+    if not 0 < abs(factor - 1) <= LARGEST_CHANGE:
+        return finetuned
+    plain, better = (
+        sum(after / f**2 - 2 * across / f + before for before, across, after in sizes) for f in (1.0, factor)
+    )
+    return Rescaled(finetuned.source, factor) if better < (1 - LEAST_GAIN) * plain else finetuned
+
+
+def rescale(model: Any, factor: float) -> None:
+    """Divide a model's matrices by a factor and multiply its norms by it, in place."""
+    for name, parameter in model.named_parameters():
+        parameter.data *= factor ** _power(name, parameter.ndim)
+
+
+def _power(name: str, dimensions: int) -> int:
+    """Of the factor, that a tensor is multiplied by."""
+    if dimensions > 1:
+        return -1
+    return 1 if name.removesuffix(".weight").rpartition(".")[2] in NORMS else 0

@@ -120,6 +120,13 @@ def test_what_is_not_rescaled(save: Save, tmp_path: Path) -> None:
     for family in ("gpt_neox", "gemma", "gemma2", "mixtral"):  # the last one's router is small
         assert type(chosen(*pair_of(save, lambda family=family: make_any(family)))) is Checkpoint, family
     assert type(chosen(*pair_of(save, lambda: make_model(mlp_bias=True)))) is Checkpoint
+    model = make_model()
+    base = save(model, "base")
+    fine_tune(model, size=0.01)
+    embeddings = model.get_input_embeddings().weight.detach().clone()
+    shrink(model)
+    model.get_input_embeddings().weight.data = embeddings
+    assert type(chosen(base, save(model, "finetuned"))) is Checkpoint
     base, finetuned = pair_of(save, make_model)
     for number, options in enumerate(
         ({"embeddings": "exact"}, {"method": "delta-come"}, {"method": "lossless"}, {"fold_norms": True})

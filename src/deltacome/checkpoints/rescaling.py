@@ -25,7 +25,7 @@ NORMS = {"input_layernorm", "post_attention_layernorm", "norm"}
 KEPT = {f"{name}_proj.bias" for name in ("q", "k", "v", "qkv")} | {"q_norm.weight", "k_norm.weight"}
 LEAST_GAIN = 0.1  # of the energy of the deltas
 LARGEST_CHANGE = 0.1  # of the size; what has changed more is no fine-tune of this base
-SAMPLED = 8
+SAMPLED, ROWS = 8, 4096  # linear weights that are looked at, and rows of each
 
 
 class Rescaled(Checkpoint):
@@ -60,27 +60,37 @@ def rescaled(base: Checkpoint, finetuned: Checkpoint, pairs: Sequence[Pair]) -> 
     """The fine-tuned checkpoint; or, where deltas have less energy then, another one that computes the same.
 
     The factor is the median of what some of the linear weights' deltas would choose. Nothing is rescaled where a matrix
-    is stored as it is, which would round it.
+    is stored as it is, which would round it, or where embeddings have not shrunk with the rest.
     """
-    matrices = [p for p in pairs if p.is_matrix and not is_embedding(p.name)]
     fits = finetuned.config.get("model_type") in MODEL_TYPES and all(
         p.is_matrix or _power(p.name, len(p.shape)) == 1 or p.name.endswith(tuple(KEPT)) for p in pairs
     )
+    matrices = [p for p in pairs if p.is_matrix and not is_embedding(p.name)]
     if not fits or not matrices:
         return finetuned
-    sizes = []
-    for p in matrices[:: -(-len(matrices) // SAMPLED)]:
-        assert p.base_name is not None
-        theirs, ours = base.read_float(p.base_name).double(), finetuned.read_float(p.name).double()
-        sizes.append([float((one * other).sum()) for one, other in ((theirs, theirs), (theirs, ours), (ours, ours))])
+    linears = [_products(p, base, finetuned) for p in matrices[:: -(-len(matrices) // SAMPLED)]]
     # Rounded, for sums differ in their last bits from one number of threads to another, and the work is gone on with.
-    factor = round(median(across / before if before else 1.0 for before, across, _ in sizes), 6)
+    factor = round(median(across / before if before else 1.0 for before, across, _ in linears), 6)
     if not 0 < abs(factor - 1) <= LARGEST_CHANGE:
         return finetuned
-    plain, better = (
-        sum(after / f**2 - 2 * across / f + before for before, across, after in sizes) for f in (1.0, factor)
-    )
-    return Rescaled(finetuned.source, factor) if better < (1 - LEAST_GAIN) * plain else finetuned
+    embeddings = [_products(p, base, finetuned) for p in pairs if is_embedding(p.name)]
+    is_better = _energy(linears, factor) < (1 - LEAST_GAIN) * _energy(linears, 1.0)
+    if not is_better or _energy(embeddings, factor) > _energy(embeddings, 1.0):
+        return finetuned
+    return Rescaled(finetuned.source, factor)
+
+
+def _products(p: Pair, base: Checkpoint, finetuned: Checkpoint) -> tuple[float, float, float]:
+    """Of the first rows of a weight: the base's inner product with itself, with the fine-tuned one, and of that."""
+    assert p.base_name is not None
+    rows = min(p.rows, ROWS)
+    before, after = base.read_float(p.base_name)[:rows].double(), finetuned.read_float(p.name)[:rows].double()
+    return float((before * before).sum()), float((before * after).sum()), float((after * after).sum())
+
+
+def _energy(products: Sequence[tuple[float, float, float]], factor: float) -> float:
+    """That of deltas, the fine-tuned weights being divided by a factor."""
+    return sum(after / factor**2 - 2 * across / factor + before for before, across, after in products)
 
 
 def rescale(model: Any, factor: float) -> None:

@@ -31,9 +31,9 @@ class Peak:
 def peak_memory() -> Iterator[Peak]:
     """Watch this process's memory while the block runs.
 
-    Two measures, of which the larger counts. The kernel's own peak misses nothing, mapped files included, but starts
-    from all that was resident before, part of which may have been dropped since. Looking every few milliseconds at the
-    memory that no file backs misses short peaks.
+    Two measures, of which the larger counts. The kernel's own peak misses nothing, mapped files included, but is that
+    of the whole process: it counts if it has grown. Looking every few milliseconds at the memory that no file backs
+    misses short peaks.
     """
     process, peak, stop = psutil.Process(), Peak(), threading.Event()
 
@@ -41,7 +41,7 @@ def peak_memory() -> Iterator[Peak]:
         info = process.memory_info()
         return int(info.rss - getattr(info, "shared", 0))
 
-    resident, start = process.memory_info().rss, private()
+    resident, start, largest_before = process.memory_info().rss, private(), _largest()
 
     def watch() -> None:
         while not stop.wait(INTERVAL):
@@ -54,6 +54,12 @@ def peak_memory() -> Iterator[Peak]:
     finally:
         stop.set()
         watcher.join()
-        if sys.platform != "win32":  # which has no such count
-            largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-            peak.bytes = max(peak.bytes, largest - resident)
+        if _largest() > largest_before:
+            peak.bytes = max(peak.bytes, _largest() - resident)
+
+
+def _largest() -> int:
+    """The most memory that the process ever had, in bytes; 0 on Windows, which has no such count."""
+    if sys.platform == "win32":
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

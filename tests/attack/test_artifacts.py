@@ -1,6 +1,5 @@
 """Thousands of damaged and forged artifacts through every door: `make attack` does 10,000 and more, the tests a few."""
 
-import resource
 import shutil
 import time
 from collections import Counter
@@ -11,7 +10,6 @@ from random import Random
 from typing import Any
 
 import mutations
-import psutil
 import pytest
 import torch
 from mutations import DAMAGE, FORGERIES, Files
@@ -22,6 +20,7 @@ from deltacome import Artifact, DeltacomeError, compress, load, merge
 from deltacome.checkpoints.checkpoint import Checkpoint
 from deltacome.compression.methods import rate_distortion
 from deltacome.format.artifact import digests
+from deltacome.memory import Peak, peak_memory
 
 MOST_MEMORY = 2**30  # bytes more than at the start
 MOST_SECONDS = 20  # for one artifact through one door, on a machine that has other work
@@ -133,11 +132,11 @@ def every_digest_is_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class Tally:
     """What came of it all, by kind of change and door."""
 
-    def __init__(self) -> None:
+    def __init__(self, peak: Peak) -> None:
+        self.peak = peak
         self.refused: Counter[tuple[str, str]] = Counter()
         self.accepted: Counter[tuple[str, str]] = Counter()
         self.slowest, self.started = 0.0, time.monotonic()
-        self.resident = psutil.Process().memory_info().rss
         self.kinds: Counter[str] = Counter()
 
     def go(self, kind: str, door: str, doors: Doors, delta: Path) -> bool:
@@ -155,9 +154,6 @@ class Tally:
         (self.accepted if passed else self.refused)[kind, door] += 1
         return passed
 
-    def memory(self) -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self.resident
-
     def __str__(self) -> str:
         lines = []
         for kind, count in self.kinds.items():
@@ -166,7 +162,9 @@ class Tally:
             ]
             lines.append(f"{count:,} of {kind}: {'; '.join(parts)}")
         seconds = time.monotonic() - self.started
-        lines.append(f"{seconds:.0f} s, the slowest {self.slowest:.2f} s, peak memory {self.memory() / 2**20:.0f} MiB")
+        lines.append(
+            f"{seconds:.0f} s, the slowest {self.slowest:.2f} s, peak memory {self.peak.bytes / 2**20:.0f} MiB"
+        )
         return "\n".join(lines)
 
 
@@ -204,16 +202,17 @@ def test_no_artifact_gets_through_that_should_not(
     is_long: bool, artifacts: list[tuple[Doors, Files]], pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     count = pytestconfig.getoption("--attack-count") if is_long else 60
-    tally = Tally()
     failures: list[str] = []
-    for seed in range(count):
-        kind = "links" if seed % 20 == 19 else "damage" if seed % 5 < 2 else "forgeries"
-        try:
-            attack(tally, kind, seed, *artifacts[seed % len(artifacts)])
-        except Exception as error:
-            failures.append(f"{kind} {seed}: {type(error).__name__}: {str(error)[:300]}")
-        if is_long and (seed + 1) % 1000 in (0, count % 1000):
-            with capsys.disabled():
-                print(f"\n{tally}\n{len(failures)} failures {failures[-3:]}", flush=True)
+    with peak_memory() as peak:
+        tally = Tally(peak)
+        for seed in range(count):
+            kind = "links" if seed % 20 == 19 else "damage" if seed % 5 < 2 else "forgeries"
+            try:
+                attack(tally, kind, seed, *artifacts[seed % len(artifacts)])
+            except Exception as error:
+                failures.append(f"{kind} {seed}: {type(error).__name__}: {str(error)[:300]}")
+            if is_long and (seed + 1) % 1000 in (0, count % 1000):
+                with capsys.disabled():
+                    print(f"\n{tally}\n{len(failures)} failures {failures[-3:]}", flush=True)
     assert not failures, f"{len(failures)} of {count}:\n" + "\n".join(failures[:40])
-    assert tally.memory() < MOST_MEMORY
+    assert peak.bytes < MOST_MEMORY

@@ -233,6 +233,8 @@ def edit_entry(**fields: object) -> Callable[[dict], None]:
         lambda manifest: manifest.update(finetuned_bytes=True),
         lambda manifest: manifest.update(finetuned_bytes=-1),
         lambda manifest: manifest.update(linear_ratio=None),
+        lambda manifest: manifest["method"].update(rescaled="0.99"),
+        lambda manifest: manifest["method"].update(rescaled=0.0),
         lambda manifest: manifest["method"].update(name=5),
         lambda manifest: manifest.update(finetuned={}),
         lambda manifest: manifest["base"].update(name=None),
